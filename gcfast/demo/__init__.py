@@ -1,0 +1,1 @@
+"""The embedded demonstration: drawn birds, a small network trained on half of their species."""

@@ -1,0 +1,214 @@
+"""Pictures of birds on cluttered backgrounds, with the masks that heat maps are scored on.
+
+A picture is a function of its label, a seed and an index. Two labels with the same seed and index
+give the same bird in the same place, and differ in the pixels of the species' own part alone;
+berries, flowers and leaves in the colours of the parts lie around it, so that a colour says
+nothing until one sees what it is on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from gcfast.demo import anatomy
+from gcfast.demo.brush import Array, noise
+from gcfast.demo.scenery import draw_place, paint
+from gcfast.demo.species import COLOURS, SPECIES
+
+SIZE = 144
+_SUPERSAMPLE = 3
+# Plumage: back colours of small brown, grey and olive birds; low in saturation, so that no
+# plumage passes for a field mark.
+_PLUMAGE = np.array(
+    [(128, 100, 74), (112, 108, 104), (112, 110, 78), (146, 122, 96), (104, 84, 68),
+     (98, 108, 118), (134, 108, 92), (126, 122, 100)],
+    dtype=np.float64,
+)  # fmt: skip
+_CREAM = np.array([226, 214, 190], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture and its truth; S pixels a side.
+
+    Attributes:
+        image: uint8 [S, S, 3].
+        label: position in `species.SPECIES`.
+        bird: bool [S, S], every pixel that shows some of the bird.
+        box: (x0, y0, x1, y1), half open, around `bird`.
+        part: bool [S, S], every pixel that shows some of the part that tells the species.
+    """
+
+    image: Array
+    label: int
+    bird: Array
+    box: tuple[int, int, int, int]
+    part: Array
+
+
+def draw_bird(label: int, *, seed: int, index: int, size: int = SIZE) -> Picture:
+    """Draw one bird of the species `label`.
+
+    Args:
+        label: position in `species.SPECIES`.
+        seed: not negative, as is
+        index: with `label` and `size` the two fix every pixel.
+        size: pixels a side, at least 64.
+
+    Returns:
+        The picture and its masks.
+
+    Raises:
+        ValueError: a label, seed, index or size out of range.
+    """
+    if not 0 <= label < len(SPECIES):
+        raise ValueError(f"`label` must be in [0, {len(SPECIES)}), got {label}")
+    if seed < 0 or index < 0:
+        raise ValueError(f"`seed` and `index` must not be negative, got {seed} and {index}")
+    if size < 64:
+        raise ValueError(f"`size` must be at least 64, got {size}")
+    # The label takes no part in the draws: it chooses among colours that were drawn for all.
+    rng = np.random.default_rng([seed, index])
+    place = draw_place(rng)
+    pose = anatomy.draw_pose(rng, size, place.support)
+    figure = anatomy.draw_figure(pose, _SUPERSAMPLE)
+    table = _colour_table(rng, label)
+    x, y = _position(rng, figure, size)
+
+    feet = figure.feet + np.array([x, y])
+    backdrop = paint(rng, place, size, feet, toward=pose.facing)
+    image = _composite(rng, backdrop, figure.regions, (x, y), table)
+    bird = _coverage(figure.regions, range(1, anatomy.N_REGIONS), (x, y), size) > 0
+    own = anatomy.REGIONS[SPECIES[label].part]
+    part = _coverage(figure.regions, own, (x, y), size) > 0
+    return Picture(image, label, bird, bounding_box(bird), part)
+
+
+def _coverage(regions: Image.Image, chosen: Iterable[int], at: tuple[int, int], size: int) -> Array:
+    """Share of each output pixel [size, size] that the chosen regions cover, uint8 of 255."""
+    table = np.zeros(anatomy.N_REGIONS, dtype=np.uint8)
+    table[list(chosen)] = 255
+    sheet = Image.new("L", (size, size))
+    sheet.paste(Image.fromarray(table[np.asarray(regions)]).reduce(_SUPERSAMPLE), at)
+    covered: Array = np.asarray(sheet)
+    return covered
+
+
+def bounding_box(mask: Array) -> tuple[int, int, int, int]:
+    """(x0, y0, x1, y1), half open, of the True pixels of mask [H, W]; zeros if there are none."""
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(ys):
+        return (0, 0, 0, 0)
+    return (int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
+
+
+def _position(rng: np.random.Generator, figure: anatomy.Figure, size: int) -> tuple[int, int]:
+    """The top left corner, in output pixels, of the figure: anywhere the whole bird fits."""
+    corner = []
+    x0, y0, x1, y1 = bounding_box(np.asarray(figure.regions) > 0)
+    for low, high in ((x0, x1), (y0, y1)):
+        first = math.ceil(3 - low / _SUPERSAMPLE)
+        last = max(first, math.floor(size - 3 - high / _SUPERSAMPLE))
+        # Two draws averaged: more often near the middle than at the rim.
+        corner.append(first + round((last - first) * float(rng.random(2).mean())))
+    return corner[0], corner[1]
+
+
+def _mix(a: Array, b: Array, share: float) -> Array:
+    out: Array = a + (b - a) * share
+    return out
+
+
+def _colour_table(rng: np.random.Generator, label: int) -> Array:
+    """Colours [N_REGIONS, 3] of one bird: plumage, and the field mark of its species."""
+    u = rng.random(8)
+    first, second = _PLUMAGE[rng.integers(len(_PLUMAGE), size=2)]
+    plumage = _mix(first, second, 0.5 * u[0]) * (0.85 + 0.3 * u[1])
+    belly = _mix(plumage, _CREAM, 0.40 + 0.35 * u[2])
+    wing = plumage * (0.70 + 0.12 * u[3])
+    bare = np.array([118, 102, 90]) * (0.8 + 0.3 * u[4])
+    tint = 1.0 + 0.16 * (rng.random(3) - 0.5)
+
+    table = np.zeros((anatomy.N_REGIONS, 3))
+    table[anatomy.BACK] = plumage
+    table[anatomy.FLANK] = _mix(plumage, belly, 0.45)
+    table[anatomy.BELLY] = belly
+    table[anatomy.FACE] = _mix(plumage, belly, 0.25)
+    table[anatomy.STREAK] = plumage * (0.74 + 0.2 * u[5])
+    table[anatomy.WING] = wing
+    table[anatomy.PRIMARY] = wing * 0.78
+    table[anatomy.WING_EDGE] = _mix(wing, _CREAM, 0.16 + 0.16 * u[6])
+    table[anatomy.EYE] = (24, 18, 16)
+    table[anatomy.GLINT] = (255, 255, 255)
+    plain = {
+        "crown": plumage * 0.94,
+        "bill": bare * 0.95,
+        "eye-ring": _mix(plumage, belly, 0.15),
+        "throat": _mix(plumage, belly, 0.55),
+        "breast": _mix(plumage, belly, 0.50),
+        "wing-bar": wing * 1.06,
+        "rump": plumage * 0.97,
+        "tail": plumage * 0.72,
+        "legs": bare * 0.85,
+    }
+    species = SPECIES[label]
+    for part, (fill, line) in anatomy.REGIONS.items():
+        colour = np.array(COLOURS[species.look]) * tint if part == species.part else plain[part]
+        table[line] = colour * 0.80 + 4
+        table[fill] = colour
+    return table.clip(0, 255)
+
+
+_WING = (anatomy.WING, anatomy.PRIMARY, anatomy.WING_EDGE, anatomy.BAR, anatomy.BAR_LINE)
+
+
+def _blurred(cover: Array, radius: float) -> Array:
+    image = Image.fromarray(cover).filter(ImageFilter.BoxBlur(radius))
+    blurred: Array = np.asarray(image, dtype=np.float32)
+    return blurred
+
+
+def _composite(
+    rng: np.random.Generator,
+    backdrop: Array,
+    regions: Image.Image,
+    at: tuple[int, int],
+    table: Array,
+) -> Array:
+    """Light the bird, lay it over backdrop [S, S, 3] float32, grade; uint8 [S, S, 3]."""
+    size = len(backdrop)
+    painted = regions.copy()
+    painted.putpalette(table.round().astype(np.uint8).ravel().tolist())
+    sheet = Image.new("RGB", (size, size))
+    # Region 0 is black, so what comes out of the reduction is colour times coverage.
+    sheet.paste(painted.convert("RGB").reduce(_SUPERSAMPLE), at)
+    cover = _coverage(regions, range(1, anatomy.N_REGIONS), at, size)
+
+    # The outline, blurred, stands in for the height of the body; its slope against the light
+    # gives the shade. The wing is a second, flatter sheet that shades its own lower edge.
+    u = rng.random(6).tolist()
+    light_x = 1.4 * (u[0] - 0.5)
+    rounded = _blurred(cover, 0.05 * size)
+    rounded += 0.5 * _blurred(cover, 0.016 * size)
+    rounded += 0.25 * _blurred(_coverage(regions, _WING, at, size), 0.012 * size)
+    dy, dx = np.gradient(rounded)
+    shade = (dy + light_x * dx) * ((0.018 + 0.010 * u[1]) * size / 144)
+    shade += 0.24 * noise(rng, 48, size) + 0.88
+    np.clip(shade, 0.35, 1.5, out=shade)
+
+    opaque = cover.astype(np.float32)[..., None] / 255
+    image = backdrop * (1 - opaque)
+    image += np.asarray(sheet, dtype=np.float32) * shade[..., None]
+    # Dapples and the colour of the light fall on bird and background alike.
+    depth, warmth, gain = 0.10 + 0.45 * u[2], 0.12 * (u[3] - 0.45), 0.86 + 0.30 * u[4]
+    dapple = gain * (1.0 + depth * (noise(rng, 5, size, smooth=True) - 0.5))
+    image *= dapple[..., None]
+    image *= np.array([1 + warmth, 1.0, 1 - warmth], dtype=np.float32)
+    image += rng.standard_normal((size, size, 1), dtype=np.float32) * (1.0 + 3.0 * u[5])
+    graded: Array = image.clip(0, 255).astype(np.uint8)
+    return graded

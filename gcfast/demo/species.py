@@ -1,0 +1,64 @@
+"""The species of the demonstration: one part of the bird, and how it looks.
+
+All birds share one body. A species is told by the colour of a single part; every other part takes
+its colour from the plumage, which varies from bird to bird. Each family (all species told by the
+same part) is cut in two, so that a network trained on one half meets known parts in unknown
+looks in the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Colour = tuple[float, float, float]
+
+# Field marks seen in real birds, far enough apart to stay apart under warm and cool light.
+COLOURS: dict[str, Colour] = {
+    "red": (205, 32, 28),
+    "yellow": (245, 205, 30),
+    "blue": (35, 95, 215),
+    "white": (246, 244, 238),
+    "black": (22, 20, 24),
+    "violet": (165, 50, 185),
+    "teal": (20, 165, 140),
+    "orange": (240, 120, 20),
+}
+
+# Six looks a family, training half first. Every colour is in the training half of some families
+# and in the other half of others, so that no colour is new to the network, only its place.
+_LOOKS: dict[str, tuple[tuple[str, str, str], tuple[str, str, str]]] = {
+    "crown": (("red", "white", "teal"), ("yellow", "blue", "black")),
+    "bill": (("yellow", "blue", "violet"), ("red", "white", "teal")),
+    "eye-ring": (("white", "red", "teal"), ("yellow", "blue", "orange")),
+    "throat": (("yellow", "blue", "black"), ("red", "white", "violet")),
+    "breast": (("red", "black", "teal"), ("yellow", "blue", "violet")),
+    "wing-bar": (("white", "blue", "orange"), ("yellow", "red", "teal")),
+    "rump": (("yellow", "violet", "white"), ("red", "blue", "black")),
+    "tail": (("blue", "white", "orange"), ("red", "yellow", "violet")),
+    "legs": (("red", "yellow", "teal"), ("blue", "white", "orange")),
+}
+
+PARTS: tuple[str, ...] = tuple(_LOOKS)
+
+
+@dataclass(frozen=True)
+class Species:
+    """One species: `part` is what tells it apart, `look` the colour of that part."""
+
+    part: str
+    look: str
+
+    @property
+    def name(self) -> str:
+        """For example "yellow-crown"."""
+        return f"{self.look}-{self.part}"
+
+
+def _half(which: int) -> list[Species]:
+    return [Species(part, look) for part, looks in _LOOKS.items() for look in looks[which]]
+
+
+# Labels are positions in this tuple: the training half first, then the unseen half.
+SPECIES: tuple[Species, ...] = (*_half(0), *_half(1))
+TRAINING_LABELS: tuple[int, ...] = tuple(range(len(SPECIES) // 2))
+UNSEEN_LABELS: tuple[int, ...] = tuple(range(len(SPECIES) // 2, len(SPECIES)))
