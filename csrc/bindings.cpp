@@ -1,0 +1,99 @@
+// What Python sees of the compiled code: checks, conversion and the interpreter lock, no arithmetic.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "sample_triplets.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style>;
+using Ids = py::array_t<std::int64_t, py::array::c_style>;
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+struct Inputs {
+  gcfast::TripletAnchors anchors;
+  gcfast::TripletTable table;
+};
+
+Inputs inputs(const Floats& anchors, const Ids& anchor_labels, const Ids& anchor_rows,
+              const Floats& embeddings, const Ids& labels, int threads) {
+  require(anchors.ndim() == 2 && embeddings.ndim() == 2,
+          "`anchors` and `embeddings` must have shapes [B, D] and [N, D]");
+  require(anchors.shape(1) == embeddings.shape(1),
+          "`anchors` and `embeddings` must have the same width D");
+  require(anchor_labels.ndim() == 1 && anchor_labels.shape(0) == anchors.shape(0),
+          "`anchor_labels` must have shape [B]");
+  require(anchor_rows.ndim() == 1 && anchor_rows.shape(0) == anchors.shape(0),
+          "`anchor_rows` must have shape [B]");
+  require(labels.ndim() == 1 && labels.shape(0) == embeddings.shape(0),
+          "`labels` must have shape [N]");
+  require(threads >= 1, "`threads` must be at least 1");
+  return {{anchors.data(), anchor_labels.data(), anchor_rows.data(), anchors.shape(0)},
+          {embeddings.data(), labels.data(), embeddings.shape(0), embeddings.shape(1)}};
+}
+
+py::tuple sample_triplets(const Floats& anchors, const Ids& anchor_labels, const Ids& anchor_rows,
+                          const Floats& embeddings, const Ids& labels, std::int64_t triplets,
+                          double margin, std::uint64_t seed, std::int64_t first, int threads) {
+  const Inputs in = inputs(anchors, anchor_labels, anchor_rows, embeddings, labels, threads);
+  require(triplets >= 1, "`triplets` must be at least 1");
+  const auto B = static_cast<py::ssize_t>(in.anchors.count);
+  const auto T = static_cast<py::ssize_t>(triplets);
+  Ids positives({B, T}), negatives({B, T}), counts(B), hardest({B, py::ssize_t{2}});
+  std::int64_t* const positives_data = positives.mutable_data();
+  std::int64_t* const negatives_data = negatives.mutable_data();
+  std::int64_t* const counts_data = counts.mutable_data();
+  std::int64_t* const hardest_data = hardest.mutable_data();
+  {
+    // The arguments hold references to the arrays for the whole call, and nothing below is Python's.
+    const py::gil_scoped_release unlocked;
+    gcfast::sample_triplets(in.anchors, in.table, margin, {triplets, seed, first}, threads,
+                            positives_data, negatives_data, counts_data, hardest_data);
+  }
+  return py::make_tuple(positives, negatives, counts, hardest);
+}
+
+py::tuple mean_cotangents(const Floats& anchors, const Ids& anchor_labels, const Ids& anchor_rows,
+                          const Floats& embeddings, const Ids& labels, double margin,
+                          int threads) {
+  const Inputs in = inputs(anchors, anchor_labels, anchor_rows, embeddings, labels, threads);
+  const auto B = static_cast<py::ssize_t>(in.anchors.count);
+  Floats cotangents({B, static_cast<py::ssize_t>(in.table.dim)});
+  Ids counts(B), hardest({B, py::ssize_t{2}});
+  float* const cotangents_data = cotangents.mutable_data();
+  std::int64_t* const counts_data = counts.mutable_data();
+  std::int64_t* const hardest_data = hardest.mutable_data();
+  {
+    // As above.
+    const py::gil_scoped_release unlocked;
+    gcfast::mean_cotangents(in.anchors, in.table, margin, threads, cotangents_data, counts_data,
+                            hardest_data);
+  }
+  return py::make_tuple(cotangents, counts, hardest);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Compiled CPU backends of gcfast; call them through gcfast.ops.";
+  module.def("sample_triplets", &sample_triplets, py::arg("anchors").noconvert(),
+             py::arg("anchor_labels").noconvert(), py::arg("anchor_rows").noconvert(),
+             py::arg("embeddings").noconvert(), py::arg("labels").noconvert(), py::kw_only(),
+             py::arg("triplets"), py::arg("margin"), py::arg("seed"), py::arg("first"),
+             py::arg("threads"),
+             "(positives [B,T], negatives [B,T], counts [B], hardest [B,2]); see "
+             "gcfast.ops.sample_triplets. first = -1 draws, first >= 0 lists pairs from there on.");
+  module.def("mean_cotangents", &mean_cotangents, py::arg("anchors").noconvert(),
+             py::arg("anchor_labels").noconvert(), py::arg("anchor_rows").noconvert(),
+             py::arg("embeddings").noconvert(), py::arg("labels").noconvert(), py::kw_only(),
+             py::arg("margin"), py::arg("threads"),
+             "(cotangents [B,D], counts [B], hardest [B,2]); see gcfast.ops.mean_cotangents.");
+}

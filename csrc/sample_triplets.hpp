@@ -1,0 +1,40 @@
+// The CPU backend of sample_triplets and mean_cotangents: what gcfast/reference.py specifies, draw
+// for draw, for any number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace gcfast {
+
+struct TripletTable {
+  const float* embeddings;     // [rows, dim]
+  const std::int64_t* labels;  // [rows]
+  std::int64_t rows;
+  std::int64_t dim;
+};
+
+struct TripletAnchors {
+  const float* embeddings;      // [count, dim]
+  const std::int64_t* labels;   // [count]
+  const std::int64_t* rows;     // [count]: the anchor's own row, never its own positive
+  std::int64_t count;
+};
+
+// How the pairs of an anchor are chosen from its valid ones, which are ordered by (positive, negative).
+struct TripletDraw {
+  std::int64_t triplets;  // T
+  std::uint64_t seed;
+  std::int64_t first;     // -1: T uniform draws; otherwise the pairs first … first + T - 1
+};
+
+// Outputs: positives, negatives [count, T], -1 where there is no pair; counts [count];
+// hardest [count, 2]: the farthest positive and the nearest negative, -1 where there is none.
+void sample_triplets(const TripletAnchors& anchors, const TripletTable& table, double margin,
+                     const TripletDraw& draw, int threads, std::int64_t* positives,
+                     std::int64_t* negatives, std::int64_t* counts, std::int64_t* hardest);
+
+// Outputs: cotangents [count, dim], counts [count], hardest [count, 2].
+void mean_cotangents(const TripletAnchors& anchors, const TripletTable& table, double margin,
+                     int threads, float* cotangents, std::int64_t* counts, std::int64_t* hardest);
+
+}  // namespace gcfast

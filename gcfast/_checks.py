@@ -1,0 +1,121 @@
+"""Checks of arguments, in one wording: "`name` must …, got …"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_SEED = 2**63 - 1
+
+
+def require_tensor(name: str, value: object) -> Tensor:
+    """The value, if it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def require_shape(
+    name: str, tensor: Tensor, letters: str, sizes: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Check rank and sizes against letters such as "B T D".
+
+    Args:
+        name: the argument's name.
+        tensor: what came.
+        letters: the dimensions in order, separated by blanks; a number stands for itself.
+        sizes: letters whose size is known already.
+
+    Returns:
+        The sizes by letter, the known ones included.
+
+    Raises:
+        ValueError: another rank or another size.
+    """
+    expected = letters.split()
+    known = dict(sizes or {})
+    shown = "[" + ", ".join(expected) + "]"
+    if tensor.ndim != len(expected):
+        raise ValueError(f"`{name}` must have shape {shown}, got {list(tensor.shape)}")
+    for letter, size in zip(expected, tensor.shape, strict=True):
+        wanted = int(letter) if letter.isdigit() else known.setdefault(letter, size)
+        if wanted != size:
+            raise ValueError(
+                f"`{name}` must have shape {shown} with {letter} = {wanted}, "
+                f"got {list(tensor.shape)}"
+            )
+    return known
+
+
+def require_dtype(name: str, tensor: Tensor, dtypes: Collection[torch.dtype]) -> None:
+    """Raise TypeError unless the tensor has one of the dtypes."""
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"`{name}` must have dtype {names}, got {got}")
+
+
+def require_same_device(**tensors: Tensor | None) -> torch.device:
+    """Raise ValueError, naming both, unless all the tensors that are given share a device."""
+    given = [(name, t.device) for name, t in tensors.items() if t is not None]
+    first_name, first = given[0]
+    for name, device in given[1:]:
+        if device != first:
+            raise ValueError(
+                f"`{name}` must be on the device of `{first_name}`, {first}, got {device}"
+            )
+    return first
+
+
+def require_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raise ValueError, listing the choices, unless the value is one of them."""
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"`{name}` must be one of {listed}, got {value!r}")
+
+
+def require_int(
+    name: str, value: object, low: int, high: int | None = None, *, what: str = ""
+) -> int:
+    """The value, if it is an int (not a bool) in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int{what}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"`{name}` must be {bound}, got {value}")
+    return value
+
+
+def require_finite_rows(name: str, rows: Tensor, *, first: int = 0) -> None:
+    """Raise ValueError, naming the rows, where a row of [B, …] holds NaN or infinity."""
+    # One reduction settles the usual case: a finite sum has finite terms.
+    if bool(torch.isfinite(rows.sum(dtype=torch.float64))):
+        return
+    bad = (~torch.isfinite(rows.flatten(1)).all(1)).nonzero().flatten() + first
+    if len(bad):
+        raise ValueError(f"`{name}` must be finite, got NaN or infinity in {_listed(bad.tolist())}")
+
+
+def require_ids(name: str, ids: Tensor, low: int, high: int) -> None:
+    """Raise ValueError where an id lies outside [low, high)."""
+    if ids.numel() and (int(ids.min()) < low or int(ids.max()) >= high):
+        raise ValueError(
+            f"`{name}` must lie in [{low}, {high}), got {int(ids.min())} to {int(ids.max())}"
+        )
+
+
+def _listed(rows: list[int], limit: int = 10) -> str:
+    shown = ", ".join(str(r) for r in rows[:limit])
+    more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
+    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
+
+
+def suggestions(name: str, known: Iterable[str], limit: int = 5) -> str:
+    """The known names closest to an unknown one, for an error message."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.4) or known[-limit:]
+    return ", ".join(repr(c) for c in close)

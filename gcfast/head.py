@@ -1,0 +1,271 @@
+"""From cotangents on the embedding to grad-weights: in closed form where the head allows it.
+
+The common head averages the activations over space, maps the average affinely and may normalise
+the result. Its gradient is the same at every pixel and needs no autograd (``ops.head_grad_weights``
+derives it). Whether a model has such a head is found by probing it, not by looking at its code: the
+map is read off the model's own gradients and then has to reproduce the model's outputs and
+vector-Jacobian products. Every other head goes through autograd, from the layer on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gcfast import ops
+from gcfast.capture import Captured, Network
+from gcfast.triplets import Cotangents
+
+# Largest norm-relative error with which the closed form may reproduce the model, by its precision.
+# The worst seen on the tested heads: 4e-7 in float32, 2e-3 in float16, 2e-2 in bfloat16.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+PROBE_IMAGES = 4
+PROBE_VARIANTS = 8  # activations that the map has to reproduce in float64
+EXACT_TOLERANCE = 1e-8
+UNIT_TOLERANCE = 1e-9  # how far norms may differ in float64 to be equal by the model's own doing
+
+
+def normalized(output: Tensor, l2_normalize: bool) -> Tensor:
+    """The model's output as the embedding: float32, divided by its norm where that is wanted."""
+    output = output.float()
+    return F.normalize(output, dim=1) if l2_normalize else output
+
+
+class AffineHead(NamedTuple):
+    """u = weight · mean(A) + bias, and f = u / |u| where ``unit``."""
+
+    weight: Tensor  # [D, C] float32
+    bias: Tensor  # [D] float32
+    unit: bool
+
+    def project(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """(f [B, D], |u| [B]) of the pooled activations [B, C]; |u| is 1 where nothing divides."""
+        raw = pooled @ self.weight.T + self.bias
+        if not self.unit:
+            return raw, torch.ones_like(raw[:, 0])
+        norms = raw.norm(dim=1).clamp(min=1e-12)
+        return raw / norms[:, None], norms
+
+    def agrees(self, pooled: Tensor, embeddings: Tensor, precision: torch.dtype) -> bool:
+        """Whether the embeddings [B, D] are what this head makes of the pooled activations."""
+        return _error(self.project(pooled)[0], embeddings) <= TOLERANCES[precision]
+
+    def grad_weights(
+        self,
+        parts: Iterable[Cotangents],
+        method: str,
+        *,
+        embeddings: Tensor,
+        norms: Tensor,
+        pixels: Tensor,
+        pooled: Tensor | None,
+    ) -> Tensor:
+        """Grad-weights [B, C] of the mean over all valid triplets of the parts.
+
+        Args:
+            parts: cotangents [B, T, D] with the sign of the evidence, in any number of pieces.
+            method: "gradcam" or "gradcam++".
+            embeddings: [B, D] float32.
+            norms: [B] float32.
+            pixels: [B] int64, P of each image's feature map.
+            pooled: [B, C] float32, the pooled activations; Grad-CAM++ only.
+        """
+        # With P = 1 and the mean for the sum, Grad-CAM++ comes out as for any P, in which it
+        # cancels; Grad-CAM is divided by its own P. So images of several sizes share one call.
+        weights = _mean_of(
+            (
+                ops.head_grad_weights(
+                    part.values,
+                    self.weight,
+                    part.valid,
+                    pixels=1,
+                    embeddings=embeddings if self.unit else None,
+                    norms=norms if self.unit else None,
+                    activation_sums=pooled,
+                    method=method,
+                ),
+                part.valid,
+            )
+            for part in parts
+        )
+        return weights / pixels[:, None] if method == "gradcam" else weights
+
+
+def vjp_grad_weights(
+    captured: Captured,
+    embeddings: Tensor,
+    parts: Iterable[Cotangents],
+    method: str,
+    network: Network,
+) -> Tensor:
+    """Grad-weights [B, C] by autograd from the captured layer on, one pass for each triplet.
+
+    Args:
+        captured: of :meth:`Network.differentiable`, inside its block.
+        embeddings: [B, D], of ``captured.output`` by :func:`normalized`, inside the block.
+        parts: cotangents [B, T, D] with the sign of the evidence, in any number of pieces.
+        method: "gradcam" or "gradcam++".
+        network: whose ``reshape`` the gradients go through.
+    """
+    activations = captured.activations.detach()
+
+    def triplet_weights(part: Cotangents) -> Tensor:
+        total = torch.zeros(activations.shape[:2], device=activations.device)
+        for t in range(part.values.shape[1]):
+            gradient = _vjp(network, captured, embeddings, part.values[:, t])
+            weights = ops.grad_weights(
+                gradient[:, None], part.valid[:, t : t + 1], activations=activations, method=method
+            )
+            total += weights
+        return total / part.valid.sum(1).clamp(min=1)[:, None]
+
+    return _mean_of((triplet_weights(part), part.valid) for part in parts)
+
+
+def probe(network: Network, images: Tensor, l2_normalize: bool) -> AffineHead | None:
+    """The model's head, if it is the common one: found by its gradients, checked by its outputs.
+
+    Args:
+        network: the model, its layer known or not.
+        images: [B, 3, h, w], a few real ones on the model's device; the first PROBE_IMAGES are
+            used.
+        l2_normalize: whether the embedding is normalised after the model.
+
+    Returns:
+        The head in float32 on the images' device, or None for any other head, or where the model
+        cannot be copied and run in float64.
+    """
+    images = images[:PROBE_IMAGES]
+    generator = torch.Generator().manual_seed(0)
+    with network.differentiable(images) as captured:
+        precision = captured.output.dtype
+        embeddings = normalized(captured.output, l2_normalize)
+        cotangent = torch.randn(embeddings.shape, generator=generator).to(embeddings)
+        gradient = _vjp(network, captured, embeddings, cotangent).float()
+        embeddings = embeddings.detach()
+        pooled = captured.activations.detach().float().mean((2, 3))
+    tolerance = TOLERANCES[precision]
+    flat = gradient.mean((2, 3), keepdim=True)
+    # Most other heads end here, before anything is copied: their gradient differs between pixels.
+    if not _error(gradient, flat.expand_as(gradient)) <= tolerance:
+        return None
+
+    head = _read_head(network, images[:1])
+    if head is None:
+        return None
+    head = head._replace(unit=head.unit or l2_normalize)
+    predicted, norms = head.project(pooled)
+    pixels = torch.full((len(images),), gradient[0, 0].numel(), device=images.device)
+    valid = torch.ones((len(images), 1), dtype=torch.bool, device=images.device)
+    weights = head.grad_weights(
+        [Cotangents(cotangent[:, None], valid, valid[:, 0].long())],
+        "gradcam",
+        embeddings=predicted,
+        norms=norms,
+        pixels=pixels,
+        pooled=None,
+    )
+    if not head.agrees(pooled, embeddings, precision):
+        return None
+    return head if _error(weights, flat[:, :, 0, 0]) <= tolerance else None
+
+
+def _read_head(network: Network, image: Tensor) -> AffineHead | None:
+    """Weight and bias from the Jacobian of a float64 copy of the model at one image.
+
+    A model that normalises its own output hides the part of W along f: at m0, with the free scale
+    of (W, b) chosen so that |u| = 1 there, the Jacobian is J = (I - f f^T) W and W = J + f r^T. At
+    a second point m1 = m0 + d let t = 1 + r·d, so that u = t f + J d. For v = J d (orthogonal to f)
+    the ratio h(m) = <v, f(m)> / <f, f(m)> equals v^T J (m - m0) / (1 + r·(m - m0)), and its
+    gradient at m1 gives r = (t v^T J - t^2 grad h) / (v · v).
+    """
+    generator = torch.Generator().manual_seed(0)
+    try:
+        model = copy.deepcopy(network.model).double()
+        twin = Network(
+            model, network.layer_name, output_key=network.output_key, reshape=network.reshape
+        )
+
+        def varied(activation: Tensor) -> Tensor:
+            # The image itself, a relative, and strangers of both signs and several sizes, so that
+            # whatever is not affine bends somewhere (a hidden ReLU switches).
+            noise = torch.randn(activation.shape, generator=generator, dtype=torch.float64)
+            sizes = 4 * torch.randn(len(noise), generator=generator, dtype=torch.float64)
+            sizes[:2], noise[0] = 1, 0
+            factors = sizes.view(-1, *[1] * (noise.ndim - 1)) * (1 + noise)
+            return activation * factors.to(activation.device)
+
+        copies = image.double().repeat(PROBE_VARIANTS, 1, 1, 1)
+        with twin.differentiable(copies, replace=varied) as captured:
+            at = captured.output.detach()
+            norms = at.norm(dim=1)
+            unit = bool((norms - norms[0]).abs().max() < UNIT_TOLERANCE * norms[0])
+            scale = norms[0] if unit else 1.0
+            output, at = captured.output / scale, at / scale  # [variants, D]
+            pooled = captured.activations.detach().mean((2, 3))  # [variants, C]
+            jacobian = torch.stack(
+                [
+                    _vjp(twin, captured, output, _one_hot(output, 0, d))[0].sum((1, 2))
+                    for d in range(output.shape[1])
+                ]
+            )  # [D, C]
+            if unit:
+                first, second = at[:2]
+                step = pooled[1] - pooled[0]
+                v = jacobian @ step
+                along, across = second @ first, second @ v
+                t = along * (v @ v) / across
+                cotangent = torch.zeros_like(at)
+                cotangent[1] = v / along - across * first / along.square()
+                slope = _vjp(twin, captured, output, cotangent)[1].sum((1, 2))
+                r = (t * (v @ jacobian) - t.square() * slope) / (v @ v)
+                jacobian = jacobian + first[:, None] * r
+            bias = at[0] - jacobian @ pooled[0]
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
+        # No copy, no float64, or no other batch size behind the layer: autograd takes this model.
+        return None
+    raw = pooled @ jacobian.T + bias
+    if not _error(raw / raw.norm(dim=1, keepdim=True) if unit else raw, at) <= EXACT_TOLERANCE:
+        return None  # NaN included
+    return AffineHead(jacobian.float(), bias.float(), unit)
+
+
+def _vjp(network: Network, captured: Captured, output: Tensor, cotangent: Tensor) -> Tensor:
+    """The cotangent [B, D] pulled back to the layer, [B, C, H, W]."""
+    assert captured.leaf is not None
+    (gradient,) = torch.autograd.grad(
+        output, captured.leaf, cotangent.to(output.dtype), retain_graph=True
+    )
+    return network.reshape(gradient) if network.reshape is not None else gradient
+
+
+def _one_hot(output: Tensor, row: int, column: int) -> Tensor:
+    cotangent = torch.zeros_like(output)
+    cotangent[row, column] = 1
+    return cotangent
+
+
+def _mean_of(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The mean over all valid triplets from the means [B, C] and validity [B, T] of each part."""
+    total: Tensor | None = None
+    used: Tensor | None = None
+    for mean, valid in parts:
+        count = valid.sum(1)
+        if total is None or used is None:
+            total, used = mean.double() * count[:, None], count
+        else:
+            total, used = total + mean.double() * count[:, None], used + count
+    assert total is not None
+    assert used is not None
+    return (total / used.clamp(min=1)[:, None]).float()
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    """|got - wanted| / |wanted| over everything; NaN compares as unequal."""
+    wanted = wanted.double()
+    return float((got.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))

@@ -1,0 +1,258 @@
+"""What is differentiated: losses over an anchor and its partners.
+
+Every objective answers two questions. ``pairs`` says which partners an anchor may have: "triplet"
+(a positive and a negative), "positive" or "negative". ``cotangent`` gives the gradient of the loss
+with respect to the anchor's embedding, and which partners are valid. A lower loss is always better,
+so that "evidence for" has one meaning: the channels whose growth lowers the loss.
+
+D is the squared Euclidean distance. Source: paper, section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcfast._checks import require_choice
+
+PAPER_MARGIN = 0.2  # ours: the paper gives no value for its margin
+
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Partners(NamedTuple):
+    """Embeddings of the partners, [..., T, D]; None for a kind that the objective does not use."""
+
+    positives: Tensor | None
+    negatives: Tensor | None
+
+
+def squared_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Squared Euclidean distance along the last dimension, [..., D] and [..., D] → [...]."""
+    return (x - y).square().sum(-1)
+
+
+class Objective(ABC):
+    """A loss over an anchor and its partners.
+
+    Attributes:
+        pairs: "triplet", "positive" or "negative".
+        hinge: the margin m where a triplet is valid exactly when ``D(a,p) + m > D(a,n)``
+            (infinity: always), so that valid pairs can be counted without listing them; None where
+            only the loss itself can tell.
+    """
+
+    pairs: str = "triplet"
+    hinge: float | None = None
+
+    @abstractmethod
+    def loss(self, anchor: Tensor, positive: Tensor, negative: Tensor, hinge: bool) -> Tensor:
+        """The loss of T triplets, [T, D] each → [T]; without its hinge where ``hinge`` is False."""
+
+    @abstractmethod
+    def cotangent(self, anchor: Tensor, partners: Partners) -> tuple[Tensor, Tensor]:
+        """The gradient of the loss, the hinge ignored, and which triplets are valid.
+
+        Args:
+            anchor: [..., D] float32.
+            partners: positives and negatives, [..., T, D] float32.
+
+        Returns:
+            (dL/df_a [..., T, D], valid [..., T] bool).
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Name and parameters, as JSON has them."""
+
+    def __repr__(self) -> str:
+        """Name and parameters."""
+        described = self.describe()
+        values = ", ".join(f"{k}={v!r}" for k, v in described.items() if k != "name")
+        return f"{described['name']}({values})"
+
+
+class DistanceDifference(Objective):
+    """L = D(a, p) − D(a, n), every triplet valid (the triplet loss with an infinite margin)."""
+
+    hinge = math.inf
+
+    def loss(self, anchor: Tensor, positive: Tensor, negative: Tensor, hinge: bool) -> Tensor:
+        """See :meth:`Objective.loss`."""
+        del hinge
+        return squared_distance(anchor, positive) - squared_distance(anchor, negative)
+
+    def cotangent(self, anchor: Tensor, partners: Partners) -> tuple[Tensor, Tensor]:
+        """2 (f_n − f_p), whatever the anchor; see :meth:`Objective.cotangent`."""
+        del anchor
+        assert partners.positives is not None
+        assert partners.negatives is not None
+        gradient = 2 * (partners.negatives - partners.positives)
+        return gradient, torch.ones(gradient.shape[:-1], dtype=torch.bool, device=gradient.device)
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Objective.describe`."""
+        return {"name": "DistanceDifference"}
+
+
+class TripletLoss(Objective):
+    """L = max(0, D(a, p) − D(a, n) + margin), valid where it is above zero.
+
+    Args:
+        margin: δ, in units of squared distance. The paper gives no value; 0.2 is ours.
+
+    Raises:
+        ValueError: a margin that is not finite.
+
+    Source: paper, Eq. 2.
+    """
+
+    def __init__(self, margin: float = PAPER_MARGIN) -> None:
+        if not math.isfinite(margin):
+            raise ValueError(f"`margin` must be finite, got {margin}")
+        self.margin = self.hinge = float(margin)
+
+    def loss(self, anchor: Tensor, positive: Tensor, negative: Tensor, hinge: bool) -> Tensor:
+        """See :meth:`Objective.loss`."""
+        difference = squared_distance(anchor, positive) - squared_distance(anchor, negative)
+        loss = difference + self.margin
+        return loss.clamp(min=0) if hinge else loss
+
+    def cotangent(self, anchor: Tensor, partners: Partners) -> tuple[Tensor, Tensor]:
+        """2 (f_n − f_p), whatever the anchor; see :meth:`Objective.cotangent`."""
+        assert partners.positives is not None
+        assert partners.negatives is not None
+        gradient = 2 * (partners.negatives - partners.positives)
+        loss = self.loss(anchor[..., None, :], partners.positives, partners.negatives, hinge=False)
+        return gradient, loss > 0
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Objective.describe`."""
+        return {"name": "TripletLoss", "margin": self.margin}
+
+
+class PairDistance(Objective):
+    """The distance to one kind of partner: D(a, p), or −D(a, n).
+
+    Args:
+        kind: "positive" or "negative". Both fall when the embedding gets better.
+
+    Raises:
+        ValueError: another kind.
+
+    Source: paper, section 3.1 (pair-wise distances).
+    """
+
+    def __init__(self, kind: str) -> None:
+        require_choice("kind", kind, ("positive", "negative"))
+        self.kind = self.pairs = kind
+
+    def loss(self, anchor: Tensor, positive: Tensor, negative: Tensor, hinge: bool) -> Tensor:
+        """See :meth:`Objective.loss`."""
+        del hinge
+        if self.kind == "positive":
+            return squared_distance(anchor, positive)
+        return -squared_distance(anchor, negative)
+
+    def cotangent(self, anchor: Tensor, partners: Partners) -> tuple[Tensor, Tensor]:
+        """±2 (f_a − f_partner); see :meth:`Objective.cotangent`."""
+        positive = self.kind == "positive"
+        partner = partners.positives if positive else partners.negatives
+        assert partner is not None
+        gradient = (2 if positive else -2) * (anchor[..., None, :] - partner)
+        return gradient, torch.ones(gradient.shape[:-1], dtype=torch.bool, device=gradient.device)
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Objective.describe`."""
+        return {"name": "PairDistance", "kind": self.kind}
+
+
+class FunctionObjective(Objective):
+    """A user's function of the three embeddings.
+
+    A triplet is valid where the loss is above zero. To find those, the function is evaluated on
+    every pair of every anchor, in chunks: fine for thousands of rows, slow for millions.
+
+    Args:
+        function: (anchor, positive, negative), [T, D] float32 each → [T], differentiable in the
+            anchor.
+    """
+
+    def __init__(self, function: LossFunction) -> None:
+        self.function = function
+
+    def loss(self, anchor: Tensor, positive: Tensor, negative: Tensor, hinge: bool) -> Tensor:
+        """See :meth:`Objective.loss`; a function's hinge is its own and stays."""
+        del hinge
+        loss = self.function(anchor, positive, negative)
+        if not isinstance(loss, Tensor) or loss.shape != anchor.shape[:1]:
+            got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"`objective` must return a tensor of shape [T] = [{len(anchor)}], got {got}"
+            )
+        return loss
+
+    def cotangent(self, anchor: Tensor, partners: Partners) -> tuple[Tensor, Tensor]:
+        """By autograd; see :meth:`Objective.cotangent`."""
+        assert partners.positives is not None
+        assert partners.negatives is not None
+        shape = partners.positives.shape
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = anchor[..., None, :].expand(shape).reshape(-1, shape[-1]).clone()
+            leaf.requires_grad_()
+            loss = self.loss(
+                leaf,
+                partners.positives.reshape(leaf.shape).clone(),
+                partners.negatives.reshape(leaf.shape).clone(),
+                hinge=True,
+            )
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        return gradient.view(shape), (loss.detach() > 0).view(shape[:-1])
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Objective.describe`."""
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        return {"name": "function", "function": f"{self.function.__module__}.{name}"}
+
+
+def as_objective(objective: Objective | LossFunction) -> Objective:
+    """The objective itself, or a user's function as one.
+
+    Raises:
+        TypeError: neither; a class instead of an instance included.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if isinstance(objective, type) or not callable(objective):
+        raise TypeError(
+            "`objective` must be an Objective such as gcfast.TripletLoss() or a function of "
+            f"(anchor, positive, negative), got {objective!r}"
+        )
+    return FunctionObjective(objective)
+
+
+def objective_from(description: dict[str, Any]) -> Objective:
+    """The objective that ``describe`` described.
+
+    A user's function cannot be stored; its place is taken by one that says so when it is called.
+    """
+    name = description.get("name")
+    if name == "TripletLoss":
+        return TripletLoss(description["margin"])
+    if name == "DistanceDifference":
+        return DistanceDifference()
+    if name == "PairDistance":
+        return PairDistance(description["kind"])
+
+    def missing(*_: Tensor) -> Tensor:
+        raise ValueError(
+            "`objective` must be given: the database was built with the function "
+            f"{description.get('function')!r}, which is not stored in it"
+        )
+
+    return FunctionObjective(missing)
