@@ -9,7 +9,6 @@ nothing until one sees what it is on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,22 +80,16 @@ def draw_bird(label: int, *, seed: int, index: int, size: int = SIZE) -> Picture
     x, y = _position(rng, figure, size)
 
     feet = figure.feet + np.array([x, y])
-    backdrop = paint(rng, place, size, feet, toward=pose.facing)
-    image = _composite(rng, backdrop, figure.regions, (x, y), table)
-    bird = _coverage(figure.regions, range(1, anatomy.N_REGIONS), (x, y), size) > 0
-    own = anatomy.REGIONS[SPECIES[label].part]
-    part = _coverage(figure.regions, own, (x, y), size) > 0
-    return Picture(image, label, bird, bounding_box(bird), part)
-
-
-def _coverage(regions: Image.Image, chosen: Iterable[int], at: tuple[int, int], size: int) -> Array:
-    """Share of each output pixel [size, size] that the chosen regions cover, uint8 of 255."""
-    table = np.zeros(anatomy.N_REGIONS, dtype=np.uint8)
-    table[list(chosen)] = 255
-    sheet = Image.new("L", (size, size))
-    sheet.paste(Image.fromarray(table[np.asarray(regions)]).reduce(_SUPERSAMPLE), at)
-    covered: Array = np.asarray(sheet)
-    return covered
+    image = paint(rng, place, size, feet, toward=pose.facing)
+    masks = _masks(figure.regions, SPECIES[label].part)
+    crop = _Crop(x, y, masks.shape[1], masks.shape[0], size)
+    shade = _shade(rng, masks, size / 144)
+    _lay_over(image, crop, figure.regions, table, masks[..., 0], shade)
+    bird = np.zeros((size, size), dtype=bool)
+    bird[crop.into] = masks[crop.out][..., 0] > 0
+    part = np.zeros((size, size), dtype=bool)
+    part[crop.into] = masks[crop.out][..., 2] > 0
+    return Picture(_grade(rng, image), label, bird, bounding_box(bird), part)
 
 
 def bounding_box(mask: Array) -> tuple[int, int, int, int]:
@@ -164,7 +157,33 @@ def _colour_table(rng: np.random.Generator, label: int) -> Array:
     return table.clip(0, 255)
 
 
+class _Crop:
+    """Where a figure of width w and height h, laid at (x, y), meets a picture of `size`."""
+
+    def __init__(self, x: int, y: int, w: int, h: int, size: int) -> None:
+        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, size), min(y + h, size)
+        self.into = (slice(y0, y1), slice(x0, x1))
+        self.out = (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
+
+
 _WING = (anatomy.WING, anatomy.PRIMARY, anatomy.WING_EDGE, anatomy.BAR, anatomy.BAR_LINE)
+
+
+def _reduced(regions: Image.Image, table: Array) -> Array:
+    """Look colours up in table [N_REGIONS, 3] and reduce: uint8 [h, w, 3]."""
+    painted = regions.copy()
+    painted.putpalette(table.astype(np.uint8).ravel().tolist())
+    reduced: Array = np.asarray(painted.convert("RGB").reduce(_SUPERSAMPLE))
+    return reduced
+
+
+def _masks(regions: Image.Image, part: str) -> Array:
+    """How much of each pixel is bird, wing, and the part, of 255: uint8 [h, w, 3]."""
+    table = np.zeros((anatomy.N_REGIONS, 3))
+    table[1:, 0] = 255
+    table[list(_WING), 1] = 255
+    table[list(anatomy.REGIONS[part]), 2] = 255
+    return _reduced(regions, table)
 
 
 def _blurred(cover: Array, radius: float) -> Array:
@@ -173,42 +192,45 @@ def _blurred(cover: Array, radius: float) -> Array:
     return blurred
 
 
-def _composite(
-    rng: np.random.Generator,
-    backdrop: Array,
-    regions: Image.Image,
-    at: tuple[int, int],
-    table: Array,
-) -> Array:
-    """Light the bird, lay it over backdrop [S, S, 3] float32, grade; uint8 [S, S, 3]."""
-    size = len(backdrop)
-    painted = regions.copy()
-    painted.putpalette(table.round().astype(np.uint8).ravel().tolist())
-    sheet = Image.new("RGB", (size, size))
+def _shade(rng: np.random.Generator, masks: Array, scale: float) -> Array:
+    """Light on the bird, float32 [h, w], about 1.
+
+    The outline, blurred, stands in for the height of the body; its slope against the light gives
+    the shade. The wing is a second, flatter sheet that shades its own lower edge. The masks'
+    third plane, which the species decides, is not used.
+    """
+    h, w = masks.shape[:2]
+    slant, strength = rng.random(2).tolist()
+    height = _blurred(masks[..., 0], 7.0 * scale)
+    height += 0.5 * _blurred(masks[..., 0], 2.3 * scale)
+    height += 0.25 * _blurred(masks[..., 1], 1.7 * scale)
+    shade: Array = noise(rng, 32, (w, h)) * 0.24 + 0.88
+    slope = (0.009 + 0.005 * strength) * scale
+    shade[1:-1] += (height[2:] - height[:-2]) * slope
+    shade[:, 1:-1] += (height[:, 2:] - height[:, :-2]) * (slope * 1.4 * (slant - 0.5))
+    return shade.clip(0.35, 1.5, out=shade)
+
+
+def _lay_over(
+    image: Array, crop: _Crop, regions: Image.Image, table: Array, cover: Array, shade: Array
+) -> None:
+    """Lay the lit bird over image [S, S, 3] float32, in place."""
     # Region 0 is black, so what comes out of the reduction is colour times coverage.
-    sheet.paste(painted.convert("RGB").reduce(_SUPERSAMPLE), at)
-    cover = _coverage(regions, range(1, anatomy.N_REGIONS), at, size)
+    coloured = _reduced(regions, table)[crop.out] * shade[crop.out][..., None]
+    clear = np.float32(1) - cover[crop.out][..., None] * np.float32(1 / 255)
+    image[crop.into] = image[crop.into] * clear + coloured
 
-    # The outline, blurred, stands in for the height of the body; its slope against the light
-    # gives the shade. The wing is a second, flatter sheet that shades its own lower edge.
-    u = rng.random(6).tolist()
-    light_x = 1.4 * (u[0] - 0.5)
-    rounded = _blurred(cover, 0.05 * size)
-    rounded += 0.5 * _blurred(cover, 0.016 * size)
-    rounded += 0.25 * _blurred(_coverage(regions, _WING, at, size), 0.012 * size)
-    dy, dx = np.gradient(rounded)
-    shade = (dy + light_x * dx) * ((0.018 + 0.010 * u[1]) * size / 144)
-    shade += 0.24 * noise(rng, 48, size) + 0.88
-    np.clip(shade, 0.35, 1.5, out=shade)
 
-    opaque = cover.astype(np.float32)[..., None] / 255
-    image = backdrop * (1 - opaque)
-    image += np.asarray(sheet, dtype=np.float32) * shade[..., None]
-    # Dapples and the colour of the light fall on bird and background alike.
-    depth, warmth, gain = 0.10 + 0.45 * u[2], 0.12 * (u[3] - 0.45), 0.86 + 0.30 * u[4]
-    dapple = gain * (1.0 + depth * (noise(rng, 5, size, smooth=True) - 0.5))
+def _grade(rng: np.random.Generator, image: Array) -> Array:
+    """Dapples, the colour of the light and grain, on bird and background alike; uint8."""
+    size = len(image)
+    depth, warm, bright, grain = rng.random(4).tolist()
+    warmth, gain = 0.12 * (warm - 0.45), 0.86 + 0.30 * bright
+    dapple = noise(rng, 5, (size, size), smooth=True) * (0.10 + 0.45 * depth)
+    dapple += 1 - 0.5 * (0.10 + 0.45 * depth)
+    dapple *= gain
     image *= dapple[..., None]
     image *= np.array([1 + warmth, 1.0, 1 - warmth], dtype=np.float32)
-    image += rng.standard_normal((size, size, 1), dtype=np.float32) * (1.0 + 3.0 * u[5])
-    graded: Array = image.clip(0, 255).astype(np.uint8)
+    image += rng.standard_normal((size, size, 1), dtype=np.float32) * (1.0 + 3.0 * grain)
+    graded: Array = image.clip(0, 255, out=image).astype(np.uint8)
     return graded

@@ -21,13 +21,17 @@ _ACCENTS = np.array(list(COLOURS.values()))
 
 
 def noise(
-    rng: np.random.Generator, cells: int | tuple[int, int], size: int, *, smooth: bool = False
+    rng: np.random.Generator,
+    cells: int | tuple[int, int],
+    size: tuple[int, int],
+    *,
+    smooth: bool = False,
 ) -> Array:
-    """Noise float32 [size, size], about [0, 1]; `cells` is one count or (rows, columns)."""
+    """Noise float32, about [0, 1], of size (width, height) from `cells` or (rows, columns)."""
     shape = (cells, cells) if isinstance(cells, int) else cells
-    method = Image.Resampling.BICUBIC if smooth else Image.Resampling.BILINEAR
     grid = Image.fromarray(rng.random(shape, dtype=np.float32))
-    out: Array = np.asarray(grid.resize((size, size), method))
+    method = Image.Resampling.BICUBIC if smooth else Image.Resampling.BILINEAR
+    out: Array = np.array(grid.resize(size, method))
     return out
 
 

@@ -103,25 +103,25 @@ class _Scene(Brush):
     # Layers.
 
     def far(self) -> None:
-        """Light and large shapes, far out of focus, painted at half size."""
-        rng, half = self.rng, self.size // 2
+        """Light and large shapes, far out of focus, painted at third size."""
+        rng, third = self.rng, self.size // 3
         top, bottom, light, dark = self.tones
-        ramp = np.linspace(0, 1, half)[:, None, None] ** (0.7 + 0.8 * rng.random())
-        drift = noise(rng, 4, half, smooth=True)[..., None] - 0.5
+        ramp = np.linspace(0, 1, third)[:, None, None] ** (0.7 + 0.8 * rng.random())
+        drift = noise(rng, 4, (third, third), smooth=True)[..., None] - 0.5
         base = top + (bottom - top) * np.clip(ramp + 0.5 * drift, 0, 1)
         canvas = Image.fromarray(base.clip(0, 255).astype(np.uint8))
         pen = ImageDraw.Draw(canvas)
         n = {"sky": 6, "rocks": 10}.get(self.place.kind, 26)
-        at = rng.random((n, 2)) * half
+        at = rng.random((n, 2)) * third
         shares = rng.random((n, 1))
         inks = to_inks(dark + (light - dark) * shares)
-        radii = half * (0.03 + 0.09 * rng.random(n))
+        radii = third * (0.03 + 0.09 * rng.random(n))
         flat = 0.35 if self.place.kind in ("sky", "rocks") else 1.0
         for (x, y), ink, r in zip(at.tolist(), inks, radii.tolist(), strict=True):
             pen.ellipse((x - r / flat, y - r * flat, x + r / flat, y + r * flat), fill=ink)
         spots = int(rng.integers(2, 7))
-        self.accents(pen, rng.random((spots, 2)) * half, large=0.9, faded=0.35)
-        canvas = canvas.filter(ImageFilter.GaussianBlur(half * (0.02 + 0.03 * rng.random())))
+        self.accents(pen, rng.random((spots, 2)) * third, large=0.6, faded=0.35)
+        canvas = canvas.filter(ImageFilter.GaussianBlur(third * (0.02 + 0.03 * rng.random())))
         self.canvas = canvas.resize((self.size, self.size), Image.Resampling.BICUBIC)
         if self.place.kind == "bokeh":
             self._discs()
@@ -173,13 +173,13 @@ class _Scene(Brush):
         at = rng.random((int(rng.integers(3, 7)), 2)) * (size, size * (1 - low)) + (0, size * low)
         self.accents(pen, at, faded=0.1)
         self.canvas = self.canvas.filter(
-            ImageFilter.GaussianBlur(size / 144 * (0.8 + rng.random()))
+            ImageFilter.BoxBlur(size / 144 * (0.8 + 0.9 * rng.random()))
         )
 
     def near(self) -> Array:
         """What holds the bird and its surroundings, in focus."""
         size, kind = self.size, self.place.kind
-        sheet = self.canvas.resize((2 * size, 2 * size), Image.Resampling.BILINEAR)
+        sheet = self.canvas.resize((2 * size, 2 * size), Image.Resampling.NEAREST)
         pen = ImageDraw.Draw(sheet)
         if kind == "grass":
             self._ground(pen)
@@ -346,7 +346,9 @@ class _Scene(Brush):
         mask = Image.new("L", sheet.size)
         ImageDraw.Draw(mask).polygon((2 * edge).ravel().tolist(), fill=255)
         wood = np.array([[112, 94, 76], [138, 132, 124], [92, 78, 66]][int(rng.integers(3))])
-        grain = 0.55 + 0.9 * (0.65 * noise(rng, (7, 34), size) + 0.35 * noise(rng, (20, 60), size))
+        grain = 0.55 + 0.9 * (
+            0.65 * noise(rng, (7, 34), (size, size)) + 0.35 * noise(rng, (20, 60), (size, size))
+        )
         across = (np.arange(size)[None] - rim.mean()) * side / wide
         round_ = 1.12 - 1.0 * np.abs(across - 0.42)
         bark = (wood * (grain * np.clip(round_, 0.4, 1.2))[..., None]).clip(0, 255)
