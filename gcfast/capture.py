@@ -395,7 +395,7 @@ class TokenGrid:
                 f"{pixels} tokens after the first {self.prefix} must fill a grid, got "
                 f"{height} x {width}; give `height` and `width`"
             )
-        return grid.transpose(1, 2).unflatten(2, (height, width))
+        return grid.transpose(1, 2).reshape(len(grid), -1, height, width)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

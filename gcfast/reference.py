@@ -138,7 +138,7 @@ def sparse_cam(
     """
     if activations.ndim == 3:  # tokens [B, P, C]
         assert grid is not None
-        activations = activations.transpose(1, 2).unflatten(2, grid)
+        activations = activations.transpose(1, 2).reshape(len(activations), -1, *grid)
     B, _, H, W = activations.shape
     accumulator = _accumulator(activations, weights)
 
@@ -203,7 +203,7 @@ def knn(
         distances = (candidates - queries[:, None]).square().sum(-1)
     else:
         distances = -(candidates * queries[:, None]).sum(-1)
-    distances, order = distances.sort(1, stable=True)
+    distances, order = distances.sort(dim=1, stable=True)
     distances, ids = distances[:, :k], ids.gather(1, order)[:, :k]
     return (distances if metric == "l2" else -distances), ids
 
@@ -212,11 +212,11 @@ def philox(counter: tuple[Tensor | int, ...], seed: int) -> tuple[Tensor, Tensor
     """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, each in an int64 tensor.
 
     Args:
-        counter: four words of 32 bits, int64 tensors that broadcast (at least one), or ints.
+        counter: four words of 32 bits, int64 tensors that broadcast, or ints.
         seed: the key, 64 bits.
     """
     mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c) for c in counter))
+    c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(PHILOX_ROUNDS):
         # The products wrap round in int64, which leaves both 32-bit halves as they should be.

@@ -1,0 +1,100 @@
+"""Labels as people have them (numbers or names) and as the tables hold them (int64)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Labels:
+    """A growing column of labels, all numbers or all names.
+
+    Numbers are kept as they are; names become 0, 1, … in the order in which they first came.
+
+    Attributes:
+        names: the names by number; empty where labels are numbers.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self._values: list[int] = []
+        self._kind: type | None = None
+
+    @staticmethod
+    def listed(labels: Any, count: int) -> list[int] | list[str]:
+        """Labels from a tensor, an array or a sequence, as a list of ints or of strings.
+
+        Raises:
+            TypeError: labels that are neither whole numbers nor strings.
+            ValueError: another number of them than images.
+        """
+        values: Sequence[Any]
+        if isinstance(labels, Tensor) and (labels.is_floating_point() or labels.is_complex()):
+            raise TypeError(f"`labels` must be whole numbers or strings, got {labels.dtype}")
+        if isinstance(labels, str) or not (
+            isinstance(labels, Iterable) or hasattr(labels, "tolist")
+        ):
+            raise TypeError(f"`labels` must be one label an image, got {labels!r}")
+        values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+        if not isinstance(values, list) or len(values) != count:
+            got = len(values) if isinstance(values, list) else 1
+            raise ValueError(f"`labels` must have B = {count} elements, got {got}")
+        if all(isinstance(v, str) for v in values):
+            return [str(v) for v in values]
+        out: list[int] = []
+        for value in values:
+            item = value.item() if hasattr(value, "item") else value
+            if isinstance(item, bool) or not isinstance(item, int):
+                raise TypeError(
+                    f"`labels` must be whole numbers or strings, all of one kind, got {value!r}"
+                )
+            out.append(item)
+        return out
+
+    def add(self, labels: list[int] | list[str]) -> None:
+        """Append labels.
+
+        Raises:
+            TypeError: names after numbers, or numbers after names.
+        """
+        for label in labels:
+            if self._kind is None:
+                self._kind = type(label)
+            if type(label) is not self._kind:
+                raise TypeError(
+                    "`labels` must be all numbers or all names, got both: "
+                    f"{label!r} after {self._kind.__name__} labels"
+                )
+            if isinstance(label, str):
+                if label not in self._numbers:
+                    self._numbers[label] = len(self.names)
+                    self.names.append(label)
+                label = self._numbers[label]
+            self._values.append(label)
+
+    def distinct(self) -> int:
+        """How many different labels there are."""
+        return len(set(self._values))
+
+    def tensor(self) -> Tensor:
+        """The column, [N] int64."""
+        return torch.tensor(self._values, dtype=torch.int64)
+
+
+def numbers_for(labels: list[int] | list[str], names: list[str]) -> Tensor:
+    """Labels as a database with these names numbers them, [B] int64.
+
+    Raises:
+        ValueError: a name that the database does not have, or names where it has numbers.
+    """
+    if not labels or isinstance(labels[0], int):
+        return torch.tensor(labels, dtype=torch.int64)
+    known = {name: number for number, name in enumerate(names)}
+    unknown = [label for label in labels if label not in known]
+    if unknown:
+        raise ValueError(f"`labels` must be classes of the database, got {unknown[0]!r}")
+    return torch.tensor([known[str(label)] for label in labels], dtype=torch.int64)

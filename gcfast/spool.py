@@ -1,0 +1,91 @@
+"""Columns that grow row by row, in memory up to a limit and in temporary files beyond it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SPOOL_MEMORY_BYTES = 2 * 2**30
+
+
+class Spool:
+    """What the forward pass leaves for the rows: named columns of equal length.
+
+    Args:
+        memory_bytes: how much is held in memory; what comes after goes to a temporary folder, and
+            the finished columns are then memory-mapped from there.
+        folder: where to make the temporary folder; None for the system's place.
+    """
+
+    def __init__(
+        self, memory_bytes: int = SPOOL_MEMORY_BYTES, folder: str | Path | None = None
+    ) -> None:
+        self.memory_bytes = memory_bytes
+        self.folder = folder
+        self.held = 0
+        self._parts: dict[str, list[Tensor]] = {}
+        self._shapes: dict[str, tuple[torch.dtype, torch.Size]] = {}
+        self._rows: dict[str, int] = {}
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+
+    def add(self, **columns: Tensor) -> None:
+        """Append rows: CPU tensors whose first sizes are equal."""
+        for name, rows in columns.items():
+            rows = rows.detach().contiguous()
+            self._shapes.setdefault(name, (rows.dtype, rows.shape[1:]))
+            self._rows[name] = self._rows.get(name, 0) + len(rows)
+            self._parts.setdefault(name, []).append(rows)
+            self.held += rows.nbytes
+        if self.held > self.memory_bytes:
+            self._spill()
+
+    @property
+    def spilled(self) -> bool:
+        """Whether anything went to the disk."""
+        return self._directory is not None
+
+    def column(self, name: str) -> Tensor:
+        """One whole column; the parts held so far are joined once."""
+        if self._directory is not None:
+            self._spill()
+            dtype, shape = self._shapes[name]
+            count = self._rows[name] * shape.numel()
+            flat = torch.from_file(str(self._file(name)), shared=False, size=count, dtype=dtype)
+            return flat.view(self._rows[name], *shape)
+        parts = self._parts[name]
+        if len(parts) > 1:
+            self._parts[name] = parts = [torch.cat(parts)]
+        return parts[0]
+
+    def drop(self, *names: str) -> None:
+        """Forget columns that are no longer needed."""
+        for name in names:
+            self.held -= sum(part.nbytes for part in self._parts.pop(name, []))
+            if self._directory is not None and name in self._rows:
+                self._file(name).unlink(missing_ok=True)
+            self._rows.pop(name, None)
+            self._shapes.pop(name, None)
+
+    def close(self) -> None:
+        """Remove the temporary files; columns taken before stay usable."""
+        self._parts.clear()
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
+    def _spill(self) -> None:
+        if self._directory is None:
+            self._directory = tempfile.TemporaryDirectory(prefix="gcfast-spool-", dir=self.folder)
+        for name, parts in self._parts.items():
+            with self._file(name).open("ab") as file:
+                for part in parts:
+                    file.write(part.view(-1).view(torch.uint8).numpy().data)
+            parts.clear()
+        self.held = 0
+
+    def _file(self, name: str) -> Path:
+        assert self._directory is not None
+        return Path(self._directory.name) / name
