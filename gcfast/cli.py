@@ -16,8 +16,8 @@ from typing import Any
 
 from gcfast.errors import GcfastError
 
-# PyTorch takes seconds to import; `gcfast --help` and a mistyped option should not wait for it. So
-# the commands import what they need.
+# The commands import what they need, so that one does not wait for, or fail with, the parts of
+# another.
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,6 +34,11 @@ from gcfast.report import Panel, ReportRow, overlay, write_report
 # What the command writes into its folder.
 _OUTPUTS = ("maps.npy", "results.csv", "index.html", "overlays")
 
+_MEANING = {
+    "for": "Heat lies where this picture has what brings the two close.",
+    "against": "Heat lies where this picture has what holds the two apart (the paper's sign).",
+}
+
 # Unreadable pictures that the page lists; all of them are in results.csv.
 _LISTED_ON_PAGE = 50
 
@@ -113,9 +118,9 @@ def explain_files(options: argparse.Namespace) -> int:
         ("pictures a second, files to files", f"{done / seconds:.3g}"),
     ]
     lead = (
-        "Each picture went through the network once. The nearest picture of the database lent the "
-        "weights of its channels: the heat shows where this picture has what makes that one match."
-    )
+        "Each picture went through the network once, and its nearest picture in the database lent "
+        "the weights of its channels. "
+    ) + _MEANING[database.manifest["settings"]["evidence"]]
     if done > len(shown):
         lead += f"\n\nShown are the first {len(shown):,} of {done:,}; results.csv lists them all."
     write_report(
@@ -291,8 +296,8 @@ def _page_rows(
         neighbour = row.get("neighbour_path", "")
         name = row.get("neighbour_id", "")
         for path, caption in (
-            (row["path"], "picture, as the network sees it"),
-            (neighbour, f"nearest in the database: {name}"),
+            (row["path"], "the network's input"),
+            (neighbour, f"nearest: {name}"),
         ):
             if path:
                 with contextlib.suppress(Exception):
@@ -302,8 +307,8 @@ def _page_rows(
             panels.insert(1, Panel(np.asarray(picture.convert("RGB")), what))
         notes = "no neighbour"
         if name:
-            notes = f"nearest: {row['label']}, row {row['neighbour_row']}, "
-            notes += f"squared distance {row['distance']}"
+            notes = f"{row['label']}, row {row['neighbour_row']}, "
+            notes += f"squared distance {float(row['distance']):.3g}"
             if not neighbour:
                 notes += f"\n{name}: picture not found (--images says where they are)"
         yield ReportRow(row["path"], panels, notes)

@@ -26,6 +26,8 @@ __all__ = [
     "find_images",
 ]
 
+_Batch = tuple[Tensor, list[str]]  # the readable views, and every item's reason, "" if readable
+
 # How many names an error message lists before it counts the rest.
 _NAMES_SHOWN = 5
 
@@ -90,11 +92,24 @@ class ImageDataset(Dataset[tuple[NDArray[np.uint8] | None, str]]):
         except Exception as error:
             # Pillow's decoders raise anything on damaged files: OSError, SyntaxError, struct.error,
             # IndexError, zlib.error. The kind is kept with the text.
-            text = str(error).replace(self.files[index], "the file").strip()
+            text = str(error).replace(f" {self.files[index]!r}", "").strip()
             return None, f"{type(error).__name__}: {text or 'no reason given'}"
 
 
-def _collate(items: list[tuple[NDArray[np.uint8] | None, str]]) -> tuple[Tensor, list[str]]:
+def _until_a_worker_dies(batches: Iterable[_Batch]) -> Iterator[_Batch]:
+    """The batches; a worker killed from outside becomes an error that says what to do."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise GcfastError(
+            "a process that decodes pictures was killed, most likely for lack of memory: take "
+            "fewer `workers` (0 decodes in this process) or a smaller `batch_size`"
+        ) from error
+
+
+def _collate(items: list[tuple[NDArray[np.uint8] | None, str]]) -> _Batch:
     """The readable views, uint8 [B', S, S, 3], and for every item its reason, "" where readable."""
     views = [view for view, _ in items if view is not None]
     stacked = np.stack(views) if views else np.empty((0, 0, 0, 3), np.uint8)
@@ -109,7 +124,7 @@ class ImageLoader:
 
     Args:
         files: Picture files.
-        ids: A name for each, unique; what errors and reports call it.
+        ids: A name for each; what reports call it.
         labels: A label for each, or None for pictures without labels (then labels are "").
         preprocessing: Size, crop and normalisation.
         batch_size: Pictures a batch; a batch is smaller where some of them are unreadable.
@@ -167,6 +182,7 @@ class ImageLoader:
 
         Raises:
             UnreadableImageError: If a picture cannot be read and `strict` is set, or if none can.
+            GcfastError: If a worker process is killed.
         """
         batches = DataLoader(
             ImageDataset(self.files, self.preprocessing),
@@ -176,7 +192,7 @@ class ImageLoader:
             generator=torch.Generator(),  # its own, or each pass would draw from the global one
         )
         start = good = 0
-        for views, reasons in batches:
+        for views, reasons in _until_a_worker_dies(batches):
             kept = []
             for i, reason in enumerate(reasons, start=start):
                 if not reason:

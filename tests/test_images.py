@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from gcfast.errors import GcfastError
 from gcfast.images import (
     ImageDataset,
     ImageFolder,
@@ -323,7 +325,7 @@ def test_unreadable_pictures_are_skipped_counted_and_listed(tmp_path, workers):
         assert ids == ["cat/0.png", "cat/2.png", "dog/2.png"]
         assert [name for name, _ in loader.unreadable] == ["cat/1.png", "dog/0.png", "dog/1.png"]
     reason = dict(loader.unreadable)["dog/0.png"]
-    assert reason == "UnidentifiedImageError: cannot identify image file 'the file'"
+    assert reason == "UnidentifiedImageError: cannot identify image file"
 
 
 def test_strict_stops_with_the_path(tmp_path):
@@ -339,6 +341,13 @@ def test_all_unreadable(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(UnreadableImageError, match="none of the 1 pictures can be read; the first"):
         list(ImageLoader([tmp_path / "a.png"], ["a"]))
+
+
+def test_a_killed_worker_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Preprocessing, "view", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    loader = ImageFolder(tree(tmp_path)).loader(RAW, workers=1)
+    with pytest.raises(GcfastError, match="was killed, most likely for lack of memory: take fewer"):
+        list(loader)
 
 
 def test_dataset_is_picklable(tmp_path):
