@@ -1,0 +1,37 @@
+"""Where and how the tests run: the device, seeds, and memory that shows what was not written."""
+
+import os
+
+import torch
+
+# Triton reads this when a kernel is decorated, so it must be set before any kernel is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """``torch.empty`` gives NaN (or the largest integer), so an element left unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*does not have a deterministic implementation.*"
+        )
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+        torch.use_deterministic_algorithms(before)

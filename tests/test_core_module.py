@@ -1,0 +1,63 @@
+"""The compiled module's own checks: it is called with arrays, and says what it wants."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gcfast import _core
+
+
+def _arguments(**change):
+    arguments = {
+        "anchors": np.ones((2, 3), np.float32),
+        "anchor_labels": np.zeros(2, np.int64),
+        "anchor_rows": np.arange(2),
+        "embeddings": np.ones((4, 3), np.float32),
+        "labels": np.array([0, 0, 1, 1]),
+        "triplets": 2,
+        "margin": 0.2,
+        "seed": 0,
+        "first": -1,
+        "threads": 1,
+    }
+    return {**arguments, **change}
+
+
+def test_accepts_what_it_documents():
+    positives, negatives, counts, hardest = _core.sample_triplets(**_arguments())
+    assert positives.tolist() == [[1, 1], [0, 0]]
+    assert negatives.tolist() == [[2, 3], [2, 3]]
+    assert counts.tolist() == [2, 2]
+    assert hardest.tolist() == [[1, 2], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"anchors": np.ones((2, 3))}, TypeError, "incompatible function arguments"),
+        ({"embeddings": np.ones((3, 4), np.float32).T}, TypeError, "incompatible"),
+        ({"labels": [0, 0, 1, 1]}, TypeError, "incompatible"),
+        ({"embeddings": np.ones((4, 2), np.float32)}, ValueError, "same width D"),
+        ({"labels": np.zeros(3, np.int64)}, ValueError, r"`labels` must have shape \[N\]"),
+        ({"anchor_rows": np.zeros(3, np.int64)}, ValueError, "`anchor_rows` must have shape"),
+        ({"triplets": 0}, ValueError, "`triplets` must be at least 1"),
+        ({"threads": 0}, ValueError, "`threads` must be at least 1"),
+        ({"margin": float("nan")}, ValueError, "`margin` must be a number"),
+    ],
+    ids=lambda v: "" if not isinstance(v, dict) else "-".join(v),
+)
+def test_refuses_anything_else(change, error, words):
+    with pytest.raises(error, match=words):
+        _core.sample_triplets(**_arguments(**change))
+
+
+def test_importing_the_package_is_lean():
+    """No FAISS, no Triton, no CUDA context and no compiled code of ours before they are needed."""
+    code = (
+        "import sys, torch, gcfast; "
+        "bad = {'faiss', 'triton', 'gcfast._core', 'gcfast.demo', 'PIL'} & set(sys.modules); "
+        "assert not bad, bad; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
