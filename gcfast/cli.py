@@ -161,6 +161,9 @@ def _add_build(commands: Any) -> None:
         default="hardest",
         help="a picture with no triplet of positive loss takes its hardest one, or is left out",
     )
+    method.add_argument(
+        "--no-l2-normalize", action="store_true", help="compare the embeddings as they come"
+    )
     method.add_argument("--seed", type=int, default=0, help="of the draws of triplets")
 
     view = build.add_argument_group("preprocessing (default: what the model's library says)")

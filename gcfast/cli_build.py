@@ -69,6 +69,7 @@ def build_database(options: argparse.Namespace) -> int:
         triplets=options.triplets,
         channels=options.channels,
         evidence=options.evidence,
+        l2_normalize=not options.no_l2_normalize,
         on_no_triplet=options.on_no_triplet,
         output_key=output_key,
         reshape=None if options.tokens is None else gcfast.TokenGrid(prefix=options.tokens),

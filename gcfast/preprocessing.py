@@ -179,7 +179,7 @@ def decode(path: str | os.PathLike[str], *, at_least: int | None = None) -> Imag
 def _rgb(picture: Image.Image) -> Image.Image:
     mode = picture.mode
     if mode.startswith("I;16") or mode in ("I", "F"):
-        return Image.fromarray(_eight_bit(picture), "L").convert("RGB")
+        return Image.fromarray(_eight_bit(picture)).convert("RGB")
     if mode == "LAB":
         # Pillow's own conversions do not know this one; its colour management does.
         from PIL import ImageCms

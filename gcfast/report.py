@@ -322,7 +322,7 @@ def _best(column: Sequence[float], lowest: bool) -> float | None:
 
 def _data_uri(image: NDArray[np.uint8]) -> str:
     """A data URI of an image: PNG for masks and drawings, JPEG for photographs."""
-    picture = Image.fromarray(np.ascontiguousarray(image), "RGB")
+    picture = Image.fromarray(np.ascontiguousarray(image))
     buffer = io.BytesIO()
     if picture.getcolors(_PNG_COLOURS) is not None:
         picture.save(buffer, "PNG", optimize=True)

@@ -14,6 +14,9 @@ from PIL import Image, ImageDraw
 from gcfast.cli import main
 from gcfast.cli_explain import MapWriter
 
+# Python 3.12 and later warn of any fork of a process with threads, which PyTorch always has.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
 NET = """
 import torch
 from torch import nn
@@ -146,7 +149,8 @@ def test_build_takes_every_setting(here, capsys, tmp_path):
     status, _, _ = run(
         capsys, "build", "--images", "pictures", "--labels", labels, "--out", tmp_path / "db",
         *SETTINGS, "--method", "gradcam++", "--objective", "triplet", "--margin", "0.4",
-        "--triplets", "all", "--channels", "all", "--evidence", "against", "--seed", "3",
+        "--triplets", "all", "--channels", "all", "--evidence", "against",
+        "--seed", "3", "--no-l2-normalize",
         "--layer", "features.1", "--size", "24", "--resize", "stretch", "--strict",
         "--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2", "--batch-size", "3",
     )  # fmt: skip
@@ -156,6 +160,7 @@ def test_build_takes_every_setting(here, capsys, tmp_path):
     assert manifest["layer"] == "features.1"
     settings = manifest["settings"]
     assert (settings["method"], settings["evidence"]) == ("gradcam++", "against")
+    assert settings["l2_normalize"] is False
     assert (settings["triplets"], settings["channels"], settings["seed"]) == ("all", "all", 3)
     assert manifest["preprocessing"] == {
         "size": 24,

@@ -1,6 +1,7 @@
 """Picture files to batches: every mode, unreadable files, folders and label lists."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -20,6 +21,9 @@ from gcfast.images import (
     find_images,
 )
 from gcfast.preprocessing import decode
+
+# Python 3.12 and later warn of any fork of a process with threads, which PyTorch always has.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
 RAW = Preprocessing(size=8, mean=(0, 0, 0), std=(1, 1, 1))
 
@@ -343,6 +347,9 @@ def test_all_unreadable(tmp_path):
         list(ImageLoader([tmp_path / "a.png"], ["a"]))
 
 
+@pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="the worker would not see the patch"
+)
 def test_a_killed_worker_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Preprocessing, "view", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     loader = ImageFolder(tree(tmp_path)).loader(RAW, workers=1)
