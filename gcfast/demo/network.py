@@ -16,26 +16,35 @@ EMBEDDING_SIZE = 64
 class BirdNet(nn.Module):
     """Images [B, 3, S, S] in [0, 1] to unit embeddings [B, 64].
 
-    Six convolutions at a stride of 8 in all, global average pooling, one linear layer. Each place
+    Five convolutions at a stride of 8 in all, global average pooling, one linear layer. Each place
     of the last map `features` [B, 192, S/8, S/8] sees 63 pixels a side: a part of a bird and what
     it sits on.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        plan = [(3, 24, 2), (24, 48, 2), (48, 96, 2), (96, 96, 1), (96, 128, 1), (128, 192, 1)]
-        self.features = nn.Sequential(*(_stage(*stage) for stage in plan))
+        self.features = nn.Sequential(
+            _stage(3, 24, stride=2),
+            _stage(24, 48, stride=2),
+            _stage(48, 80, stride=2),
+            _stage(80, 112, dilation=2),
+            _stage(112, 192),
+        )
         self.embed = nn.Linear(192, EMBEDDING_SIZE)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed images [B, 3, S, S] float in [0, 1]; gives [B, 64] of unit length."""
-        maps = self.features((images - 0.5) * 4.0)
-        return F.normalize(self.embed(maps.mean(dim=(2, 3))), dim=1)
+        return F.normalize(self.embed(self.pooled(images)), dim=1)
+
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """The means of the last feature maps, [B, 192]."""
+        maps: torch.Tensor = self.features((images - 0.5) * 4.0)
+        return maps.mean(dim=(2, 3))
 
 
-def _stage(width_in: int, width_out: int, stride: int) -> nn.Sequential:
+def _stage(width_in: int, width_out: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(width_in, width_out, 3, stride=stride, padding=1, bias=False),
+        nn.Conv2d(width_in, width_out, 3, stride, padding=dilation, dilation=dilation, bias=False),
         nn.BatchNorm2d(width_out),
         nn.ReLU(),
     )

@@ -1,0 +1,246 @@
+"""The body of `gcfast demo`: draw, build, explain, measure, and write the page.
+
+Nothing is fetched and nothing is tuned: the network is the one that ships, the settings are the
+defaults, and the pictures shown are the first of each family, whatever came out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import gcfast
+from gcfast.demo.birds import Picture, draw_bird
+from gcfast.demo.network import BirdNet, load_network
+from gcfast.demo.page import write_page
+from gcfast.demo.species import PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
+from gcfast.evaluation import quality_table
+from gcfast.metrics import box_score, mask_score
+
+_LAYER = "features"
+_BATCH = 54
+_SPEED_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians of paired runs on one batch.
+
+    Attributes:
+        images_per_second: of `explain_batch`.
+        to_forward: its time over that of `model(x)` as a user writes it.
+        to_channels_last: its time over that of the forward pass with a channels-last input.
+    """
+
+    images_per_second: float
+    to_forward: float
+    to_channels_last: float
+
+
+class _Pictures:
+    """Drawn pictures as a loader, any number of passes: (images [B, 3, S, S], names, ids)."""
+
+    def __init__(self, pictures: Sequence[Picture], ids: Sequence[str]) -> None:
+        self.pictures = pictures
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return -(-len(self.pictures) // _BATCH)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, list[str], list[str]]]:
+        for first in range(0, len(self.pictures), _BATCH):
+            part = self.pictures[first : first + _BATCH]
+            names = [SPECIES[picture.label].name for picture in part]
+            yield as_batch(part), names, list(self.ids[first : first + _BATCH])
+
+
+@dataclass(frozen=True)
+class _Truth:
+    boxes: torch.Tensor  # [B, 4]
+    birds: torch.Tensor  # [B, S, S] bool
+    parts: torch.Tensor  # [B, S, S] bool
+
+
+def run_demo(
+    out_dir: Path,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    training_each: int = 40,
+    unseen_each: int = 12,
+    speed_rounds: int = 9,
+    echo: Callable[[str], None] = print,
+) -> int:
+    """Run the whole demonstration; prints its table and writes `out_dir`/index.html.
+
+    Args:
+        out_dir: folder for the page, made if missing.
+        seed: of the pictures and of the triplets.
+        progress: show progress bars.
+        training_each: pictures of each training species, at least 2; they fill the database.
+        unseen_each: pictures of each unseen species, at least 1; they are explained and scored.
+        speed_rounds: how often each timed call is run, at least 1.
+        echo: takes the lines of the report.
+
+    Returns:
+        0, for the command line.
+
+    Raises:
+        ValueError: too few pictures asked for.
+        OSError: the page cannot be written.
+    """
+    if training_each < 2:
+        raise ValueError(f"`training_each` must be at least 2, got {training_each}")
+    if unseen_each < 1:
+        raise ValueError(f"`unseen_each` must be at least 1, got {unseen_each}")
+    if speed_rounds < 1:
+        raise ValueError(f"`speed_rounds` must be at least 1, got {speed_rounds}")
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    network = load_network()
+    train = _draw(TRAINING_LABELS, training_each, seed, 0, "drawing training birds", progress)
+    # The second stream of the seed: no unseen picture shares its scene with a training one.
+    unseen = _draw(UNSEEN_LABELS, unseen_each, seed, 1, "drawing unseen birds", progress)
+
+    explainer = gcfast.Explainer(network, layer=_LAYER, seed=seed)
+    begun = time.perf_counter()
+    database = explainer.build(train, progress=progress)
+    build_seconds = time.perf_counter() - begun
+    against = gcfast.Explainer(network, layer=_LAYER, evidence="against", seed=seed)
+    against.build(train, progress=progress)
+
+    table = quality_table(
+        explainer, train, list(_scored(unseen.pictures)), _score, seed=seed, progress=progress
+    )
+    same_part = _share_of_same_part(explainer, database.class_names, unseen)
+    speed = measure_speed(explainer, network, unseen.pictures, speed_rounds)
+    facts = [
+        ("pictures in the database", f"{len(train.pictures)}"),
+        ("to build it, drawing not counted", f"{build_seconds:.1f} s"),
+        ("unseen pictures explained", f"{len(unseen.pictures)}"),
+        ("have a nearest row told by the same part", f"{same_part:.0%}"),
+        ("images explained a second", f"{speed.images_per_second:.0f}"),
+        ("time against model(x)", f"{speed.to_forward:.2f}×"),
+        ("time against model(x), channels-last", f"{speed.to_channels_last:.2f}×"),
+    ]
+    echo(
+        f"Share of the heat inside the box, the outline (mask) and the telling part of "
+        f"{len(unseen.pictures)} birds of {len(UNSEEN_LABELS)} unseen species"
+    )
+    echo("")
+    echo(str(table))
+    echo("")
+    for name, value in facts:
+        echo(f"{name}: {value}")
+    page = out_dir / "index.html"
+    pictures_by_id = dict(zip(train.ids, train.pictures, strict=True))
+    write_page(
+        page,
+        explainer=explainer,
+        against=against,
+        rows=[pictures_by_id[row_id] for row_id in database.ids],
+        shown=_first_of_each_part(unseen.pictures),
+        table=table.cells(),
+        facts=facts,
+    )
+    echo(f"page: {page} ({time.perf_counter() - start:.0f} s in all)")
+    return 0
+
+
+def as_batch(pictures: Sequence[Picture]) -> torch.Tensor:
+    """Images of pictures as float32 [B, 3, S, S] in [0, 1]."""
+    images = np.stack([picture.image for picture in pictures])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).contiguous()
+
+
+def measure_speed(
+    explainer: gcfast.Explainer, network: BirdNet, pictures: Sequence[Picture], rounds: int
+) -> Speed:
+    """Time `explain_batch` and the two forward passes, turn about, on one batch."""
+    images = as_batch([pictures[i % len(pictures)] for i in range(_SPEED_BATCH)])
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    runs: list[Callable[[], object]] = [
+        lambda: explainer.explain_batch(images),
+        lambda: network(images),
+        lambda: network(channels_last),
+    ]
+    times: list[list[float]] = []
+    with torch.inference_mode():
+        for run in runs:
+            run()
+        for turn in range(rounds):
+            taken = [0.0] * len(runs)
+            # Each takes every place in the order as often, so that drift of the clock cancels.
+            for place in range(len(runs)):
+                which = (place + turn) % len(runs)
+                begun = time.perf_counter()
+                runs[which]()
+                taken[which] = time.perf_counter() - begun
+            times.append(taken)
+    return Speed(
+        images_per_second=_SPEED_BATCH / statistics.median(t[0] for t in times),
+        to_forward=statistics.median(t[0] / t[1] for t in times),
+        to_channels_last=statistics.median(t[0] / t[2] for t in times),
+    )
+
+
+def _draw(
+    labels: Sequence[int], each: int, seed: int, stream: int, words: str, progress: bool
+) -> _Pictures:
+    tasks = [(label, i) for label in labels for i in range(each)]
+    pictures, ids = [], []
+    for label, i in tqdm(tasks, desc=words, unit="picture", disable=not progress):
+        index = (label * each + i) * 2 + stream
+        pictures.append(draw_bird(label, seed=seed, index=index))
+        ids.append(f"{SPECIES[label].name}/{i:03d}")
+    return _Pictures(pictures, ids)
+
+
+def _scored(pictures: Sequence[Picture]) -> Iterator[tuple[torch.Tensor, _Truth]]:
+    for first in range(0, len(pictures), _BATCH):
+        part = pictures[first : first + _BATCH]
+        truth = _Truth(
+            boxes=torch.tensor([picture.box for picture in part]),
+            birds=torch.from_numpy(np.stack([picture.bird for picture in part])),
+            parts=torch.from_numpy(np.stack([picture.part for picture in part])),
+        )
+        yield as_batch(part), truth
+
+
+def _score(
+    maps: torch.Tensor, truth: _Truth, _neighbor_labels: list[str]
+) -> dict[str, torch.Tensor]:
+    return {
+        "box": box_score(maps, truth.boxes),
+        "mask": mask_score(maps, truth.birds),
+        "part": mask_score(maps, truth.parts),
+    }
+
+
+def _share_of_same_part(
+    explainer: gcfast.Explainer, names: Sequence[str], unseen: _Pictures
+) -> float:
+    """How often the nearest database row is of a species told by the same part."""
+    part_of = {species.name: species.part for species in SPECIES}
+    same = []
+    for images, own, _ids in unseen:
+        why = explainer.explain_batch(images, details=True)
+        for name, label in zip(own, why.labels[:, 0].tolist(), strict=True):
+            same.append(part_of[names[label]] == part_of[name])
+    return sum(same) / len(same)
+
+
+def _first_of_each_part(pictures: Sequence[Picture]) -> list[Picture]:
+    """The first picture of each family, in order: not chosen by how it came out."""
+    first: dict[str, Picture] = {}
+    for picture in pictures:
+        first.setdefault(SPECIES[picture.label].part, picture)
+    return [first[part] for part in PARTS]
