@@ -82,7 +82,13 @@ def explain_files(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     with (
         MapWriter(options.out / "maps.npy") as maps,
-        open(options.out / "results.csv", "w", encoding="utf-8", newline="") as file,
+        open(
+            options.out / "results.csv",
+            "w",
+            encoding="utf-8",
+            errors="surrogateescape",  # a path that is not UTF-8 keeps its bytes
+            newline="",
+        ) as file,
         tqdm(total=len(files), unit="image", disable=not sys.stderr.isatty()) as bar,
     ):
         table = csv.DictWriter(file, _columns(options.k))

@@ -234,7 +234,8 @@ class ImageFolder:
         FileNotFoundError: If `root` or `labels_csv` does not exist, or the CSV names missing files.
         NotADirectoryError: If `root` is not a folder.
         ValueError: If there are no pictures, a class folder has none, pictures lie beside the class
-            folders, or the CSV lacks a column, a label, or names a picture twice.
+            folders, a name is not UTF-8, or the CSV lacks a column or a label, or names a picture
+            twice.
     """
 
     def __init__(
@@ -249,6 +250,10 @@ class ImageFolder:
             raise NotADirectoryError(f"`root` must be a folder of pictures, {root} is a file")
         pairs = _by_folder(self.root) if labels_csv is None else _by_csv(self.root, labels_csv)
         self.ids = [name for name, _ in pairs]
+        # A database keeps ids as UTF-8; better to know now than when it is saved.
+        odd = [repr(os.fsencode(name)) for name in self.ids if not _is_utf8(name)]
+        if odd:
+            raise ValueError(f"file names under {self.root} must be UTF-8, got {_listed(odd)}")
         self.labels = [label for _, label in pairs]
         self.class_names = sorted(set(self.labels))
 
@@ -333,6 +338,15 @@ def _by_csv(root: Path, labels_csv: str | os.PathLike[str]) -> list[tuple[str, s
     if not pairs:
         raise ValueError(f"`labels_csv` must name at least one picture, {where} has none")
     return list(pairs.items())
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a name from the file system is text, not bytes in disguise (surrogates)."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _listed(names: Iterable[str]) -> str:

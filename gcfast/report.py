@@ -182,7 +182,7 @@ def write_report(
     table_html = _table_html(table, table_caption, lower_is_better) if table else ""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(_page(title, lead, rows, table_html, facts))
         os.chmod(name, 0o644)
         os.replace(name, target)

@@ -352,6 +352,29 @@ def test_explain_errors(capsys, tmp_path):
     assert (full / "notes.txt").read_text() == "mine"
 
 
+def test_explain_takes_any_file_name(here, capsys, tmp_path):
+    odd = tmp_path / "in" / os.fsdecode(b"\xff, <b>\n.png")
+    odd.parent.mkdir()
+    os.link(here / "pictures" / "red" / "0.png", odd)
+    out = tmp_path / "out"
+    status, _, _ = run(capsys, "explain", "--database", "db", *SETTINGS, "--out", out, odd.parent)
+    assert status == 0
+    with open(out / "results.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        assert next(csv.DictReader(file))["path"] == os.fspath(odd)
+
+
+@pytest.mark.usefixtures("here")
+def test_explain_with_more_neighbours_than_rows(capsys, tmp_path):
+    status, _, _ = run(
+        capsys, "explain", "--database", "db", *SETTINGS, "--out", tmp_path, "--k", "20",
+        "pictures/red/0.png",
+    )  # fmt: skip
+    assert status == 0
+    row = read_results(tmp_path)[0]
+    assert row["distance_18"] != ""
+    assert row["distance_19"] == row["neighbour_id_20"] == ""
+
+
 @pytest.mark.usefixtures("here")
 def test_a_database_that_does_not_say_how_pictures_were_prepared(capsys, tmp_path):
     import gcfast

@@ -251,6 +251,13 @@ def test_labels_from_a_csv(tmp_path):
     assert len([i for _, _, ids in images.loader(RAW) for i in ids]) == 3
 
 
+def test_names_that_are_not_utf8_are_refused_early(tmp_path):
+    tree(tmp_path)
+    os.link(tmp_path / "cat" / "0.png", os.fsencode(tmp_path / "cat") + b"/\xff.png")
+    with pytest.raises(ValueError, match=r"must be UTF-8, got b'cat/\\xff.png'"):
+        ImageFolder(tmp_path)
+
+
 def test_folder_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must be a folder of pictures, .* does not exist"):
         ImageFolder(tmp_path / "none")
