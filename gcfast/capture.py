@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -100,6 +101,11 @@ _guards: weakref.WeakKeyDictionary[nn.Module, _EvalGuard] = weakref.WeakKeyDicti
 _guards_lock = threading.Lock()
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """Autocast off inside the block: the user's choice for the model is not one for our sums."""
+    return torch.autocast(device.type, enabled=False)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode inside the block, whatever it was outside, for any thread."""
@@ -155,18 +161,33 @@ class Network:
                     f"{name or 'the top'!r}: hooks do not run in it; give an uncompiled module, or "
                     "torch.compile(model), which can be unwrapped"
                 )
+            if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+                raise UnsupportedModelError(
+                    f"`model` must not have compiled parts, got torch.compile() at {name!r}: hooks "
+                    "do not run in it; give a model of uncompiled modules"
+                )
         self.output_key = output_key
         self.reshape = reshape
         self.layer: nn.Module | None = None
         self.layer_name: str | None = None
         if layer is not None:
-            self.layer_name, self.layer = _find_layer(self.model, layer)
+            self.set_layer(layer)
         self.channels_last = any(isinstance(m, nn.Conv2d) for m in self.model.modules())
         # Whether a later layer overwrites the captured one in place; None until a pass has told.
         self.clone: bool | None = None
+        # Whether the model turns gradients off for a while itself, and back to what they were.
+        self.switches_grad = False
         self._lock = threading.Lock()
         self._hooks = 0
         self._handle: torch.utils.hooks.RemovableHandle | None = None
+
+    def has_layer(self, name: str) -> bool:
+        """Whether the model has a module of this dotted name."""
+        return name in dict(self.model.named_modules())
+
+    def set_layer(self, layer: str | nn.Module) -> None:
+        """Explain this layer; raises as the class."""
+        self.layer_name, self.layer = _find_layer(self.model, layer)
 
     def device(self, fallback: torch.device) -> torch.device:
         """The device of the first parameter or buffer."""
@@ -188,8 +209,10 @@ class Network:
             with torch.inference_mode(False), torch.no_grad():
                 images = images.clone() if images.is_inference() else images
                 capture, output = self._run(images, differentiable=False)
-            assert capture.tensor is not None
-            self.clone = capture.tensor._version != capture.version
+            if capture.tensor is None or capture.tensor.is_inference():
+                self.clone = True  # what cannot be told is taken to happen
+            else:
+                self.clone = capture.tensor._version != capture.version
             if not self.clone:
                 return self._captured(capture, output)
         with torch.no_grad():
@@ -205,14 +228,23 @@ class Network:
         """
         with torch.inference_mode(False):
             images = images.clone() if images.is_inference() else images
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.switches_grad):
                 capture, output = self._run(images, differentiable=True, replace=replace)
+            if not output.requires_grad and not self.switches_grad:
+                # A no_grad block in the model that ended behind the layer has set the mode back to
+                # ours. Under enable_grad it works; the layers before are in a graph for nothing.
+                with torch.enable_grad():
+                    capture, output = self._run(images, differentiable=True, replace=replace)
+                self.switches_grad = output.requires_grad
             with torch.enable_grad():
                 captured = self._captured(capture, output)
                 if not captured.output.requires_grad:
+                    why = "which the output does not depend on (or the model detaches it)"
+                    if output.is_inference():
+                        why = "but the model's forward pass runs under torch.inference_mode"
                     raise ValueError(
                         f"`layer` must be on the way to the embedding, got {self.layer_name!r}, "
-                        "which the output does not depend on (or the model detaches it)"
+                        f"{why}"
                     )
                 yield captured
 
@@ -267,6 +299,10 @@ class Network:
         got = "no tensor" if tensor is None else list(tensor.shape)
         if tensor is not None and self.reshape is not None:
             tensor = self.reshape(tensor)
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"`reshape` must return a tensor [B, C, H, W], got {type(tensor).__name__}"
+                )
             got = f"{list(tensor.shape)} after `reshape`"
         if tensor is None or tensor.ndim != 4 or tensor.shape[2] * tensor.shape[3] <= 1:
             raise ValueError(
@@ -438,20 +474,30 @@ def _keys(output: Any) -> str:
         return ", ".join(repr(k) for k in output)
     if isinstance(output, tuple | list):
         return f"0 to {len(output) - 1}"
-    return "none"
+    named = [name for name in getattr(output, "__dict__", {}) if not name.startswith("_")]
+    return ", ".join(repr(name) for name in named) or "none"
 
 
 def _first_tensor(output: Any) -> Tensor | None:
+    """A layer's tensor: its output, or the first one in a tuple, a dict or an output object."""
     if isinstance(output, Tensor):
         return output
+    if isinstance(output, Mapping):
+        return next((value for value in output.values() if isinstance(value, Tensor)), None)
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
     return None
 
 
 def _with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """The layer's output with another tensor in the place of its first."""
     if isinstance(output, Tensor):
         return tensor
+    if isinstance(output, Mapping):
+        key = next(key for key, value in output.items() if isinstance(value, Tensor))
+        changed: Any = copy.copy(output)
+        changed[key] = tensor
+        return changed
     if hasattr(output, "_replace"):  # a named tuple
         return output._replace(**{output._fields[0]: tensor})
     return type(output)((tensor, *output[1:]))
