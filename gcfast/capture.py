@@ -6,6 +6,7 @@ import copy
 import math
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -361,18 +362,26 @@ class Network:
         return capture.take(output)
 
     def _resolve(self, images: Tensor) -> None:
-        """Find the last layer to finish whose output is spatial: of equals the outermost."""
+        """Find the last layer to finish whose output is spatial: of equals the outermost.
+
+        A module that runs more than once (one activation for all blocks) cannot be explained, and
+        an output object may hold tensors that the embedding does not come from: neither is taken.
+        """
         with self._lock:
             if self.layer is not None:
                 return
             found: list[tuple[str, nn.Module]] = []
+            runs: Counter[nn.Module] = Counter()
             thread = threading.get_ident()
 
             def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
                 def hook(module: nn.Module, args: Any, output: Any) -> None:
                     del args
-                    tensor = _first_tensor(output)
-                    if threading.get_ident() != thread or tensor is None or tensor.ndim != 4:
+                    if threading.get_ident() != thread:
+                        return
+                    runs[module] += 1
+                    tensor = None if isinstance(output, Mapping) else _first_tensor(output)
+                    if tensor is None or tensor.ndim != 4:
                         return
                     if tensor.shape[2] * tensor.shape[3] > 1:
                         found.append((name, module))
@@ -390,6 +399,7 @@ class Network:
             finally:
                 for handle in handles:
                     handle.remove()
+            found = [(name, module) for name, module in found if runs[module] == 1]
             if not found:
                 raise ValueError(
                     "`layer` must be given: no layer of the model has a spatial output "

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.capture import Captured, Network
+from gcfast.capture import Captured, Network, full_precision
 from gcfast.triplets import Cotangents
 
 # Largest norm-relative error with which the closed form may reproduce the model, by its precision.
@@ -27,6 +27,10 @@ TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, tor
 PROBE_IMAGES = 4
 PROBE_VARIANTS = 8  # activations that the map has to reproduce in float64
 EXACT_TOLERANCE = 1e-8
+# What the largest element of a float16 cotangent is scaled to, a row; the gradient of one pixel is
+# some thousand times smaller and would be lost below 6e-8. Divided by BACK_OFF where it overflows.
+HALF_SCALE = 1024.0
+BACK_OFF = 64.0
 UNIT_TOLERANCE = 1e-9  # how far norms may differ in float64 to be equal by the model's own doing
 
 
@@ -45,7 +49,8 @@ class AffineHead(NamedTuple):
 
     def project(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """(f [B, D], |u| [B]) of the pooled activations [B, C]; |u| is 1 where nothing divides."""
-        raw = pooled @ self.weight.T + self.bias
+        with full_precision(pooled.device):
+            raw = pooled @ self.weight.T + self.bias
         if not self.unit:
             return raw, torch.ones_like(raw[:, 0])
         norms = raw.norm(dim=1).clamp(min=1e-12)
@@ -53,7 +58,13 @@ class AffineHead(NamedTuple):
 
     def agrees(self, pooled: Tensor, embeddings: Tensor, precision: torch.dtype) -> bool:
         """Whether the embeddings [B, D] are what this head makes of the pooled activations."""
-        return _error(self.project(pooled)[0], embeddings) <= TOLERANCES[precision]
+        wanted = embeddings.double()
+        missed = (self.project(pooled)[0].double() - wanted).norm(dim=1)
+        sizes = wanted.norm(dim=1)
+        # Each row by itself, so that one stranger does not hide in a large batch; a row near zero
+        # is measured against the others.
+        scale = sizes.clamp(min=max(float(sizes.square().mean().sqrt()), 1e-30))
+        return bool((missed <= TOLERANCES[precision] * scale).all())
 
     def grad_weights(
         self,
@@ -75,6 +86,18 @@ class AffineHead(NamedTuple):
             pixels: [B] int64, P of each image's feature map.
             pooled: [B, C] float32, the pooled activations; Grad-CAM++ only.
         """
+        with full_precision(embeddings.device):
+            return self._grad_weights(parts, method, embeddings, norms, pixels, pooled)
+
+    def _grad_weights(
+        self,
+        parts: Iterable[Cotangents],
+        method: str,
+        embeddings: Tensor,
+        norms: Tensor,
+        pixels: Tensor,
+        pooled: Tensor | None,
+    ) -> Tensor:
         # With P = 1 and the mean for the sum, Grad-CAM++ comes out as for any P, in which it
         # cancels; Grad-CAM is divided by its own P. So images of several sizes share one call.
         weights = _mean_of(
@@ -226,7 +249,7 @@ def _read_head(network: Network, image: Tensor) -> AffineHead | None:
                 r = (t * (v @ jacobian) - t.square() * slope) / (v @ v)
                 jacobian = jacobian + first[:, None] * r
             bias = at[0] - jacobian @ pooled[0]
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, AttributeError, copy.Error):
         # No copy, no float64, or no other batch size behind the layer: autograd takes this model.
         return None
     raw = pooled @ jacobian.T + bias
@@ -238,10 +261,36 @@ def _read_head(network: Network, image: Tensor) -> AffineHead | None:
 def _vjp(network: Network, captured: Captured, output: Tensor, cotangent: Tensor) -> Tensor:
     """The cotangent [B, D] pulled back to the layer, [B, C, H, W]."""
     assert captured.leaf is not None
-    (gradient,) = torch.autograd.grad(
-        output, captured.leaf, cotangent.to(output.dtype), retain_graph=True
-    )
+    if captured.leaf.dtype == torch.float16:
+        gradient = _half_vjp(captured.leaf, output, cotangent)
+    else:
+        (gradient,) = torch.autograd.grad(
+            output,
+            captured.leaf,
+            cotangent.to(output.dtype),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        if gradient is None:
+            raise ValueError(
+                f"`layer` must be on the way to the embedding, got {network.layer_name!r}, "
+                "which the output does not depend on"
+            )
     return network.reshape(gradient) if network.reshape is not None else gradient
+
+
+def _half_vjp(leaf: Tensor, output: Tensor, cotangent: Tensor) -> Tensor:
+    """The gradient in float32, each row scaled through float16 so that it keeps its digits."""
+    cotangent = cotangent.float()
+    peaks = cotangent.abs().amax(1)
+    scales = torch.where(peaks > 0, HALF_SCALE / peaks, 1.0)
+    while True:
+        scaled = (cotangent * scales[:, None]).to(output.dtype)
+        (gradient,) = torch.autograd.grad(output, leaf, scaled, retain_graph=True)
+        bad = ~torch.isfinite(gradient).flatten(1).all(1)
+        if not bool((bad & (scales * peaks > 1)).any()):
+            return gradient.float() / scales.view(-1, *[1] * (gradient.ndim - 1))
+        scales = torch.where(bad, scales / BACK_OFF, scales)
 
 
 def _one_hot(output: Tensor, row: int, column: int) -> Tensor:
