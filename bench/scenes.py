@@ -335,18 +335,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report = show(options, network, plain.database, rows, {"one": one, "two": two})
     columns = plain.columns
+    recall = learnt[-1][1].split()[0]
     write_report(
         options.out / "scenes.html",
         title="Real pictures, a real network",
         lead=(
             "Stamps on photographs, explained with the channel weights of the nearest training "
             "picture. In two-object pictures the green outline is the object of that picture's "
-            "class. The pictures shown are drawn at random."
+            "class. The pictures shown are drawn at random. "
+            + "; ".join(f"{name}: {value}" for name, value in [*learnt[:1], *closing[1:]])
         ),
         rows=report,
         table=[["map", *columns, *(f"{c}, center=1" for c in columns)], *table[1:]],
         table_caption="Means over the pictures that each column applies to.",
-        facts=[*facts, *learnt, *closing],
+        facts=[
+            ("training classes", str(len(known))),
+            ("unseen classes", str(len(unseen))),
+            ("training pictures", str(len(rows))),
+            ("one-object pictures", str(len(one))),
+            ("two-object pictures", str(len(two))),
+            ("of them with the nearest row's class", str(decided)),
+            ("recall@1, unseen", recall),
+            ("seed", str(options.seed)),
+        ],
     )
     print(f"page: {options.out / 'scenes.html'}, overlays: scenes-one.png and scenes-two.png there")
 

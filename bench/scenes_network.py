@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -198,18 +199,22 @@ def trained_network(
     path = cache / f"scenes-{fingerprint(images, settings)}.safetensors"
     if path.exists() and not retrain:
         network.load_state_dict(load_file(path), strict=False)
-        return network, f"fine-tuned weights read from {path.name}"
+        with safe_open(path, "pt") as file:
+            return network, f"{file.metadata()['history']}; read from the cache"
     start = time.perf_counter()
     losses = train(network, images, labels, epochs=epochs, seed=seed, progress=progress)
     minutes = (time.perf_counter() - start) / 60
+    history = (
+        f"fine-tuned in {minutes:.1f} min on {torch.get_num_threads()} threads: {epochs} epochs "
+        f"of {len(images)} pictures, loss of the violated triplets {losses[0]:.4f} to "
+        f"{losses[-1]:.4f}"
+    )
     cache.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({name: value.contiguous() for name, value in network.tuned()}, partial)
+    values = {name: value.contiguous() for name, value in network.tuned()}
+    save_file(values, partial, metadata={"history": history})
     partial.replace(path)
-    return network, (
-        f"fine-tuned in {minutes:.1f} min: {epochs} epochs of {len(images)} pictures, "
-        f"loss {losses[0]:.4f} to {losses[-1]:.4f}"
-    )
+    return network, history
 
 
 def embed(network: SceneNetwork, images: NDArray[np.uint8], *, progress: bool = False) -> Tensor:
