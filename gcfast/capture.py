@@ -253,7 +253,7 @@ class Network:
         """The images in the memory format that the model takes best."""
         if self.channels_last and images.ndim == 4:
             return images.contiguous(memory_format=torch.channels_last)
-        return images
+        return images.contiguous()
 
     def _run(
         self,
