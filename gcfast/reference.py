@@ -185,12 +185,11 @@ def knn(
     best_ids = torch.empty((B, 0), dtype=torch.int64, device=queries.device)
     for start in range(0, N, tile):
         rows = table[start : start + tile].to(dtype)
-        scores = queries @ rows.T  # [B, tile]
-        if metric == "l2":
+        if metric == "l2":  # |q|^2 is the same for every row and left out
             square = rows.square().sum(1) if squares is None else squares[start : start + tile]
-            scores = square.to(dtype) - 2 * scores  # |q|^2 is the same for every row
+            scores = torch.addmm(square.to(dtype), queries, rows.T, alpha=-2)  # [B, tile]
         else:
-            scores = -scores
+            scores = -(queries @ rows.T)
         near, ids = scores.topk(min(spare, scores.shape[1]), largest=False)
         best, best_ids = torch.cat([best, near], 1), torch.cat([best_ids, ids + start], 1)
         if best.shape[1] > spare:
