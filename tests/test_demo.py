@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from gcfast.demo.birds import bounding_box, draw_bird
+from gcfast.demo.network import WEIGHTS, BirdNet, load_network
 from gcfast.demo.species import PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
 
 
@@ -33,7 +35,7 @@ def test_the_same_arguments_draw_the_same_picture():
 
 @pytest.mark.parametrize("size", [64, 97, 144])
 def test_masks_lie_where_they_should(size):
-    for index in range(18):
+    for index in range(12):
         label = index * 5 % len(SPECIES)
         picture = draw_bird(label, seed=1, index=index, size=size)
         assert picture.image.shape == (size, size, 3)
@@ -55,7 +57,7 @@ def test_masks_lie_where_they_should(size):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_species_of_a_family_differ_in_the_part_alone(part):
-    for index in range(3):
+    for index in range(2):
         pictures = [draw_bird(label, seed=2, index=index) for label in _labels_of(part)]
         first = pictures[0]
         for other in pictures[1:]:
@@ -92,3 +94,62 @@ def test_bounding_box_by_hand():
 def test_arguments_out_of_range(arguments, words):
     with pytest.raises(ValueError, match=words):
         draw_bird(arguments.pop("label"), **arguments)
+
+
+def test_the_network_that_ships():
+    assert WEIGHTS.stat().st_size <= 2_000_000
+    network = load_network()
+    assert not network.training
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    images = torch.rand(2, 3, 144, 144, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        embeddings = network(images)
+        maps = network.features(images)
+    assert embeddings.shape == (2, 64)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+    assert maps.shape == (2, 192, 18, 18)
+
+
+def test_the_network_knows_unseen_species():
+    """Recall at 1 among six pictures of each unseen species; chance is 0.03."""
+    labels = [label for label in UNSEEN_LABELS for _ in range(6)]
+    images = np.stack([draw_bird(y, seed=4, index=i).image for i, y in enumerate(labels)])
+    with torch.inference_mode():
+        batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        embeddings = load_network()(batch)
+    similarity = embeddings @ embeddings.T
+    similarity.fill_diagonal_(-2)
+    nearest = torch.tensor(labels)[similarity.argmax(dim=1)]
+    assert (nearest == torch.tensor(labels)).float().mean() > 0.5
+
+
+def test_a_network_starts_from_its_seed():
+    torch.manual_seed(0)
+    first = BirdNet().state_dict()
+    torch.manual_seed(0)
+    assert all(torch.equal(first[name], value) for name, value in BirdNet().state_dict().items())
+
+
+def test_the_whole_demonstration_in_small(tmp_path):
+    from gcfast.demo.run import run_demo
+
+    lines: list[str] = []
+    out = tmp_path / "made" / "here"
+    assert run_demo(out, training_each=3, unseen_each=1, speed_rounds=1, echo=lines.append) == 0
+    text = "\n".join(lines)
+    for words in ("box", "mask", "part", "uniform", "EmbeddingCAM", "images explained a second"):
+        assert words in text
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == 8 * len(PARTS)
+    assert "http" not in page.split("<body>")[1]
+
+
+def test_the_demonstration_refuses_too_few_pictures(tmp_path):
+    from gcfast.demo.run import run_demo
+
+    with pytest.raises(ValueError, match="`training_each` must be at least 2, got 1"):
+        run_demo(tmp_path, training_each=1)
+    with pytest.raises(ValueError, match="`unseen_each` must be at least 1, got 0"):
+        run_demo(tmp_path, unseen_each=0)
+    with pytest.raises(ValueError, match="`speed_rounds` must be at least 1, got 0"):
+        run_demo(tmp_path, speed_rounds=0)

@@ -268,17 +268,12 @@ def _legs(pen: _Pen, pose: Pose, body: Frame) -> Array:
     below = pose.support == "below"
     down = np.array([0.05, 1.0]) if below else np.array([0.95, 0.32])
     grip = np.array([1.0, 0.0]) if below else np.array([-0.1, -1.0])
-    feet = []
-    for hip_at in ((-0.10, 0.20), (0.06, 0.22)):
-        hip = body(hip_at)
-        knee = hip + 0.10 * down - 0.05 * grip
-        foot = hip + (pose.leg + 0.06) * down
-        feet.append(foot)
+    hips = body([(-0.10, 0.20), (0.06, 0.22)])
+    feet: Array = hips + (pose.leg + 0.06) * down
     # Both feet hold the same straight perch.
-    line = float(np.mean([f @ down for f in feet]))
-    feet = [f + (line - float(f @ down)) * down / float(down @ down) for f in feet]
-    for hip_at, foot in zip(((-0.10, 0.20), (0.06, 0.22)), feet, strict=True):
-        hip = body(hip_at)
+    reach = feet @ down
+    feet = feet + (reach.mean() - reach)[:, None] * down / float(down @ down)
+    for hip, foot in zip(hips, feet, strict=True):
         knee = 0.55 * hip + 0.45 * foot - 0.05 * grip
         pen.line(np.stack([hip, knee]), LEGS, 0.062, silhouette=True)
         pen.line(np.stack([knee, foot]), LEGS, 0.050, silhouette=True)
@@ -286,7 +281,7 @@ def _legs(pen: _Pen, pose: Pose, body: Frame) -> Array:
             tip = foot + toe * grip + 0.035 * down
             pen.line(np.stack([foot, tip]), LEGS, 0.042, silhouette=True)
         pen.line(np.stack([knee, foot]) + 0.012 * grip, LEGS_LINE, 0.012)
-    return np.stack(feet)
+    return feet
 
 
 def _tail(pen: _Pen, pose: Pose, turn: Array, body: Frame) -> None:
