@@ -8,6 +8,7 @@ closed form, with a second pass over the loader where it does not.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -66,6 +67,10 @@ class Batch(NamedTuple):
 
 def batches(loader: Iterable[Any], network: Network) -> Iterator[Batch]:
     """The elements of a loader, checked and moved to the model's device and dtype."""
+    if not isinstance(loader, Iterable):
+        raise TypeError(
+            f"`loader` must be an iterable of (images, labels), got {type(loader).__name__}"
+        )
     for number, element in enumerate(loader):
         if not isinstance(element, tuple | list) or len(element) not in (2, 3):
             got = type(element).__name__
@@ -76,16 +81,26 @@ def batches(loader: Iterable[Any], network: Network) -> Iterator[Batch]:
                 f"batch {number}: a database needs labels"
             )
         images = require_images("images", element[0])
-        dtype = images.dtype if torch.is_autocast_enabled(images.device.type) else network.dtype()
-        images = images.to(network.device(images.device), dtype)
+        device = network.device(images.device)
+        dtype = images.dtype if torch.is_autocast_enabled(device.type) else network.dtype()
+        images = images.to(device, dtype)
         labels = Labels.listed(element[1], len(images))
         ids = None
         if len(element) == 3:
-            ids = [str(i) for i in element[2]]
-            if len(ids) != len(images):
-                raise ValueError(f"`ids` must have B = {len(images)} elements, got {len(ids)}")
+            ids = listed_ids(element[2], len(images))
         if len(images):
             yield Batch(images, labels, ids)
+
+
+def listed_ids(ids: Any, count: int) -> list[str]:
+    """Ids of any kind, also as a tensor or an array, as strings."""
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"`ids` must be one id an image, got {ids!r}")
+    values = [str(value) for value in values]
+    if len(values) != count:
+        raise ValueError(f"`ids` must have B = {count} elements, got {len(values)}")
+    return values
 
 
 def require_images(name: str, images: object) -> Tensor:
@@ -106,12 +121,25 @@ def embed_all(
     l2_normalize: bool,
     keep_pooled: bool,
     progress: bool,
+    channels: int | str = "all",
+    one_pass: bool = False,
     spool_bytes: int = SPOOL_MEMORY_BYTES,
 ) -> Embedded:
     """Stage 1: one forward pass over the loader.
 
+    Args:
+        network: the model and its layer.
+        loader: as for :meth:`gcfast.Explainer.build`.
+        l2_normalize: whether the embedding is normalised after the model.
+        keep_pooled: spool the pooled activations too, for Grad-CAM++.
+        progress: show a bar on stderr.
+        channels: how many channels a row will keep.
+        one_pass: the loader cannot be gone through again; stop where a head needs that.
+        spool_bytes: what is held in memory.
+
     Raises:
-        ValueError: no images, no labels, one class only, or NaN in an embedding, with its row.
+        ValueError: no images, no labels, one class only, or NaN in an embedding, with its row;
+            more channels than the layer has; one pass only, and a head that needs two.
     """
     spool = Spool(spool_bytes)
     labels = Labels()
@@ -128,6 +156,12 @@ def embed_all(
             captured = network.embed(batch.images)
             embeddings = normalized(captured.output, l2_normalize)
             check_embeddings(embeddings, batch.images, first=row)
+            if row == 0:
+                C = captured.activations.shape[1]
+                if channels != "all" and int(channels) > C:
+                    raise ValueError(
+                        f"`channels` must be at most the layer's C = {C}, got {channels}"
+                    )
             pooled = captured.activations.float().mean((2, 3))  # [B, C]
             pixels = math.prod(captured.activations.shape[2:])
             totals = pooled.sum(0, dtype=torch.float64).cpu() * pixels
@@ -143,6 +177,12 @@ def embed_all(
                 else:
                     head = None  # affine as far as the probe saw; autograd takes all the rows
                     spool.drop("norms", "pixels", "pooled")
+            if head is None and one_pass:
+                raise ValueError(
+                    "`loader` must be one that can be gone through twice, got a one-shot iterator "
+                    f"({type(loader).__name__}): this model's head needs a second pass over the "
+                    "images"
+                )
             spool.add(**{name: column.cpu() for name, column in columns.items()})
             labels.add(batch.labels)
             ids += batch.ids or [str(i) for i in range(row, row + len(batch.images))]
@@ -212,10 +252,6 @@ class Rows:
         self.counts: list[Tensor] = []
         self.fallbacks = 0
         C = len(embedded.mean_activation)
-        if settings.channels != "all" and settings.channels > C:
-            raise ValueError(
-                f"`channels` must be at most the layer's C = {C}, got {settings.channels}"
-            )
         self.m = C if settings.channels == "all" else settings.channels
 
     def anchors(self, start: int, stop: int) -> Anchors:
@@ -237,7 +273,7 @@ class Rows:
     def add(self, start: int, weights: Tensor, first: Cotangents) -> None:
         """Keep the rows that have a triplet; weights [B, C]."""
         found = first.valid.any(1)
-        require_finite_rows("grad-weights", weights[found], first=start)
+        require_finite_rows("grad-weights", weights, first=start)
         channels, values = ops.top_m(weights[found].cpu(), self.m)
         self.kept.append(found.nonzero().flatten() + start)
         self.channels.append(channels)
@@ -364,22 +400,23 @@ def build(
     spool_bytes: int = SPOOL_MEMORY_BYTES,
 ) -> Database:
     """Both stages; see :meth:`gcfast.Explainer.build`."""
+    try:
+        json.dumps(preprocessing)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`preprocessing` must be what JSON can hold: {error}") from None
     embedded = embed_all(
         network,
         loader,
         l2_normalize=settings.l2_normalize,
         keep_pooled=settings.method == "gradcam++",
         progress=progress,
+        channels=settings.channels,
+        one_pass=isinstance(loader, Iterator),
         spool_bytes=spool_bytes,
     )
     if embedded.head is not None:
         rows = rows_from_spool(embedded, settings, progress=progress)
     else:
-        if iter(loader) is loader:
-            raise ValueError(
-                "`loader` must be one that can be gone through twice, got a one-shot iterator "
-                f"({type(loader).__name__}): this model's head needs a second pass over the images"
-            )
         rows = rows_from_second_pass(network, loader, embedded, settings, progress=progress)
     return assemble(network, embedded, rows, settings, preprocessing)
 

@@ -211,13 +211,30 @@ class FunctionObjective(Objective):
                 partners.negatives.reshape(leaf.shape).clone(),
                 hinge=True,
             )
-            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            gradient = gradients_of(loss, [leaf])[0]
         return gradient.view(shape), (loss.detach() > 0).view(shape[:-1])
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`Objective.describe`."""
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         return {"name": "function", "function": f"{self.function.__module__}.{name}"}
+
+
+def gradients_of(loss: Tensor, embeddings: list[Tensor]) -> list[Tensor]:
+    """dL/df for each of the embeddings, zeros for those that the loss does not use.
+
+    Raises:
+        ValueError: a loss that uses none of them, or whose graph is cut.
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            "`objective` must be differentiable in the anchor's embedding, got a loss that does "
+            "not depend on it"
+        )
+    gradients = torch.autograd.grad(
+        loss.sum(), embeddings, allow_unused=True, materialize_grads=True
+    )
+    return list(gradients)
 
 
 def as_objective(objective: Objective | LossFunction) -> Objective:

@@ -77,6 +77,16 @@ class Spool:
             self._directory = None
 
     def _spill(self) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot spool to temporary files, {error.strerror or error}: "
+                f"TMPDIR can name a larger place than {self.folder or tempfile.gettempdir()}",
+            ) from error
+
+    def _write(self) -> None:
         if self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="gcfast-spool-", dir=self.folder)
         for name, parts in self._parts.items():

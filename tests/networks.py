@@ -146,8 +146,8 @@ def other(channels: int = CHANNELS) -> Net:
 def pictures(count: int, classes: int = 3, size: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor]:
     """Pictures [count, 3, h, w] of classes that differ, overlapping; labels [count] int64."""
     labels = torch.arange(count) % classes
-    kinds = torch.rand(classes, 3, *size)
-    return kinds[labels] + 0.7 * torch.randn(count, 3, *size), labels
+    colours = torch.randn(classes, 3, 1, 1)
+    return colours[labels] + torch.randn(count, 3, *size), labels
 
 
 def loader(
