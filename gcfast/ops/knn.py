@@ -1,0 +1,66 @@
+"""Exact nearest neighbours."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gcfast import reference
+from gcfast._checks import (
+    FLOATS,
+    require_choice,
+    require_dtype,
+    require_int,
+    require_same_device,
+    require_shape,
+    require_tensor,
+)
+
+
+@torch.no_grad()
+def knn(
+    queries: Tensor, table: Tensor, k: int, *, metric: str = "l2", squares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The exact k nearest rows of a table, nearest first, ties to the lower row.
+
+    The table is read in tiles of bounded memory; the distances returned are measured by the
+    difference and so are exactly 0 for equal rows.
+
+    Args:
+        queries: [B, D] floating point, finite.
+        table: [N, D] floating point, finite.
+        k: K, at least 1; where it exceeds N the rest is filled as below.
+        metric: "l2" (squared Euclidean, smallest first) or "ip" (inner product, largest first).
+        squares: [N], the rows' squared norms, where they are at hand ("l2" only).
+
+    Returns:
+        (distances [B, K] float32, or float64 for float64 inputs; rows [B, K] int64). Where fewer
+        than K rows exist the row is -1 and the distance +inf (inner product: -inf).
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device, k below 1, an unknown metric.
+
+    Source: paper, section 3.3 (weight transfer by nearest neighbour).
+    """
+    for name, tensor in (("queries", queries), ("table", table)):
+        require_dtype(name, require_tensor(name, tensor), FLOATS)
+    sizes = require_shape("queries", queries, "B D")
+    sizes = require_shape("table", table, "N D", sizes)
+    require_int("k", k, 1)
+    require_choice("metric", metric, ("l2", "ip"))
+    if squares is not None:
+        require_shape("squares", squares, "N", sizes)
+    require_same_device(queries=queries, table=table, squares=squares)
+    distances, ids = reference.knn(
+        queries, table, min(k, max(sizes["N"], 1)), metric=metric, squares=squares
+    )
+    missing = k - ids.shape[1]
+    if missing:
+        distances = torch.nn.functional.pad(
+            distances, (0, missing), value=math.inf if metric == "l2" else -math.inf
+        )
+        ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
+    return distances, ids
