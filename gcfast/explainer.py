@@ -16,13 +16,19 @@ from torch import Tensor, nn
 from gcfast import ops
 from gcfast._checks import require_choice, require_int
 from gcfast.build import build, check_embeddings, require_images, signed_parts
-from gcfast.capture import Captured, Network, Reshape
+from gcfast.capture import Captured, Network, Reshape, full_precision
 from gcfast.database import Database
 from gcfast.errors import ModelMismatchError, NoDatabaseError
 from gcfast.fingerprint import difference, fingerprint
 from gcfast.head import normalized, vjp_grad_weights
 from gcfast.labels import Labels, numbers_for
-from gcfast.objectives import LossFunction, Objective, TripletLoss, objective_from
+from gcfast.objectives import (
+    LossFunction,
+    Objective,
+    TripletLoss,
+    gradients_of,
+    objective_from,
+)
 from gcfast.search import Search, make_search, temperature
 from gcfast.settings import Settings
 from gcfast.triplets import Anchors, Cotangents, PairSource
@@ -60,9 +66,15 @@ class _MapOptions:
     def checked(self, images: Tensor) -> tuple[int, int]:
         """(OH, OW), once everything is as it must be."""
         require_choice("normalize", self.normalize, ("max", "minmax", None))
+        if isinstance(self.center, bool) or not isinstance(self.center, int | float):
+            raise TypeError(f"`center` must be a number, got {self.center!r}")
         if not math.isfinite(self.center):
             raise ValueError(f"`center` must be finite, got {self.center}")
         size = tuple(images.shape[-2:]) if self.size is None else self.size
+        if not isinstance(size, int | tuple | list) or (
+            not isinstance(size, int) and len(size) != 2
+        ):
+            raise TypeError(f"`size` must be (OH, OW) or one int for both, got {size!r}")
         height, width = (size, size) if isinstance(size, int) else size
         require_int("size", height, 1)
         require_int("size", width, 1)
@@ -151,13 +163,6 @@ class Explainer:
         )
         self.k = require_int("k", k, 1)
         self.index = index
-        if layer is None and database is not None:
-            layer = database.manifest["layer"]
-            names = {name for name, _ in Network(model).model.named_modules()}
-            if layer not in names:
-                raise ModelMismatchError(
-                    f"the database was built with the layer {layer!r}, which the model lacks"
-                )
         self.network = Network(model, layer, output_key=output_key, reshape=reshape)
         self._lock = threading.Lock()
         self._database: Database | None = None
@@ -188,6 +193,11 @@ class Explainer:
                 "gcfast.Database.open reads one"
             )
         manifest = database.manifest
+        if self.layer_name is None and not self.network.has_layer(manifest["layer"]):
+            raise ModelMismatchError(
+                f"the database was built with the layer {manifest['layer']!r}, which the model "
+                "lacks"
+            )
         differs = difference(manifest["fingerprint"], fingerprint(self.network.model))
         if differs:
             raise ModelMismatchError(
@@ -203,6 +213,8 @@ class Explainer:
                 f"the database was built with l2_normalize={not self.settings.l2_normalize}, "
                 f"not with {self.settings.l2_normalize}"
             )
+        if self.layer_name is None:
+            self.network.set_layer(manifest["layer"])
         self._set_database(database)
 
     def _set_database(self, database: Database) -> None:
@@ -333,23 +345,26 @@ class Explainer:
         captured = self.network.embed(images)
         embeddings = normalized(captured.output, self.settings.l2_normalize)
         check_embeddings(embeddings, images)
-        distances, neighbors = attached.search(embeddings, self.k)
-        mixing = None
-        if self.k > 1:
-            scale = max(attached.temperature, torch.finfo(torch.float32).tiny)
-            mixing = torch.softmax(-distances / scale, dim=1)
-        maps = ops.sparse_cam(
-            captured.activations,
-            neighbors,
-            attached.channels,
-            attached.weights,
-            size=output_size,
-            mixing=mixing,
-            offsets=attached.offsets,
-            center=center,
-            relu=relu,
-            normalize=normalize,
-        )
+        with full_precision(images.device):
+            distances, neighbors = attached.search(embeddings, self.k)
+            mixing = None
+            if self.k > 1:
+                scale = max(attached.temperature, torch.finfo(torch.float32).tiny)
+                # From the nearest on, so that where τ is 0 (a table of twins) that one weighs 1.
+                beyond = distances - distances[:, :1]
+                mixing = torch.softmax(-beyond / scale, dim=1)
+            maps = ops.sparse_cam(
+                captured.activations,
+                neighbors,
+                attached.channels,
+                attached.weights,
+                size=output_size,
+                mixing=mixing,
+                offsets=attached.offsets,
+                center=center,
+                relu=relu,
+                normalize=normalize,
+            )
         if not details:
             return maps
         found = neighbors >= 0
@@ -410,7 +425,8 @@ class Explainer:
             anchors = Anchors(
                 embeddings.detach().cpu(),
                 numbers,
-                len(database) + torch.arange(len(images)),
+                # None of the rows, and the same for all, so that no draw depends on the batch.
+                torch.full((len(images),), len(database)),
             )
             parts = (
                 part._replace(
@@ -486,16 +502,13 @@ class Explainer:
                 loss = settings.objective.loss(
                     leaves[0], leaves[1], leaves[2], settings.on_no_triplet == "skip"
                 )
-                cotangents = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+                cotangents = gradients_of(loss, leaves)
             maps = []
             for one, own, cotangent, output_size in zip(
                 captured, embeddings, cotangents, sizes, strict=True
             ):
-                values = torch.zeros_like(own) if cotangent is None else cotangent
-                valid = values.new_ones((len(values), 1), dtype=torch.bool)
-                part = Cotangents(
-                    settings.sign * values[:, None].detach(), valid, valid[:, 0].long()
-                )
+                valid = cotangent.new_ones((len(cotangent), 1), dtype=torch.bool)
+                part = Cotangents(settings.sign * cotangent[:, None], valid, valid[:, 0].long())
                 weights = vjp_grad_weights(one, own, [part], settings.method, self.network)
                 maps.append(self._own_maps(one, weights, options, output_size))
         return TripletMaps(*maps)
@@ -508,22 +521,23 @@ class Explainer:
         m = C if self.settings.channels == "all" else self.settings.channels
         if m > C:
             raise ValueError(f"`channels` must be at most the layer's C = {C}, got {m}")
-        channels, kept = ops.top_m(weights, m)
-        offsets = None
-        if options.center != 0:
-            mean = self._attach().database.mean_activation.to(kept.device)
-            offsets = (kept * mean[channels]).sum(1)
-        return ops.sparse_cam(
-            captured.activations.detach(),
-            torch.arange(B, device=kept.device)[:, None],
-            channels,
-            kept,
-            size=size,
-            offsets=offsets,
-            center=options.center,
-            relu=options.relu,
-            normalize=options.normalize,
-        )
+        with full_precision(weights.device):
+            channels, kept = ops.top_m(weights, m)
+            offsets = None
+            if options.center != 0:
+                mean = self._attach().database.mean_activation.to(kept.device)
+                offsets = (kept * mean[channels]).sum(1)
+            return ops.sparse_cam(
+                captured.activations.detach(),
+                torch.arange(B, device=kept.device)[:, None],
+                channels,
+                kept,
+                size=size,
+                offsets=offsets,
+                center=options.center,
+                relu=options.relu,
+                normalize=options.normalize,
+            )
 
     def _checked_images(self, name: str, images: Tensor) -> Tensor:
         images = require_images(name, images)
@@ -550,6 +564,8 @@ class Explainer:
             device = self.network.device(torch.device("cpu"))
             if attached is None or attached.device != device:
                 table = database.embeddings.to(device)
+                with full_precision(device):
+                    tau = temperature(table, self.k) if self.k > 1 else 1.0
                 attached = self._attached = _Attached(
                     database=database,
                     device=device,
@@ -558,7 +574,7 @@ class Explainer:
                     offsets=database.offsets.to(device),
                     labels=database.labels.to(device),
                     search=make_search(self.index, table),
-                    temperature=temperature(table, self.k) if self.k > 1 else 1.0,
+                    temperature=tau,
                 )
             return attached
 
