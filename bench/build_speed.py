@@ -24,7 +24,7 @@ from subjects import NETWORKS, loader, network
 from torch import Tensor, nn
 
 import gcfast
-from gcfast import build as build_module
+from gcfast import embedding as embedding_module
 from gcfast import head as head_module
 
 MARGIN = 0.2
@@ -76,7 +76,7 @@ def agreement(model: nn.Module, layer: str) -> dict[str, float]:
     """The largest |w - w_ref| / |w_ref| over the rows, for each way of building."""
     batches = loader(24, 12, 6)
     errors = {}
-    probe = build_module.probe
+    probe = embedding_module.probe
     for method, evidence, path in itertools.product(
         ("gradcam", "gradcam++"), ("for", "against"), ("closed form", "autograd")
     ):
@@ -86,11 +86,11 @@ def agreement(model: nn.Module, layer: str) -> dict[str, float]:
             model, layer, method=method, evidence=evidence, triplets="all", channels="all"
         )
         # The autograd path is forced by a probe that recognises nothing.
-        build_module.probe = probe if path == "closed form" else lambda *_: None
+        embedding_module.probe = probe if path == "closed form" else lambda *_: None
         try:
             database = explainer.build(batches)
         finally:
-            build_module.probe = probe
+            embedding_module.probe = probe
         assert database.manifest["closed_form"] == (path == "closed form")
         dense = torch.zeros_like(wanted)
         dense.scatter_(1, database.channels, database.weights.double())

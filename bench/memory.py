@@ -21,7 +21,7 @@ from paired import conditions
 from torch import Tensor, nn
 
 import gcfast
-from gcfast import build as build_module
+from gcfast.build import build
 
 DIM, CHANNELS = 128, 256
 
@@ -70,9 +70,7 @@ def build_peak(rows: int, method: str, spool_mib: int) -> dict[str, float]:
     explainer = gcfast.Explainer(Small(), method=method)
     explainer.build(batches(512))  # libraries and buffers that do not depend on N
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    build_module.build(
-        explainer.network, batches(rows), explainer.settings, spool_bytes=spool_mib * 2**20
-    )
+    build(explainer.network, batches(rows), explainer.settings, spool_bytes=spool_mib * 2**20)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     table = rows * DIM * 4 / 2**20
     return {"rows": rows, "growth_mib": peak - before, "n_by_d_mib": table,

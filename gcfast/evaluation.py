@@ -14,12 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gcfast import ops
-from gcfast.build import Embedded, assemble, embed_all, rows_from_spool
+from gcfast.build import assemble
 from gcfast.capture import full_precision
 from gcfast.database import Database
+from gcfast.embedding import Embedded, embed_all
 from gcfast.errors import UnsupportedModelError
 from gcfast.explainer import Explainer
 from gcfast.head import AffineHead, normalized
+from gcfast.rows import rows_from_spool
 from gcfast.settings import Settings
 
 Score = Callable[[Tensor, Any, list[str]], dict[str, Tensor]]

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from gcfast import ops
 from gcfast._checks import require_choice, require_int
-from gcfast.build import build, check_embeddings, require_images, signed_parts
+from gcfast.build import build
 from gcfast.capture import Captured, Network, Reshape, full_precision
 from gcfast.database import Database
 from gcfast.errors import ModelMismatchError, NoDatabaseError
 from gcfast.fingerprint import difference, fingerprint
 from gcfast.head import normalized, vjp_grad_weights
 from gcfast.labels import Labels, numbers_for
+from gcfast.loading import check_embeddings, require_images
 from gcfast.objectives import (
     LossFunction,
     Objective,
@@ -29,6 +30,7 @@ from gcfast.objectives import (
     gradients_of,
     objective_from,
 )
+from gcfast.rows import signed_parts
 from gcfast.search import Search, make_search, temperature
 from gcfast.settings import Settings
 from gcfast.triplets import Anchors, Cotangents, PairSource

@@ -15,15 +15,13 @@ class Spool:
     """What the forward pass leaves for the rows: named columns of equal length.
 
     Args:
-        memory_bytes: how much is held in memory; what comes after goes to a temporary folder, and
+        memory_bytes: how much is held in memory, None for SPOOL_MEMORY_BYTES; what comes after goes to a temporary folder, and
             the finished columns are then memory-mapped from there.
         folder: where to make the temporary folder; None for the system's place.
     """
 
-    def __init__(
-        self, memory_bytes: int = SPOOL_MEMORY_BYTES, folder: str | Path | None = None
-    ) -> None:
-        self.memory_bytes = memory_bytes
+    def __init__(self, memory_bytes: int | None = None, folder: str | Path | None = None) -> None:
+        self.memory_bytes = SPOOL_MEMORY_BYTES if memory_bytes is None else memory_bytes
         self.folder = folder
         self.held = 0
         self._parts: dict[str, list[Tensor]] = {}

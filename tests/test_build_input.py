@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gcfast
-from gcfast import build as build_module
+from gcfast import embedding as embedding_module
 from gcfast import ops
+from gcfast import rows as rows_module
 from gcfast.build import build
 from gcfast.head import AffineHead
 from gcfast.spool import Spool
@@ -94,7 +95,7 @@ def test_pictures_of_several_sizes_share_a_database(method: str) -> None:
     bent = Net(nn.Sequential(*head, Lambda(lambda x: x + 1e-30 * x.relu())))
     bent.backbone = model.backbone
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module, "probe", lambda *_: None)
+        patch.setattr(embedding_module, "probe", lambda *_: None)
         by_autograd = explainer(bent, **settings).build(batches)
     assert not by_autograd.manifest["closed_form"]
     assert norm_error(dense(by_autograd, CHANNELS), dense(closed, CHANNELS)) < 1e-5
@@ -433,7 +434,7 @@ def test_more_channels_than_the_layer_has_are_refused_at_the_first_batch() -> No
 
 
 def test_an_enumeration_that_no_one_would_wait_for_is_refused(monkeypatch: Any) -> None:
-    monkeypatch.setattr(build_module, "ENUMERATION_LIMIT", 1000)
+    monkeypatch.setattr(rows_module, "ENUMERATION_LIMIT", 1000)
     for make in (common, other):
         with pytest.raises(ValueError, match=r"'all' would list .* pairs, .* above the limit of"):
             explainer(make(), triplets="all", method="gradcam++").build(loader(*pictures(9)))
