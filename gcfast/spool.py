@@ -15,8 +15,8 @@ class Spool:
     """What the forward pass leaves for the rows: named columns of equal length.
 
     Args:
-        memory_bytes: how much is held in memory, None for SPOOL_MEMORY_BYTES; what comes after goes to a temporary folder, and
-            the finished columns are then memory-mapped from there.
+        memory_bytes: how much is held in memory, None for SPOOL_MEMORY_BYTES; what comes after goes
+            to a temporary folder, and the finished columns are then memory-mapped from there.
         folder: where to make the temporary folder; None for the system's place.
     """
 
