@@ -28,6 +28,16 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_ROWS = 65_536
 FIELDS = ("embeddings", "channels", "weights", "offsets", "labels", "triplet_counts")
+MANIFEST_KEYS: dict[str, type] = {
+    "fingerprint": dict,
+    "layer": str,
+    "settings": dict,
+    "class_names": list,
+    "report": dict,
+    "mean_activation": list,
+    "shards": list,
+}
+SHARD_KEYS: dict[str, type] = {"file": str, "rows": int, "bytes": int, "sha256": str}
 
 
 class Database:
@@ -131,7 +141,12 @@ class Database:
             if target.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
                 os.rename(target, old / target.name)
-                os.rename(folder, target)
+                try:
+                    os.rename(folder, target)
+                except OSError:
+                    os.rename(old / target.name, target)
+                    old.rmdir()
+                    raise
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 os.rename(folder, target)
@@ -147,7 +162,8 @@ class Database:
     def _write_shard(self, folder: Path, number: int, start: int) -> dict[str, Any]:
         rows = slice(start, start + SHARD_ROWS)
         tensors = {name: getattr(self, name)[rows].contiguous() for name in FIELDS}
-        encoded = [i.encode() for i in self.ids[rows]]
+        # A file name that is not UTF-8 comes as surrogates and keeps its bytes.
+        encoded = [i.encode(errors="surrogateescape") for i in self.ids[rows]]
         ends = np.cumsum([len(i) for i in encoded], dtype=np.int64)
         tensors["id_ends"] = torch.from_numpy(ends)
         tensors["id_bytes"] = torch.tensor(list(b"".join(encoded)), dtype=torch.uint8)
@@ -182,7 +198,7 @@ class Database:
             tensors = _read_shard(folder, shard, verify)
             content = tensors.pop("id_bytes").numpy().tobytes()
             ends = [0, *tensors.pop("id_ends").tolist()]
-            ids += [content[a:b].decode() for a, b in pairwise(ends)]
+            ids += [content[a:b].decode(errors="surrogateescape") for a, b in pairwise(ends)]
             parts.append(tensors)
         if len(parts) == 1:
             joined = parts[0]  # stays memory-mapped
@@ -204,13 +220,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{folder} was written in format {manifest['format_version']}, this gcfast reads "
                 f"up to {FORMAT_VERSION}: install a newer one"
             )
-        for key in ("shards", "class_names", "layer", "settings", "report", "mean_activation"):
-            manifest[key]
+        for key, kind in MANIFEST_KEYS.items():
+            if not isinstance(manifest[key], kind):
+                raise TypeError(f"{key!r} must be a {kind.__name__}, got {manifest[key]!r:.60}")
         if not manifest["shards"]:
             raise ValueError("it lists no shards")
+        for shard in manifest["shards"]:
+            for key, kind in SHARD_KEYS.items():
+                if not isinstance(shard[key], kind):
+                    raise TypeError(f"a shard's {key!r} must be a {kind.__name__}")
+            if Path(shard["file"]).name != shard["file"]:
+                raise ValueError(f"a shard must lie in the folder, got {shard['file']!r}")
     except FileNotFoundError:
         raise NoDatabaseError(f"there is no database at {folder}: {MANIFEST} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise DamagedDatabaseError(f"{folder / MANIFEST} is damaged: it lacks {error}") from error
+    except (ValueError, TypeError) as error:
         raise DamagedDatabaseError(f"{folder / MANIFEST} is damaged: {error}") from error
     return manifest
 
