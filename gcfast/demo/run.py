@@ -73,8 +73,8 @@ def run_demo(
     *,
     seed: int = 0,
     progress: bool = False,
-    training_each: int = 40,
-    unseen_each: int = 12,
+    training_each: int = 24,
+    unseen_each: int = 8,
     speed_rounds: int = 9,
     echo: Callable[[str], None] = print,
 ) -> int:
