@@ -126,6 +126,7 @@ def quality_table(
         l2_normalize=explainer.settings.l2_normalize,
         keep_pooled=True,
         progress=progress,
+        channels=CONTROL_CHANNELS,
     )
     if embedded.head is None:
         raise UnsupportedModelError(

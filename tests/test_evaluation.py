@@ -1,0 +1,131 @@
+"""The table of seventeen ways to make a map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gcfast
+from gcfast.evaluation import MAIN_ROW, quality_table
+from tests.networks import common, loader, other, pictures
+
+CHANNELS = 52
+ROWS = [
+    "uniform",
+    "channel sum",
+    "random channels",
+    "random neighbour",
+    "EmbeddingCAM",
+    *(
+        f"{method}, {evidence}, {what}"
+        for method in ("Grad-CAM", "Grad-CAM++")
+        for evidence in ("for", "against")
+        for what in ("one triplet", "all channels", "top-50")
+    ),
+]
+
+
+class Kept:
+    """A score that keeps the maps it was given, 17 a batch."""
+
+    def __init__(self) -> None:
+        self.maps: list[Tensor] = []
+        self.names: list[list[str]] = []
+
+    def __call__(self, maps: Tensor, truth: Any, names: list[str]) -> dict[str, Tensor]:
+        self.maps.append(maps)
+        self.names.append(names)
+        scores = maps.mean((1, 2))
+        return {"mean": scores, "some": torch.where(truth > 0, scores, float("nan"))}
+
+
+def tabled(center: float = 0.0) -> tuple[Any, gcfast.Explainer, Tensor, Kept]:
+    one = gcfast.Explainer(common(CHANNELS), "backbone", channels=50)
+    images, labels = pictures(12)
+    names = [("a", "b", "c")[i] for i in labels]
+    test, kept = pictures(4)[0], Kept()
+    truth = torch.tensor([1, 0, 1, 0])
+    batches = [(test[:3], truth[:3]), (test[3:], truth[3:])]
+    table = quality_table(one, loader(images, names), iter(batches), kept, center=center)
+    one.database = gcfast.Explainer(one.network.model, "backbone").build(loader(images, names))
+    return table, one, test, kept
+
+
+def test_rows_columns_and_means() -> None:
+    table, _, _, kept = tabled()
+    assert [name for name, _ in table.rows] == ROWS
+    assert table.columns == ["mean", "some"]
+    assert len(kept.maps) == 2 * 17
+    for name, means in table.rows:
+        scores = table.scores[name]
+        assert scores["mean"].shape == (4,)
+        assert means["mean"] == pytest.approx(float(scores["mean"].mean()))
+        assert means["some"] == pytest.approx(float(scores["mean"][[0, 2]].mean()))
+    text = str(table).splitlines()
+    assert len(text) == 18
+    assert len({len(line) for line in text}) == 1
+    assert table.cells()[1] == ["uniform", "1.000", "1.000"]
+
+
+@pytest.mark.parametrize("center", [0.0, 1.0])
+def test_the_main_row_is_what_explain_batch_gives(center: float) -> None:
+    table, one, test, kept = tabled(center)
+    maps = torch.cat([kept.maps[ROWS.index(MAIN_ROW)], kept.maps[17 + ROWS.index(MAIN_ROW)]])
+    torch.testing.assert_close(maps, one.explain_batch(test, center=center), rtol=1e-4, atol=1e-5)
+    assert one.database is not None
+    assert torch.equal(table.database.weights, one.database.weights)
+    why = one.explain_batch(test, details=True)
+    nearest = [one.database.label_name(label) for label in why.labels[:, 0].tolist()]
+    assert kept.names[0] + kept.names[17] == nearest
+
+
+def test_the_controls_are_what_they_say() -> None:
+    _, one, test, kept = tabled()
+    with torch.no_grad():
+        activations = one.network.model.eval().backbone(test[:3])
+
+    def finished(cam: Tensor) -> Tensor:
+        cam = cam.clamp(min=0)
+        cam = cam / cam.amax((1, 2), keepdim=True)
+        return F.interpolate(cam[:, None], (8, 8), mode="bilinear", align_corners=False)[:, 0]
+
+    maps = dict(zip(ROWS, kept.maps[:17], strict=True))
+    assert torch.equal(maps["uniform"], torch.ones(3, 8, 8))
+    torch.testing.assert_close(maps["channel sum"], finished(activations.sum(1)))
+
+    # EmbeddingCAM by autograd: similarity to the mean embedding of the nearest row's class.
+    database = one.database
+    assert database is not None
+    leaf = activations.clone().requires_grad_()
+    f = F.normalize(one.network.model.head(leaf), dim=1)
+    labels = one.explain_batch(test[:3], details=True).labels[:, 0]
+    proxies = torch.stack([database.embeddings[database.labels == i].mean(0) for i in labels])
+    (gradient,) = torch.autograd.grad((f * proxies).sum(), leaf)
+    cam = (gradient.mean((2, 3))[..., None, None] * activations).sum(1)
+    torch.testing.assert_close(maps["EmbeddingCAM"], finished(cam), rtol=1e-3, atol=1e-4)
+
+
+def test_random_controls_depend_on_the_seed() -> None:
+    first, again = tabled()[3], None
+    torch.manual_seed(0)
+    again = tabled()[3]
+    for a, b in zip(first.maps, again.maps, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_cannot_be_tabled_is_refused() -> None:
+    images, labels = pictures(9)
+    batches = [(images[:2], torch.ones(2))]
+    with pytest.raises(gcfast.UnsupportedModelError, match="averages the activations and maps"):
+        quality_table(
+            gcfast.Explainer(other(CHANNELS), "backbone"), [(images, labels)], batches, Kept()
+        )
+    one = gcfast.Explainer(common(CHANNELS), "backbone")
+    with pytest.raises(ValueError, match="`test_batches` must give images, got none"):
+        quality_table(one, [(images, labels)], [], Kept())
+    with pytest.raises(ValueError, match="`channels` must be at most the layer's C = 12, got 50"):
+        quality_table(gcfast.Explainer(common(), "backbone"), [(images, labels)], batches, Kept())
