@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 import gcfast
+from gcfast.database import check_target
 from gcfast.images import ImageFolder, ImageLoader
 from gcfast.models import LoadedModel, load_model
 from gcfast.preprocessing import Preprocessing
-
-# What a database's folder holds.
-_OWN_FILES = re.compile(r"manifest\.json|rows-\d+\.safetensors|index\.faiss")
 
 # What the counts of a build mean.
 _COUNTS = {
@@ -35,7 +30,7 @@ def build_database(options: argparse.Namespace) -> int:
         The exit status.
 
     Raises:
-        FileExistsError: As `check_target`.
+        FileExistsError: As `gcfast.database.check_target`.
         ValueError: If the options or the pictures do not fit each other or the model.
         GcfastError: If the model cannot be used, or (`--strict`) a picture not read.
     """
@@ -44,7 +39,7 @@ def build_database(options: argparse.Namespace) -> int:
             f"`--margin` must be left out with --objective {options.objective}, which has none"
         )
     # Before hours of work, not after.
-    check_target(options.out, options.force)
+    check_target(options.out, options.force, name="--out", remedy="--force")
 
     images = ImageFolder(options.images, options.labels)
     loaded, _, output_key = load_network(options)
@@ -92,32 +87,6 @@ def build_database(options: argparse.Namespace) -> int:
         f"layer {explainer.layer_name}"
     )
     return 0
-
-
-def check_target(out: Path, force: bool) -> None:
-    """Whether a database may be written at `out`; nothing but a gcfast database is ever replaced.
-
-    Raises:
-        FileExistsError: If something is there and `force` is not given, or it is not a database of
-            gcfast and that alone.
-    """
-    if not out.exists():
-        return
-    try:
-        manifest = json.loads((out / "manifest.json").read_bytes())
-        ours = isinstance(manifest, dict) and manifest.get("format") == "gcfast-database"
-    except (OSError, ValueError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"`--out` must not exist, {out} is there and is no gcfast database")
-    if not force:
-        raise FileExistsError(f"`--out` must not exist, {out} is there; --force replaces it")
-    strange = sorted(p.name for p in out.iterdir() if not _OWN_FILES.fullmatch(p.name))
-    if strange:
-        raise FileExistsError(
-            f"`--out` must hold a gcfast database alone to be replaced, {out} also holds "
-            f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
-        )
 
 
 def _preprocessing(options: argparse.Namespace, default: Preprocessing | None) -> Preprocessing:

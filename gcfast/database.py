@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from itertools import pairwise
@@ -27,6 +28,7 @@ FORMAT = "gcfast-database"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_ROWS = 65_536
+OWN_FILES = re.compile(r"manifest\.json|rows-\d{5,}\.safetensors|index\.faiss")
 FIELDS = ("embeddings", "channels", "weights", "offsets", "labels", "triplet_counts")
 MANIFEST_KEYS: dict[str, type] = {
     "fingerprint": dict,
@@ -121,13 +123,7 @@ class Database:
             OSError: the disk is full, or another failure to write; ``path`` is as it was.
         """
         target = Path(path).absolute()
-        if target.exists():
-            if not (target / MANIFEST).is_file():
-                raise FileExistsError(f"`path` must not exist, got {target}, not a gcfast database")
-            if not overwrite:
-                raise FileExistsError(
-                    f"`path` must not exist, got the database {target}; overwrite=True replaces it"
-                )
+        check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
@@ -205,6 +201,42 @@ class Database:
         else:
             joined = {name: torch.cat([part[name] for part in parts]) for name in FIELDS}
         return cls(joined, ids, manifest, folder.absolute())
+
+
+def check_target(
+    target: Path, overwrite: bool, *, name: str = "path", remedy: str = "overwrite=True"
+) -> None:
+    """Whether a database may be written at ``target``: only a database is ever replaced.
+
+    Args:
+        target: the folder to be.
+        overwrite: whether a database that is there may go.
+        name: what the caller calls the folder.
+        remedy: what the caller's user has to say for ``overwrite``.
+
+    Raises:
+        FileExistsError: something is there and may not be replaced, or is not a gcfast database
+            and nothing else.
+    """
+    if not target.exists():
+        return
+    try:
+        manifest = json.loads((target / MANIFEST).read_bytes())
+        ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"`{name}` must not exist, got {target}, not a gcfast database")
+    if not overwrite:
+        raise FileExistsError(
+            f"`{name}` must not exist, got the database {target}; {remedy} replaces it"
+        )
+    strange = sorted(p.name for p in target.iterdir() if not OWN_FILES.fullmatch(p.name))
+    if strange:
+        raise FileExistsError(
+            f"`{name}` must hold a gcfast database alone to be replaced, {target} also holds "
+            f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_databases_are_replaced_only_by_force_and_nothing_else_ever(capsys, tmp_
 
     database = tmp_path / "db"
     assert run(capsys, *arguments(database))[0] == 0
-    assert "is there; --force replaces it" in fails(capsys, *arguments(database))
+    assert "; --force replaces it" in fails(capsys, *arguments(database))
     assert run(capsys, *arguments(database, "--force"))[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["db"]
 
@@ -115,9 +115,9 @@ def test_databases_are_replaced_only_by_force_and_nothing_else_ever(capsys, tmp_
     other = tmp_path / "website"
     other.mkdir()
     (other / "manifest.json").write_text('{"name": "a web page"}')
-    assert "is no gcfast database" in fails(capsys, *arguments(other, "--force"))
+    assert "not a gcfast database" in fails(capsys, *arguments(other, "--force"))
     (tmp_path / "file").write_text("text")
-    assert "is no gcfast database" in fails(capsys, *arguments(tmp_path / "file", "--force"))
+    assert "not a gcfast database" in fails(capsys, *arguments(tmp_path / "file", "--force"))
     assert (database / "thesis.tex").exists()
     assert (other / "manifest.json").exists()
 

@@ -246,6 +246,21 @@ def test_a_file_that_the_system_cuts_off_leaves_nothing(tmp_path: Path) -> None:
 # --- damage
 
 
+def test_overwrite_leaves_other_peoples_folders_alone(tmp_path: Path) -> None:
+    _, database = built(6)
+    other = tmp_path / "site"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"name": "x"}')
+    with pytest.raises(FileExistsError, match="site, not a gcfast database"):
+        database.save(other, overwrite=True)
+    database.save(tmp_path / "db")
+    (tmp_path / "db" / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"also holds thesis\.tex"):
+        database.save(tmp_path / "db", overwrite=True)
+    assert (tmp_path / "db" / "thesis.tex").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["db", "site"]
+
+
 def test_a_missing_database(tmp_path: Path) -> None:
     with pytest.raises(gcfast.NoDatabaseError, match=r"there is no database at .*: it is not a"):
         Database.open(tmp_path / "none")
