@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gcfast
-from gcfast.capture import Network, TokenGrid, evaluating, unwrapped
+from gcfast.capture import evaluating
+from gcfast.network import Network, unwrapped
+from gcfast.tokens import TokenGrid
 from tests.networks import (
     CHANNELS,
     DIM,
@@ -76,6 +78,13 @@ def test_evaluation_mode_lasts_until_the_last_one_leaves() -> None:
             assert not model.training
         assert not model.training
         assert not model.head.training
+    assert all(module.training for module in model.modules())
+    first, second = evaluating(model), evaluating(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # as threads leave: not in the order of nesting
+    assert not any(module.training for module in model.modules())
+    second.__exit__(None, None, None)
     assert all(module.training for module in model.modules())
 
 
