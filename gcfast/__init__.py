@@ -6,8 +6,8 @@ Networks*, WACV 2020 (arXiv:2001.06538).
 
 from importlib.metadata import version
 
-from gcfast.capture import TokenGrid
 from gcfast.database import Database
+from gcfast.default import explain_batch, load
 from gcfast.errors import (
     DamagedDatabaseError,
     GcfastError,
@@ -16,9 +16,11 @@ from gcfast.errors import (
     NoDatabaseError,
     UnsupportedModelError,
 )
-from gcfast.explainer import Explainer, Explanation, TripletMaps, explain_batch, load
+from gcfast.explainer import Explainer
+from gcfast.explanation import Explanation, TripletMaps
 from gcfast.objectives import DistanceDifference, Objective, PairDistance, Partners, TripletLoss
 from gcfast.settings import PAPER
+from gcfast.tokens import TokenGrid
 
 __version__ = version("gcfast")
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from gcfast.capture import Network
 from gcfast.database import FORMAT, FORMAT_VERSION, Database
 from gcfast.embedding import Embedded, embed_all
 from gcfast.fingerprint import fingerprint
+from gcfast.network import Network
 from gcfast.rows import Rows, rows_from_second_pass, rows_from_spool
 from gcfast.settings import Settings
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gcfast.capture import Network
 from gcfast.head import AffineHead, normalized, probe
 from gcfast.labels import Labels
 from gcfast.loading import batches, check_embeddings
+from gcfast.network import Network
 from gcfast.settings import Settings
 from gcfast.spool import Spool
 from gcfast.triplets import PairSource

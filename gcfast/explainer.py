@@ -2,85 +2,37 @@
 
 from __future__ import annotations
 
-import math
-import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from gcfast import ops
-from gcfast._checks import require_choice, require_int
+from gcfast._checks import require_int
 from gcfast.build import build
-from gcfast.capture import Captured, Network, Reshape, full_precision
+from gcfast.capture import Captured, full_precision
 from gcfast.database import Database
 from gcfast.errors import ModelMismatchError, NoDatabaseError
+from gcfast.explanation import Explanation, MapOptions, Size, TripletMaps
 from gcfast.fingerprint import difference, fingerprint
 from gcfast.head import normalized, vjp_grad_weights
 from gcfast.labels import Labels, numbers_for
 from gcfast.loading import check_embeddings, require_images
+from gcfast.network import Network, Reshape
 from gcfast.objectives import (
     LossFunction,
     Objective,
     TripletLoss,
     gradients_of,
-    objective_from,
 )
 from gcfast.rows import signed_parts
 from gcfast.search import Search, make_search, temperature
 from gcfast.settings import Settings
 from gcfast.triplets import Anchors, Cotangents, PairSource
-
-Size = int | tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Heat maps and what they rest on, all on the images' device."""
-
-    maps: Tensor  # [B, OH, OW] float32
-    embeddings: Tensor  # [B, D] float32
-    neighbors: Tensor  # [B, K] int64, rows of the database; -1: none
-    distances: Tensor  # [B, K] float32, squared L2; +inf where there is none
-    labels: Tensor  # [B, K] int64, of those rows; -1 where there is none
-    flat: Tensor  # [B] bool: nothing was left of the map, which is all zeros
-
-
-class TripletMaps(NamedTuple):
-    """Heat maps of the three images of a triplet, each [B, OH, OW] float32."""
-
-    anchor: Tensor
-    positive: Tensor
-    negative: Tensor
-
-
-@dataclass(frozen=True)
-class _MapOptions:
-    size: Size | None
-    normalize: str | None
-    relu: bool
-    center: float
-
-    def checked(self, images: Tensor) -> tuple[int, int]:
-        """(OH, OW), once everything is as it must be."""
-        require_choice("normalize", self.normalize, ("max", "minmax", None))
-        if isinstance(self.center, bool) or not isinstance(self.center, int | float):
-            raise TypeError(f"`center` must be a number, got {self.center!r}")
-        if not math.isfinite(self.center):
-            raise ValueError(f"`center` must be finite, got {self.center}")
-        size = tuple(images.shape[-2:]) if self.size is None else self.size
-        if not isinstance(size, int | tuple | list) or (
-            not isinstance(size, int) and len(size) != 2
-        ):
-            raise TypeError(f"`size` must be (OH, OW) or one int for both, got {size!r}")
-        height, width = (size, size) if isinstance(size, int) else size
-        require_int("size", height, 1)
-        require_int("size", width, 1)
-        return height, width
 
 
 @dataclass(frozen=True)
@@ -338,7 +290,7 @@ class Explainer:
 
         Source: paper, section 3.3.
         """
-        options = _MapOptions(size, normalize, relu, center)
+        options = MapOptions(size, normalize, relu, center)
         images = self._checked_images("images", images)
         output_size = options.checked(images)
         attached = self._attach()
@@ -408,7 +360,7 @@ class Explainer:
 
         Source: paper, section 3.2 and its Figure 3.
         """
-        options = _MapOptions(size, normalize, relu, center)
+        options = MapOptions(size, normalize, relu, center)
         images = self._checked_images("images", images)
         output_size = options.checked(images)
         database = self._attach().database
@@ -475,7 +427,7 @@ class Explainer:
 
         Source: paper, section 3.1.
         """
-        options = _MapOptions(size, normalize, relu, center)
+        options = MapOptions(size, normalize, relu, center)
         images = [
             self._checked_images(name, value)
             for name, value in (("anchor", anchor), ("positive", positive), ("negative", negative))
@@ -516,7 +468,7 @@ class Explainer:
         return TripletMaps(*maps)
 
     def _own_maps(
-        self, captured: Captured, weights: Tensor, options: _MapOptions, size: tuple[int, int]
+        self, captured: Captured, weights: Tensor, options: MapOptions, size: tuple[int, int]
     ) -> Tensor:
         """Maps from weights [B, C] of the images themselves."""
         B, C = weights.shape
@@ -597,50 +549,3 @@ class Explainer:
             labels=ids.clone(),
             flat=torch.zeros(0, dtype=torch.bool, device=images.device),
         )
-
-
-_default: Explainer | None = None
-
-
-def load(
-    path: str | os.PathLike[str],
-    model: nn.Module,
-    *,
-    reshape: Callable[[Tensor], Tensor] | None = None,
-    **settings: Any,
-) -> Explainer:
-    """Open a database for a model, once a process; :func:`explain_batch` uses it from then on.
-
-    Args:
-        path: the database's folder.
-        model: the network that it was built with.
-        reshape: as it was given to the Explainer; it is not stored.
-        **settings: of :class:`Explainer`, in the place of the stored ones; ``k`` and ``index`` are
-            not stored.
-
-    Returns:
-        The Explainer, with its database.
-
-    Raises:
-        NoDatabaseError, DamagedDatabaseError: as :meth:`Database.open`.
-        ModelMismatchError: the model is another one.
-        TypeError, ValueError: as :class:`Explainer`.
-    """
-    global _default
-    database = Database.open(path)
-    stored = dict(database.manifest["settings"])
-    stored["objective"] = objective_from(stored["objective"])
-    explainer = Explainer(model, database=database, reshape=reshape, **{**stored, **settings})
-    _default = explainer
-    return explainer
-
-
-def explain_batch(images: Tensor, **options: Any) -> Any:
-    """:meth:`Explainer.explain_batch` of the Explainer that :func:`load` opened last.
-
-    Raises:
-        NoDatabaseError: :func:`load` has not been called.
-    """
-    if _default is None:
-        raise NoDatabaseError("there is no database to explain from: call gcfast.load first")
-    return _default.explain_batch(images, **options)

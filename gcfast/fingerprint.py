@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gcfast.capture import unwrapped
+from gcfast.network import unwrapped
 
 WRAPPERS = ("module.", "_orig_mod.")
 

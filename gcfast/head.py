@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.capture import Captured, Network, full_precision
+from gcfast.capture import Captured, full_precision
+from gcfast.network import Network
 from gcfast.triplets import Cotangents
 
 # Largest norm-relative error with which the closed form may reproduce the model, by its precision.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gcfast._checks import require_finite_rows, require_tensor
-from gcfast.capture import Network
 from gcfast.labels import Labels
+from gcfast.network import Network
 
 
 class Batch(NamedTuple):

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from gcfast import ops
 from gcfast._checks import require_finite_rows
-from gcfast.capture import Network
 from gcfast.database import FIELDS
 from gcfast.embedding import Embedded
 from gcfast.head import normalized, vjp_grad_weights
 from gcfast.loading import batches
+from gcfast.network import Network
 from gcfast.settings import Settings
 from gcfast.triplets import Anchors, Cotangents, PairSource
 

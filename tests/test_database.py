@@ -17,7 +17,7 @@ from torch import nn
 
 import gcfast
 from gcfast import database as database_module
-from gcfast import explainer as explainer_module
+from gcfast import default as default_module
 from gcfast.database import FIELDS, Database
 from tests.networks import CHANNELS, Lambda, common, loader, other, pictures
 
@@ -89,7 +89,7 @@ def test_rows_are_memory_mapped(tmp_path: Path) -> None:
 def test_load_gives_the_same_maps_and_sets_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(explainer_module, "_default", None)
+    monkeypatch.setattr(default_module, "_default", None)
     objective = gcfast.TripletLoss(0.7)
     one, database = built(
         objective=objective, method="gradcam++", triplets="all", evidence="against", seed=4

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gcfast.capture import Network
 from gcfast.head import AffineHead, normalized, probe, vjp_grad_weights
+from gcfast.network import Network
 from gcfast.triplets import Cotangents
 from tests.helpers import norm_error
 from tests.networks import (
