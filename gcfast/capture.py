@@ -96,11 +96,6 @@ _guards: weakref.WeakKeyDictionary[nn.Module, _EvalGuard] = weakref.WeakKeyDicti
 _guards_lock = threading.Lock()
 
 
-def full_precision(device: torch.device) -> torch.autocast:
-    """Autocast off inside the block: the user's choice for the model is not one for our sums."""
-    return torch.autocast(device.type, enabled=False)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode inside the block, whatever it was outside, for any thread."""

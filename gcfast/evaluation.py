@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from gcfast import ops
 from gcfast.build import assemble
-from gcfast.capture import full_precision
 from gcfast.database import Database
 from gcfast.embedding import Embedded, embed_all
 from gcfast.errors import UnsupportedModelError
@@ -145,35 +144,34 @@ def quality_table(
     for images, truth in tqdm(test_batches, desc="test images", disable=not progress, leave=False):
         captured = network.embed(images)
         embeddings = normalized(captured.output, explainer.settings.l2_normalize)
-        with full_precision(images.device):
-            _, nearest = ops.knn(embeddings, table.database.embeddings.to(images.device), 1)
-            nearest = nearest[:, 0]
-            labels = table.database.labels[nearest.cpu()].tolist()
-            names = [table.database.label_name(label) for label in labels]
-            makers = _makers(
-                embedded,
-                embedded.head,
-                sources,
-                captured.activations,
-                embeddings,
-                nearest,
-                generator,
-            )
-            for name, chosen in makers:
-                if chosen is None:
-                    maps = torch.ones((len(images), *images.shape[2:]), device=images.device)
-                else:
-                    maps = ops.sparse_cam(
-                        captured.activations,
-                        chosen.rows[:, None],
-                        chosen.channels.to(images.device),
-                        chosen.weights.to(images.device),
-                        size=(images.shape[2], images.shape[3]),
-                        offsets=chosen.offsets.to(images.device),
-                        center=center,
-                    )
-                for column, values in score(maps, truth, names).items():
-                    collected.setdefault(name, {}).setdefault(column, []).append(values.cpu())
+        _, nearest = ops.knn(embeddings, table.database.embeddings.to(images.device), 1)
+        nearest = nearest[:, 0]
+        labels = table.database.labels[nearest.cpu()].tolist()
+        names = [table.database.label_name(label) for label in labels]
+        makers = _makers(
+            embedded,
+            embedded.head,
+            sources,
+            captured.activations,
+            embeddings,
+            nearest,
+            generator,
+        )
+        for name, chosen in makers:
+            if chosen is None:
+                maps = torch.ones((len(images), *images.shape[2:]), device=images.device)
+            else:
+                maps = ops.sparse_cam(
+                    captured.activations,
+                    chosen.rows[:, None],
+                    chosen.channels.to(images.device),
+                    chosen.weights.to(images.device),
+                    size=(images.shape[2], images.shape[3]),
+                    offsets=chosen.offsets.to(images.device),
+                    center=center,
+                )
+            for column, values in score(maps, truth, names).items():
+                collected.setdefault(name, {}).setdefault(column, []).append(values.cpu())
     if not collected:
         raise ValueError("`test_batches` must give images, got none")
     table.scores = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gcfast import ops
 from gcfast._checks import require_int
 from gcfast.build import build
-from gcfast.capture import Captured, full_precision
+from gcfast.capture import Captured
 from gcfast.database import Database
 from gcfast.errors import ModelMismatchError, NoDatabaseError
 from gcfast.explanation import Explanation, MapOptions, Size, TripletMaps
@@ -299,26 +299,25 @@ class Explainer:
         captured = self.network.embed(images)
         embeddings = normalized(captured.output, self.settings.l2_normalize)
         check_embeddings(embeddings, images)
-        with full_precision(images.device):
-            distances, neighbors = attached.search(embeddings, self.k)
-            mixing = None
-            if self.k > 1:
-                scale = max(attached.temperature, torch.finfo(torch.float32).tiny)
-                # From the nearest on, so that where τ is 0 (a table of twins) that one weighs 1.
-                beyond = distances - distances[:, :1]
-                mixing = torch.softmax(-beyond / scale, dim=1)
-            maps = ops.sparse_cam(
-                captured.activations,
-                neighbors,
-                attached.channels,
-                attached.weights,
-                size=output_size,
-                mixing=mixing,
-                offsets=attached.offsets,
-                center=center,
-                relu=relu,
-                normalize=normalize,
-            )
+        distances, neighbors = attached.search(embeddings, self.k)
+        mixing = None
+        if self.k > 1:
+            scale = max(attached.temperature, torch.finfo(torch.float32).tiny)
+            # From the nearest on, so that where τ is 0 (a table of twins) that one weighs 1.
+            beyond = distances - distances[:, :1]
+            mixing = torch.softmax(-beyond / scale, dim=1)
+        maps = ops.sparse_cam(
+            captured.activations,
+            neighbors,
+            attached.channels,
+            attached.weights,
+            size=output_size,
+            mixing=mixing,
+            offsets=attached.offsets,
+            center=center,
+            relu=relu,
+            normalize=normalize,
+        )
         if not details:
             return maps
         found = neighbors >= 0
@@ -475,23 +474,22 @@ class Explainer:
         m = C if self.settings.channels == "all" else self.settings.channels
         if m > C:
             raise ValueError(f"`channels` must be at most the layer's C = {C}, got {m}")
-        with full_precision(weights.device):
-            channels, kept = ops.top_m(weights, m)
-            offsets = None
-            if options.center != 0:
-                mean = self._attach().database.mean_activation.to(kept.device)
-                offsets = (kept * mean[channels]).sum(1)
-            return ops.sparse_cam(
-                captured.activations.detach(),
-                torch.arange(B, device=kept.device)[:, None],
-                channels,
-                kept,
-                size=size,
-                offsets=offsets,
-                center=options.center,
-                relu=options.relu,
-                normalize=options.normalize,
-            )
+        channels, kept = ops.top_m(weights, m)
+        offsets = None
+        if options.center != 0:
+            mean = self._attach().database.mean_activation.to(kept.device)
+            offsets = (kept * mean[channels]).sum(1)
+        return ops.sparse_cam(
+            captured.activations.detach(),
+            torch.arange(B, device=kept.device)[:, None],
+            channels,
+            kept,
+            size=size,
+            offsets=offsets,
+            center=options.center,
+            relu=options.relu,
+            normalize=options.normalize,
+        )
 
     def _checked_images(self, name: str, images: Tensor) -> Tensor:
         images = require_images(name, images)
@@ -518,8 +516,7 @@ class Explainer:
             device = self.network.device(torch.device("cpu"))
             if attached is None or attached.device != device:
                 table = database.embeddings.to(device)
-                with full_precision(device):
-                    tau = temperature(table, self.k) if self.k > 1 else 1.0
+                tau = temperature(table, self.k) if self.k > 1 else 1.0
                 attached = self._attached = _Attached(
                     database=database,
                     device=device,

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.capture import Captured, full_precision
+from gcfast.capture import Captured
 from gcfast.network import Network
+from gcfast.precision import full_precision
 from gcfast.triplets import Cotangents
 
 # Largest norm-relative error with which the closed form may reproduce the model, by its precision.
@@ -87,18 +88,6 @@ class AffineHead(NamedTuple):
             pixels: [B] int64, P of each image's feature map.
             pooled: [B, C] float32, the pooled activations; Grad-CAM++ only.
         """
-        with full_precision(embeddings.device):
-            return self._grad_weights(parts, method, embeddings, norms, pixels, pooled)
-
-    def _grad_weights(
-        self,
-        parts: Iterable[Cotangents],
-        method: str,
-        embeddings: Tensor,
-        norms: Tensor,
-        pixels: Tensor,
-        pooled: Tensor | None,
-    ) -> Tensor:
         # With P = 1 and the mean for the sum, Grad-CAM++ comes out as for any P, in which it
         # cancels; Grad-CAM is divided by its own P. So images of several sizes share one call.
         weights = _mean_of(

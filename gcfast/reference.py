@@ -160,7 +160,7 @@ def sparse_cam(
         cam = cam - cam.amin((1, 2), keepdim=True)
     if normalize is not None:
         peak = cam.abs().amax((1, 2), keepdim=True)
-        cam = torch.where(peak > 0, cam / peak, 0.0)
+        cam = torch.where(peak == 0, 0.0, cam / peak)  # NaN stays NaN
     maps = F.interpolate(cam[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
     if dtype == torch.uint8:
         maps = (maps.clamp(0, 1) * 255).round()

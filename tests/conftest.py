@@ -13,6 +13,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# On tensors this small a second thread costs more than it brings, above all on a busy machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def device() -> torch.device:

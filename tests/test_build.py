@@ -6,13 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import gcfast
-from gcfast import ops
-from tests.helpers import norm_error
-from tests.loops import LOSSES, Oracle, dense, hinged, smooth, squared, valid_pairs
-from tests.networks import (
+from helpers import norm_error
+from loops import LOSSES, Oracle, dense, hinged, smooth, squared, valid_pairs
+from networks import (
     AFFINE_HEADS,
     CHANNELS,
     OTHER_HEADS,
@@ -23,6 +19,10 @@ from tests.networks import (
     other,
     pictures,
 )
+from torch import Tensor, nn
+
+import gcfast
+from gcfast import ops
 
 N = 9
 LOOPED = (0, 4, 8)  # rows that the loop is run for

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import norm_error
+from loops import dense
+from networks import CHANNELS, DIM, Lambda, Net, Pool, common, loader, other, pictures
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,9 +21,6 @@ from gcfast import rows as rows_module
 from gcfast.build import build
 from gcfast.head import AffineHead
 from gcfast.spool import Spool
-from tests.helpers import norm_error
-from tests.loops import dense
-from tests.networks import CHANNELS, DIM, Lambda, Net, Pool, common, loader, other, pictures
 
 HEADS = {"closed form": common, "autograd": other}
 BOTH = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)

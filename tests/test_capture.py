@@ -10,13 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import gcfast
-from gcfast.capture import evaluating
-from gcfast.network import Network, unwrapped
-from gcfast.tokens import TokenGrid
-from tests.networks import (
+from networks import (
     CHANNELS,
     DIM,
     Backbone,
@@ -28,6 +22,12 @@ from tests.networks import (
     other,
     pictures,
 )
+from torch import Tensor, nn
+
+import gcfast
+from gcfast.capture import evaluating
+from gcfast.network import Network, unwrapped
+from gcfast.tokens import TokenGrid
 
 Pair = namedtuple("Pair", ["maps", "extra"])
 

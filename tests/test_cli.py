@@ -7,9 +7,9 @@ import sys
 import types
 
 import pytest
+from cli_case import SETTINGS, VIEW, fails, prepare, run
 
 from gcfast.cli import main
-from tests.cli_case import SETTINGS, VIEW, fails, prepare, run
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+from cli_case import SETTINGS, VIEW, fails, prepare, run
 from PIL import Image
 
 from gcfast.cli_explain import MapWriter
-from tests.cli_case import SETTINGS, VIEW, fails, prepare, run
 
 # Python 3.12 and later warn of any fork of a process with threads, which PyTorch always has.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

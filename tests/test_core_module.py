@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,4 +61,5 @@ def test_importing_the_package_is_lean():
         "bad = {'faiss', 'triton', 'gcfast._core', 'gcfast.demo', 'PIL'} & set(sys.modules); "
         "assert not bad, bad; assert not torch.cuda.is_initialized()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    # Not at the root of the source, which would be imported in the place of the installed package.
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)

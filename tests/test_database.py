@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from networks import CHANNELS, Lambda, common, loader, other, pictures
 from torch import nn
 
 import gcfast
 from gcfast import database as database_module
 from gcfast import default as default_module
 from gcfast.database import FIELDS, Database
-from tests.networks import CHANNELS, Lambda, common, loader, other, pictures
 
 
 def built(count: int = 9, **settings: Any) -> tuple[gcfast.Explainer, Database]:
@@ -219,7 +219,7 @@ def test_a_failing_disk_leaves_everything_as_it_was(
 FULL = """
 import resource, sys
 import torch
-from tests.test_database import built
+from test_database import built
 database = built(9)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -236,7 +236,7 @@ def test_a_file_that_the_system_cuts_off_leaves_nothing(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parent,
     )
     assert "cannot write the database" in done.stdout
     assert "File too large" in done.stdout

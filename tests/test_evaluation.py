@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import common, loader, other, pictures
 from torch import Tensor
 
 import gcfast
 from gcfast.evaluation import MAIN_ROW, quality_table
-from tests.networks import common, loader, other, pictures
 
 CHANNELS = 52
 ROWS = [

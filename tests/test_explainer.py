@@ -8,13 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import gcfast
-from gcfast import default as default_module
-from gcfast import ops
-from tests.loops import LOSSES, Oracle, squared
-from tests.networks import (
+from loops import LOSSES, Oracle, squared
+from networks import (
     CHANNELS,
     DIM,
     OTHER_HEADS,
@@ -25,6 +20,11 @@ from tests.networks import (
     other,
     pictures,
 )
+from torch import Tensor, nn
+
+import gcfast
+from gcfast import default as default_module
+from gcfast import ops
 
 HEADS = {"closed form": common, "autograd": other}
 BOTH = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)

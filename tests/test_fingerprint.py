@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
+from networks import AFFINE_HEADS, CHANNELS, Net, common
 from torch import nn
 
 from gcfast.fingerprint import difference, fingerprint
-from tests.networks import AFFINE_HEADS, CHANNELS, Net, common
 
 
 def test_a_copy_has_the_same_fingerprint() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers import assert_error_bounded, guarded, strided
 
 from gcfast import ops
-from tests.helpers import assert_error_bounded, guarded, strided
 
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 17, 5, 7), (3, 1, 5, 13, 11), (0, 2, 3, 2, 2), (2, 4, 1, 1, 3)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,13 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from gcfast.head import AffineHead, normalized, probe, vjp_grad_weights
-from gcfast.network import Network
-from gcfast.triplets import Cotangents
-from tests.helpers import norm_error
-from tests.networks import (
+from helpers import norm_error
+from networks import (
     AFFINE_HEADS,
     CHANNELS,
     DIM,
@@ -25,6 +20,11 @@ from tests.networks import (
     other,
     pictures,
 )
+from torch import Tensor, nn
+
+from gcfast.head import AffineHead, normalized, probe, vjp_grad_weights
+from gcfast.network import Network
+from gcfast.triplets import Cotangents
 
 
 def probed(head: nn.Module, *, l2_normalize: bool = True, count: int = 4) -> AffineHead | None:

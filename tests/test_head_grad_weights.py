@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import guarded, norm_error, strided
 
 from gcfast import ops
-from tests.helpers import guarded, norm_error, strided
 
 SHAPES = [(1, 1, 1, 1, (1, 2)), (3, 5, 17, 7, (3, 5)), (2, 4, 64, 13, (7, 7)), (0, 2, 4, 3, (2, 2))]
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers import guarded, strided
 
 from gcfast import ops, reference
-from tests.helpers import guarded, strided
 
 
 def _brute_force(queries, table, metric):
@@ -72,6 +72,15 @@ def test_squares_and_strides():
     queries, table = torch.randn(3, 6), torch.randn(20, 6)
     wanted = ops.knn(queries, table, 2)
     got = ops.knn(strided(queries), strided(table), 2, squares=table.square().sum(1))
+    assert torch.equal(got[1], wanted[1])
+
+
+def test_autocast_does_not_reach_the_distances():
+    queries, table = torch.randn(4, 32), torch.randn(50, 32)
+    wanted = ops.knn(queries, table, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.knn(queries, table, 3)
+    assert torch.equal(got[0], wanted[0])
     assert torch.equal(got[1], wanted[1])
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from loops import hinged, smooth
 from torch import Tensor, nn
 
 import gcfast
 from gcfast.objectives import Partners, as_objective, objective_from
-from tests.loops import hinged, smooth
 
 OBJECTIVES = {
     "triplet": gcfast.TripletLoss(0.4),

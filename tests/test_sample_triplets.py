@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from helpers import clustered, norm_error
 
 from gcfast import ops, reference
-from tests.helpers import clustered, norm_error
 
 CASES = [
     (1, 1, 1, 0.2, 3),

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import common, loader, pictures
 
 import gcfast
 from gcfast.search import ExactSearch, FaissSearch, make_search, temperature
-from tests.networks import common, loader, pictures
 
 TABLE_ROWS, WIDTH = 60, 6
 

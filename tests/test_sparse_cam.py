@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_error_bounded, guarded, strided
 
 from gcfast import ops
-from tests.helpers import assert_error_bounded, guarded, strided
 
 
 def _dense(activations, neighbors, channels, weights, mixing, offsets, options):
@@ -146,6 +146,21 @@ def test_channels_left_out_do_not_leak():
         activations, torch.tensor([[0]]), torch.tensor([[0]]), torch.ones(1, 1), size=(2, 2)
     )
     assert torch.equal(got, torch.ones(1, 2, 2))
+
+
+def test_nan_in_a_kept_channel_shows():
+    activations = torch.ones(1, 2, 2, 2)
+    activations[0, 0, 0, 0] = float("nan")
+    table = {"channels": torch.tensor([[0]]), "weights": torch.ones(1, 1)}
+    got = ops.sparse_cam(activations, torch.tensor([[0]]), **table, size=(2, 2))
+    assert got.isnan().any()
+
+
+def test_autocast_does_not_reach_the_sums():
+    inputs = _inputs(2, 64, 5, 5, 4, 50, 1)
+    wanted = ops.sparse_cam(**inputs, size=(11, 11))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.sparse_cam(**inputs, size=(11, 11)), wanted)
 
 
 def test_output_dtypes():

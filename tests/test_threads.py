@@ -8,10 +8,10 @@ from threading import Barrier
 
 import pytest
 import torch
+from networks import CHANNELS, DIM, Lambda, Net, common, loader, other, pictures
 from torch import Tensor, nn
 
 import gcfast
-from tests.networks import CHANNELS, DIM, Lambda, Net, common, loader, other, pictures
 
 THREADS = 8
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers import guarded, strided
 
 from gcfast import ops
-from tests.helpers import guarded, strided
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

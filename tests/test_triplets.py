@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import clustered, norm_error
+from loops import smooth, squared, valid_pairs
 from torch import Tensor
 
 import gcfast
 from gcfast import triplets as triplets_module
 from gcfast.objectives import as_objective
 from gcfast.triplets import Anchors, PairSource
-from tests.helpers import clustered, norm_error
-from tests.loops import smooth, squared, valid_pairs
 
 OBJECTIVES = {
     "triplet": gcfast.TripletLoss(0.2),

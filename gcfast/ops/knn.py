@@ -17,9 +17,10 @@ from gcfast._checks import (
     require_shape,
     require_tensor,
 )
+from gcfast.precision import operation
 
 
-@torch.no_grad()
+@operation
 def knn(
     queries: Tensor, table: Tensor, k: int, *, metric: str = "l2", squares: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,13 @@ from gcfast._checks import (
     require_shape,
     require_tensor,
 )
+from gcfast.precision import operation
 from gcfast.reference import Triplets
 
 BACKENDS = ("auto", "reference")
 
 
-@torch.no_grad()
+@operation
 def sample_triplets(
     anchors: Tensor,
     anchor_labels: Tensor,
@@ -103,7 +104,7 @@ def sample_triplets(
     return Triplets(positives, negatives, positives >= 0, counts, hardest)
 
 
-@torch.no_grad()
+@operation
 def mean_cotangents(
     anchors: Tensor,
     anchor_labels: Tensor,

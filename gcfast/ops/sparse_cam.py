@@ -17,11 +17,12 @@ from gcfast._checks import (
     require_shape,
     require_tensor,
 )
+from gcfast.precision import operation
 
 MAP_DTYPES = (torch.float32, torch.float16, torch.uint8)
 
 
-@torch.no_grad()
+@operation
 def sparse_cam(
     activations: Tensor,
     neighbors: Tensor,

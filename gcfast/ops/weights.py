@@ -15,11 +15,12 @@ from gcfast._checks import (
     require_shape,
     require_tensor,
 )
+from gcfast.precision import operation
 
 METHODS = ("gradcam", "gradcam++")
 
 
-@torch.no_grad()
+@operation
 def grad_weights(
     gradients: Tensor,
     valid: Tensor | None = None,
@@ -62,7 +63,7 @@ def grad_weights(
     return reference.grad_weights(gradients, valid, activations=activations, method=method)
 
 
-@torch.no_grad()
+@operation
 def head_grad_weights(
     cotangents: Tensor,
     weight: Tensor,
@@ -138,7 +139,7 @@ def head_grad_weights(
     )
 
 
-@torch.no_grad()
+@operation
 def top_m(weights: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """The m highest weights of each row with their channels, highest first.
 

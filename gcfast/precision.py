@@ -1,0 +1,33 @@
+"""Our own sums in our own precision, whatever the user chose for the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Autocast off inside the block: the user's choice for the model is not one for our sums."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def operation(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A public operation: outside the graph, and outside autocast on its first tensor's device."""
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        device = torch.device("cpu") if first is None else first.device
+        if not torch.amp.is_autocast_available(device.type):  # "meta", say: a check will speak
+            device = torch.device("cpu")
+        with torch.no_grad(), full_precision(device):
+            return function(*args, **kwargs)
+
+    return wrapped
