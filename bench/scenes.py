@@ -43,7 +43,7 @@ from scenes_overlays import Explain, channel_sum, overlay_rows, save_grid
 from torch import Tensor
 
 import gcfast
-from gcfast.evaluation import MAIN_ROW, quality_table
+from gcfast.evaluation import MAIN_ROW, quality_tables
 from gcfast.metrics import box_score, mask_score
 from gcfast.report import ReportRow, write_report
 
@@ -299,17 +299,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     start = time.perf_counter()
     explainer = gcfast.Explainer(network, LAYER, seed=options.seed)
-    plain, centred = (
-        quality_table(
-            explainer,
-            Rows(rows),
-            Queries([one, two]),
-            score,
-            center=center,
-            seed=options.seed,
-            progress=progress,
-        )
-        for center in (0.0, 1.0)
+    plain, centred = quality_tables(
+        explainer,
+        Rows(rows),
+        Queries([one, two]),
+        score,
+        centers=(0.0, 1.0),
+        seed=options.seed,
+        progress=progress,
     )
     minutes = (time.perf_counter() - start) / 60
     decided = int((~plain.scores[MAIN_ROW]["share"].isnan()).sum())

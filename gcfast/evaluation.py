@@ -5,7 +5,7 @@ One forward pass over the training images and one over the test images serve all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -90,6 +90,29 @@ def quality_table(
     seed: int = 0,
     progress: bool = False,
 ) -> QualityTable:
+    """The table of one ``center``; see :func:`quality_tables`."""
+    (table,) = quality_tables(
+        explainer,
+        train_loader,
+        test_batches,
+        score,
+        centers=(center,),
+        seed=seed,
+        progress=progress,
+    )
+    return table
+
+
+def quality_tables(
+    explainer: Explainer,
+    train_loader: Iterable[Any],
+    test_batches: Iterable[tuple[Tensor, Any]],
+    score: Score,
+    *,
+    centers: Sequence[float] = (0.0, 1.0),
+    seed: int = 0,
+    progress: bool = False,
+) -> list[QualityTable]:
     """Score the controls, EmbeddingCAM, and every variant of the method.
 
     The 17 rows: a uniform map; the sum over all channels; 50 random channels; the weights of a
@@ -105,12 +128,13 @@ def quality_table(
         test_batches: (images [B, 3, h, w] on the model's device, truth) pairs; truth is passed on.
         score: (maps [B, h, w] in [0, 1], truth, class name of each image's nearest row) → scores
             by name, [B] each; NaN where an image has none.
-        center: how much of the offsets to subtract from every map, the controls' included.
+        centers: how much of the offsets to subtract from every map, the controls' included: one
+            table for each.
         seed: of the random controls.
         progress: show bars on stderr.
 
     Returns:
-        The table.
+        The tables, in the order of ``centers``.
 
     Raises:
         UnsupportedModelError: another head.
@@ -135,19 +159,18 @@ def quality_table(
         name: rows_from_spool(embedded, settings, progress=progress)
         for name, settings in _variants(explainer.settings)
     }
-    table = QualityTable()
     main = variants[MAIN_ROW]
-    table.database = assemble(network, embedded, main, main.settings, None)
+    database = assemble(network, embedded, main, main.settings, None)
     sources = {name: rows.tensors()[0] for name, rows in variants.items()}
     generator = torch.Generator().manual_seed(seed)
-    collected: dict[str, dict[str, list[Tensor]]] = {}
+    collected = [_Collected() for _ in centers]
     for images, truth in tqdm(test_batches, desc="test images", disable=not progress, leave=False):
         captured = network.embed(images)
         embeddings = normalized(captured.output, explainer.settings.l2_normalize)
-        _, nearest = ops.knn(embeddings, table.database.embeddings.to(images.device), 1)
+        _, nearest = ops.knn(embeddings, database.embeddings.to(images.device), 1)
         nearest = nearest[:, 0]
-        labels = table.database.labels[nearest.cpu()].tolist()
-        names = [table.database.label_name(label) for label in labels]
+        labels = database.labels[nearest.cpu()].tolist()
+        names = [database.label_name(label) for label in labels]
         makers = _makers(
             embedded,
             embedded.head,
@@ -158,28 +181,49 @@ def quality_table(
             generator,
         )
         for name, chosen in makers:
-            if chosen is None:
-                maps = torch.ones((len(images), *images.shape[2:]), device=images.device)
-            else:
-                maps = ops.sparse_cam(
-                    captured.activations,
-                    chosen.rows[:, None],
-                    chosen.channels.to(images.device),
-                    chosen.weights.to(images.device),
-                    size=(images.shape[2], images.shape[3]),
-                    offsets=chosen.offsets.to(images.device),
-                    center=center,
-                )
-            for column, values in score(maps, truth, names).items():
-                collected.setdefault(name, {}).setdefault(column, []).append(values.cpu())
-    if not collected:
+            taken = None if chosen is None else _Weights(*(t.to(images.device) for t in chosen))
+            for center, scores in zip(centers, collected, strict=True):
+                maps = _maps(captured.activations, taken, center, images.shape)
+                scores.add(name, score(maps, truth, names))
+    if not all(scores.parts for scores in collected):
         raise ValueError("`test_batches` must give images, got none")
-    table.scores = {
-        name: {column: torch.cat(values) for column, values in columns.items()}
-        for name, columns in collected.items()
-    }
-    table.columns = list(next(iter(table.scores.values())))
-    return table
+    return [scores.table(database) for scores in collected]
+
+
+class _Collected:
+    """Scores as they come, batch by batch."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, dict[str, list[Tensor]]] = {}
+
+    def add(self, name: str, scores: dict[str, Tensor]) -> None:
+        columns = self.parts.setdefault(name, {})
+        for column, values in scores.items():
+            columns.setdefault(column, []).append(values.cpu())
+
+    def table(self, database: Database) -> QualityTable:
+        scores = {
+            name: {column: torch.cat(values) for column, values in columns.items()}
+            for name, columns in self.parts.items()
+        }
+        return QualityTable(list(next(iter(scores.values()))), scores, database)
+
+
+def _maps(
+    activations: Tensor, weights: _Weights | None, center: float, images: torch.Size
+) -> Tensor:
+    """Maps [B, h, w] at the size of the images; uniform ones without weights."""
+    if weights is None:
+        return torch.ones((images[0], *images[2:]), device=activations.device)
+    return ops.sparse_cam(
+        activations,
+        weights.rows[:, None],
+        weights.channels,
+        weights.weights,
+        size=(images[2], images[3]),
+        offsets=weights.offsets,
+        center=center,
+    )
 
 
 def _variants(settings: Settings) -> Iterator[tuple[str, Settings]]:

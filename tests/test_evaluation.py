@@ -11,7 +11,7 @@ from networks import common, loader, other, pictures
 from torch import Tensor
 
 import gcfast
-from gcfast.evaluation import MAIN_ROW, quality_table
+from gcfast.evaluation import MAIN_ROW, quality_table, quality_tables
 
 CHANNELS = 52
 ROWS = [
@@ -69,6 +69,27 @@ def test_rows_columns_and_means() -> None:
     assert len(text) == 18
     assert len({len(line) for line in text}) == 1
     assert table.cells()[1] == ["uniform", "1.000", "1.000"]
+
+
+def test_several_centres_share_one_pass_and_change_nothing() -> None:
+    single = {}
+    for center in (0.0, 1.0):
+        torch.manual_seed(0)
+        single[center] = tabled(center)[0]
+    torch.manual_seed(0)
+    one = gcfast.Explainer(common(CHANNELS), "backbone", channels=50)
+    images, labels = pictures(12)
+    names = [("a", "b", "c")[i] for i in labels]
+    test, truth = pictures(4)[0], torch.tensor([1, 0, 1, 0])
+    batches = iter([(test[:3], truth[:3]), (test[3:], truth[3:])])  # one pass is all it allows
+    tables = quality_tables(one, loader(images, names), batches, Kept(), centers=(0.0, 1.0))
+    assert len(tables) == 2
+    for center, table in zip((0.0, 1.0), tables, strict=True):
+        for name in ROWS:
+            assert torch.equal(table.scores[name]["mean"], single[center].scores[name]["mean"])
+    assert not torch.equal(
+        tables[0].scores["channel sum"]["mean"], tables[1].scores["channel sum"]["mean"]
+    )
 
 
 @pytest.mark.parametrize("center", [0.0, 1.0])
