@@ -111,8 +111,8 @@ def test_the_network_that_ships():
 
 
 def test_the_network_knows_unseen_species():
-    """Recall at 1 among six pictures of each unseen species; chance is 0.03."""
-    labels = [label for label in UNSEEN_LABELS for _ in range(6)]
+    """Recall at 1 among four pictures of each unseen species; chance is 0.03, 0.75 was seen."""
+    labels = [label for label in UNSEEN_LABELS for _ in range(4)]
     images = np.stack([draw_bird(y, seed=4, index=i).image for i, y in enumerate(labels)])
     with torch.inference_mode():
         batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255

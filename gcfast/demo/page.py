@@ -65,7 +65,7 @@ def write_page(
                 title=_words(picture),
                 panels=[
                     Panel(_enlarged(picture.image), "unseen bird"),
-                    _heated(picture, why.maps[i], "what its embedding rests on"),
+                    _heated(picture, why.maps[i], "its heat map"),
                     Panel(_enlarged(near[i].image), f"lent the weights: {_words(near[i])}"),
                     _heated(near[i], near_maps[i], "the same weights on that bird"),
                 ],
