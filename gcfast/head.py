@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gcfast import ops
 from gcfast.capture import Captured
@@ -26,8 +26,8 @@ from gcfast.triplets import Cotangents
 # Largest norm-relative error with which the closed form may reproduce the model, by its precision.
 # The worst seen on the tested heads: 4e-7 in float32, 2e-3 in float16, 2e-2 in bfloat16.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-PROBE_IMAGES = 4
-PROBE_VARIANTS = 8  # activations that the map has to reproduce in float64
+PROBE_IMAGES = 2
+PROBE_VARIANTS = 5  # activations that the map has to reproduce in float64
 EXACT_TOLERANCE = 1e-8
 # What the largest element of a float16 cotangent is scaled to, a row; the gradient of one pixel is
 # some thousand times smaller and would be lost below 6e-8. Divided by BACK_OFF where it overflows.
@@ -189,7 +189,7 @@ def probe(network: Network, images: Tensor, l2_normalize: bool) -> AffineHead | 
 
 
 def _read_head(network: Network, image: Tensor) -> AffineHead | None:
-    """Weight and bias from the Jacobian of a float64 copy of the model at one image.
+    """Weight and bias from the Jacobian of a copy of the model at one image, its head in float64.
 
     A model that normalises its own output hides the part of W along f: at m0, with the free scale
     of (W, b) chosen so that |u| = 1 there, the Jacobian is J = (I - f f^T) W and W = J + f r^T. At
@@ -199,10 +199,13 @@ def _read_head(network: Network, image: Tensor) -> AffineHead | None:
     """
     generator = torch.Generator().manual_seed(0)
     try:
-        model = copy.deepcopy(network.model).double()
         twin = Network(
-            model, network.layer_name, output_key=network.output_key, reshape=network.reshape
+            copy.deepcopy(network.model),
+            network.layer_name,
+            output_key=network.output_key,
+            reshape=network.reshape,
         )
+        _double_behind_the_layer(twin, image)
 
         def varied(activation: Tensor) -> Tensor:
             # The image itself, a relative, and strangers of both signs and several sizes, so that
@@ -211,9 +214,9 @@ def _read_head(network: Network, image: Tensor) -> AffineHead | None:
             sizes = 4 * torch.randn(len(noise), generator=generator, dtype=torch.float64)
             sizes[:2], noise[0] = 1, 0
             factors = sizes.view(-1, *[1] * (noise.ndim - 1)) * (1 + noise)
-            return activation * factors.to(activation.device)
+            return activation.double() * factors.to(activation.device)
 
-        copies = image.double().repeat(PROBE_VARIANTS, 1, 1, 1)
+        copies = image.repeat(PROBE_VARIANTS, 1, 1, 1)
         with twin.differentiable(copies, replace=varied) as captured:
             at = captured.output.detach()
             norms = at.norm(dim=1)
@@ -246,6 +249,42 @@ def _read_head(network: Network, image: Tensor) -> AffineHead | None:
     if not _error(raw / raw.norm(dim=1, keepdim=True) if unit else raw, at) <= EXACT_TOLERANCE:
         return None  # NaN included
     return AffineHead(jacobian.float(), bias.float(), unit)
+
+
+def _double_behind_the_layer(twin: Network, image: Tensor) -> None:
+    """Turn to float64 what runs after the layer; the backbone, far costlier there, stays as it is.
+
+    Parameters that a module from before the layer holds (the model itself, say) are not found so,
+    and then the whole copy is turned.
+    """
+    behind: list[nn.Module] = []
+    passed = False
+
+    def note(module: nn.Module, args: Any) -> None:
+        del args
+        if passed:
+            behind.append(module)
+
+    def passing(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal passed
+        del module, args, output
+        passed = True
+
+    assert twin.layer is not None
+    handles = [module.register_forward_pre_hook(note) for module in twin.model.modules()]
+    handles.append(twin.layer.register_forward_hook(passing))
+    try:
+        twin.embed(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module in behind:
+        module.double()
+    for module in twin.model.modules():
+        holds_layer = module is not twin.layer and twin.layer in set(module.modules())
+        if holds_layer and any(True for _ in module.parameters(recurse=False)):
+            twin.model.double()
+            return
 
 
 def _vjp(network: Network, captured: Captured, output: Tensor, cotangent: Tensor) -> Tensor:
