@@ -71,7 +71,7 @@ class Rows:
     def parts(self, start: int, stop: int, seen: list[Cotangents]) -> Iterator[Cotangents]:
         """The signed cotangents of these rows; the first part is also put in ``seen``."""
         for part in signed_parts(self.source, self.anchors(start, stop), self.settings):
-            # The first tells which rows have a triplet: later ones add valid triplets to rows that have some.
+            # It tells which rows have a triplet: later ones only add to rows that have some.
             if not seen:
                 seen.append(part)
             yield part
