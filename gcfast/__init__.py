@@ -18,7 +18,14 @@ from gcfast.errors import (
 )
 from gcfast.explainer import Explainer
 from gcfast.explanation import Explanation, TripletMaps
-from gcfast.objectives import DistanceDifference, Objective, PairDistance, Partners, TripletLoss
+from gcfast.objectives import (
+    DistanceDifference,
+    Objective,
+    PairDistance,
+    Partners,
+    RankLoss,
+    TripletLoss,
+)
 from gcfast.settings import PAPER
 from gcfast.tokens import TokenGrid
 
@@ -38,6 +45,7 @@ __all__ = [
     "Objective",
     "PairDistance",
     "Partners",
+    "RankLoss",
     "TokenGrid",
     "TripletLoss",
     "TripletMaps",

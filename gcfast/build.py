@@ -46,6 +46,7 @@ def build(
         channels=settings.channels,
         one_pass=isinstance(loader, Iterator),
         spool_bytes=spool_bytes,
+        real_labels=settings.objective.real_labels,
     )
     if embedded.head is not None:
         rows = rows_from_spool(embedded, settings, progress=progress)
@@ -68,7 +69,7 @@ def assemble(
     """
     tensors, kept = rows.tensors()
     seen = Counter(embedded.labels.tolist())
-    needs_positive = settings.objective.pairs != "negative"
+    needs_positive = settings.objective.pairs in ("triplet", "positive")
     single = torch.tensor(
         [needs_positive and seen[label] == 1 for label in embedded.labels.tolist()]
     )

@@ -282,7 +282,7 @@ def _neighbours(
             ("neighbour_id", name),
             ("neighbour_path", path if path is not None and path.is_file() else ""),
             ("distance", f"{distance:.6g}"),
-            ("label", database.label_name(int(database.labels[row]))),
+            ("label", database.label_name(database.labels[row].item())),
         ):
             columns[f"{key}{_suffix(rank)}"] = str(value)
     return columns

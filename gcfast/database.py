@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -52,7 +53,8 @@ class Database:
             that larger is kept for either evidence.
         offsets: [N] float32: sum over m of w_m times channel m's mean activation over the training
             images and pixels.
-        labels: [N] int64; with names where those were strings (see :meth:`label_name`).
+        labels: [N] int64; with names where those were strings (see :meth:`label_name`). float64
+            where it was built with an objective over real-valued labels.
         triplet_counts: [N] int64, valid pairs found for the row.
         ids: the images' names, N strings.
         manifest: what else is known, as JSON has it: settings, layer, fingerprint of the model,
@@ -102,12 +104,14 @@ class Database:
         """Mean of each channel over the training images and pixels, [C] float32."""
         return torch.tensor(self.manifest["mean_activation"], dtype=torch.float32)
 
-    def label_name(self, label: int) -> str:
+    def label_name(self, label: float) -> str:
         """The class name of a label; the number itself where labels have no names; "" for -1."""
+        if self.labels.is_floating_point():
+            return "" if math.isnan(label) else f"{label:.12g}"
         names = self.manifest["class_names"]
         if label < 0 and names:
             return ""
-        return str(names[label]) if names else str(label)
+        return str(names[int(label)]) if names else str(label)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the database as a folder: whole or not at all.

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gcfast.head import AffineHead, normalized, probe
-from gcfast.labels import Labels
+from gcfast.labels import Labels, Values
 from gcfast.loading import batches, check_embeddings
 from gcfast.network import Network
 from gcfast.settings import Settings
@@ -23,7 +23,7 @@ class Embedded(NamedTuple):
     """What stage 1 found out."""
 
     embeddings: Tensor  # [N, D] float32
-    labels: Tensor  # [N] int64
+    labels: Tensor  # [N] int64; float64 where they are real numbers
     ids: list[str]
     class_names: list[str]
     norms: Tensor | None  # [N] float32: closed form only
@@ -52,6 +52,7 @@ def embed_all(
     channels: int | str = "all",
     one_pass: bool = False,
     spool_bytes: int | None = None,
+    real_labels: bool = False,
 ) -> Embedded:
     """Stage 1: one forward pass over the loader.
 
@@ -64,20 +65,21 @@ def embed_all(
         channels: how many channels a row will keep.
         one_pass: the loader cannot be gone through again; stop where a head needs that.
         spool_bytes: what is held in memory; None for gcfast.spool.SPOOL_MEMORY_BYTES.
+        real_labels: labels are real numbers instead of classes.
 
     Raises:
         ValueError: no images, no labels, one class only, or NaN in an embedding, with its row;
             more channels than the layer has; one pass only, and a head that needs two.
     """
     spool = Spool(spool_bytes)
-    labels = Labels()
+    labels: Any = Values() if real_labels else Labels()
     ids: list[str] = []
     head: AffineHead | None = None
     channel_sum = torch.zeros(0, dtype=torch.float64)
     pixel_count = 0
     try:
         bar = tqdm(desc="embedding", unit=" images", disable=not progress, leave=False)
-        for batch in batches(loader, network):
+        for batch in batches(loader, network, real_labels=real_labels):
             row = len(ids)
             if row == 0:
                 head = probe(network, batch.images, l2_normalize)
@@ -118,6 +120,11 @@ def embed_all(
         bar.close()
         if not ids:
             raise ValueError("`loader` must give images, got none")
+        if labels.distinct() < 2 and real_labels:
+            raise ValueError(
+                "`loader` must give at least two different labels, since a RankLoss compares "
+                "them; got one"
+            )
         if labels.distinct() < 2:
             raise ValueError(
                 "`loader` must give at least two classes, since triplets need negatives; got one"

@@ -20,7 +20,7 @@ from gcfast.errors import ModelMismatchError, NoDatabaseError
 from gcfast.explanation import Explanation, MapOptions, Size, TripletMaps
 from gcfast.fingerprint import difference, fingerprint
 from gcfast.head import normalized, vjp_grad_weights
-from gcfast.labels import Labels, numbers_for
+from gcfast.labels import numbers_like
 from gcfast.loading import check_embeddings, require_images
 from gcfast.network import Network, Reshape
 from gcfast.objectives import (
@@ -60,8 +60,9 @@ class Explainer:
             last layer (outermost name) whose output is spatial with H W > 1 (``layer_name`` says
             which).
         database: a :class:`Database`, or None until ``build`` makes one.
-        objective: ``TripletLoss``, ``DistanceDifference``, ``PairDistance``, or a function of
-            (anchor, positive, negative), [T, D] each → loss [T].
+        objective: ``TripletLoss``, ``DistanceDifference``, ``PairDistance``, ``RankLoss`` (labels
+            are then real numbers), or a function of (anchor, positive, negative), [T, D] each →
+            loss [T].
         method: "gradcam" or "gradcam++".
         triplets: how many are drawn for a row, uniformly over its valid ones; "all" for every one.
         channels: M, how many channels a row keeps; "all" for C.
@@ -203,8 +204,8 @@ class Explainer:
         Args:
             loader: any iterable of (images, labels) or (images, labels, ids), a list included:
                 images [B, 3, h, w] floating point, moved to the model's device and dtype; labels
-                [B] whole numbers or names; ids [B] strings. It must give the same images in the
-                same order each time it is gone through.
+                [B] whole numbers or names (real numbers for a ``RankLoss``); ids [B] strings. It
+                must give the same images in the same order each time it is gone through.
             progress: show bars on stderr.
             preprocessing: anything that JSON can hold, kept in the manifest.
 
@@ -326,7 +327,11 @@ class Explainer:
             embeddings=embeddings,
             neighbors=neighbors,
             distances=distances,
-            labels=torch.where(found, attached.labels[neighbors.clamp(min=0)], -1),
+            labels=torch.where(
+                found,
+                attached.labels[neighbors.clamp(min=0)],
+                torch.nan if attached.labels.is_floating_point() else -1,
+            ),
             flat=maps.abs().amax((1, 2)) == 0,
         )
 
@@ -344,7 +349,8 @@ class Explainer:
 
         Args:
             images: as for :meth:`explain_batch`.
-            labels: [B] whole numbers or names, of the database's classes.
+            labels: [B] whole numbers or names, of the database's classes; real numbers for a
+                ``RankLoss``.
             size: as for :meth:`explain_batch`.
             normalize: as for :meth:`explain_batch`.
             relu: as for :meth:`explain_batch`.
@@ -355,7 +361,8 @@ class Explainer:
 
         Raises:
             NoDatabaseError, TypeError, ValueError: as :meth:`explain_batch`, and for labels that
-                the database does not know.
+                the database does not know; an objective over the other kind of labels than the
+                database has.
 
         Source: paper, section 3.2 and its Figure 3.
         """
@@ -363,7 +370,13 @@ class Explainer:
         images = self._checked_images("images", images)
         output_size = options.checked(images)
         database = self._attach().database
-        numbers = numbers_for(Labels.listed(labels, len(images)), database.class_names)
+        numbers = numbers_like(
+            database.labels,
+            database.class_names,
+            labels,
+            len(images),
+            real_labels=self.settings.objective.real_labels,
+        )
         if len(images) == 0:
             return images.new_zeros((0, *output_size), dtype=torch.float32)
         source = PairSource(
@@ -543,6 +556,6 @@ class Explainer:
             embeddings=maps.new_zeros((0, dim)),
             neighbors=ids,
             distances=maps.new_zeros((0, self.k)),
-            labels=ids.clone(),
+            labels=ids.to(self._attach().labels.dtype),
             flat=torch.zeros(0, dtype=torch.bool, device=images.device),
         )

@@ -21,7 +21,7 @@ class Explanation:
     embeddings: Tensor  # [B, D] float32
     neighbors: Tensor  # [B, K] int64, rows of the database; -1: none
     distances: Tensor  # [B, K] float32, squared L2; +inf where there is none
-    labels: Tensor  # [B, K] int64, of those rows; -1 where there is none
+    labels: Tensor  # [B, K] int64, of those rows; -1 where there is none (float64, NaN: RankLoss)
     flat: Tensor  # [B] bool: nothing was left of the map, which is all zeros
 
 

@@ -1,7 +1,12 @@
-"""Labels as people have them (numbers or names) and as the tables hold them (int64)."""
+"""Labels as people have them (numbers or names) and as the tables hold them.
+
+Classes are int64. Objectives over ranked pairs (``Objective.real_labels``) have real numbers, which
+are float64.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,17 +37,9 @@ class Labels:
             TypeError: labels that are neither whole numbers nor strings.
             ValueError: another number of them than images.
         """
-        values: Sequence[Any]
         if isinstance(labels, Tensor) and (labels.is_floating_point() or labels.is_complex()):
             raise TypeError(f"`labels` must be whole numbers or strings, got {labels.dtype}")
-        if isinstance(labels, str) or not (
-            isinstance(labels, Iterable) or hasattr(labels, "tolist")
-        ):
-            raise TypeError(f"`labels` must be one label an image, got {labels!r}")
-        values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-        if not isinstance(values, list) or len(values) != count:
-            got = len(values) if isinstance(values, list) else 1
-            raise ValueError(f"`labels` must have B = {count} elements, got {got}")
+        values = _elements(labels, count)
         if all(isinstance(v, str) for v in values):
             return [str(v) for v in values]
         out: list[int] = []
@@ -83,6 +80,75 @@ class Labels:
     def tensor(self) -> Tensor:
         """The column, [N] int64."""
         return torch.tensor(self._values, dtype=torch.int64)
+
+
+class Values:
+    """A growing column of real-valued labels; as :class:`Labels`, without names."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._values: list[float] = []
+
+    @staticmethod
+    def listed(labels: Any, count: int) -> list[float]:
+        """Labels from a tensor, an array or a sequence, as a list of finite numbers.
+
+        Raises:
+            TypeError: labels that are not numbers.
+            ValueError: NaN or infinity; another number of them than images.
+        """
+        out: list[float] = []
+        for value in _elements(labels, count):
+            item = value.item() if hasattr(value, "item") else value
+            if isinstance(item, bool) or not isinstance(item, int | float):
+                raise TypeError(f"`labels` must be numbers for a RankLoss, got {value!r}")
+            if not math.isfinite(item):
+                raise ValueError(f"`labels` must be finite for a RankLoss, got {item}")
+            out.append(float(item))
+        return out
+
+    def add(self, labels: list[float]) -> None:
+        """Append labels."""
+        self._values += labels
+
+    def distinct(self) -> int:
+        """How many different labels there are."""
+        return len(set(self._values))
+
+    def tensor(self) -> Tensor:
+        """The column, [N] float64."""
+        return torch.tensor(self._values, dtype=torch.float64)
+
+
+def _elements(labels: Any, count: int) -> Sequence[Any]:
+    """The elements, in number as there are images."""
+    if isinstance(labels, str) or not (isinstance(labels, Iterable) or hasattr(labels, "tolist")):
+        raise TypeError(f"`labels` must be one label an image, got {labels!r}")
+    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if not isinstance(values, list) or len(values) != count:
+        got = len(values) if isinstance(values, list) else 1
+        raise ValueError(f"`labels` must have B = {count} elements, got {got}")
+    return values
+
+
+def numbers_like(
+    column: Tensor, names: list[str], labels: Any, count: int, *, real_labels: bool
+) -> Tensor:
+    """Labels of ``count`` images as the database's column has them, [B] of its dtype.
+
+    Raises:
+        TypeError, ValueError: as :meth:`Labels.listed`, :meth:`Values.listed`, and numbers_for.
+        ValueError: the objective is over real labels and the column holds classes, or the reverse.
+    """
+    if column.is_floating_point() != real_labels:
+        kinds = ("classes", "real numbers")
+        raise ValueError(
+            f"`objective` must be one over {kinds[column.is_floating_point()]}, which the "
+            f"database's labels are, got one over {kinds[real_labels]}"
+        )
+    if real_labels:
+        return torch.tensor(Values.listed(labels, count), dtype=torch.float64)
+    return numbers_for(Labels.listed(labels, count), names)
 
 
 def numbers_for(labels: list[int] | list[str], names: list[str]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gcfast._checks import require_finite_rows, require_tensor
-from gcfast.labels import Labels
+from gcfast.labels import Labels, Values
 from gcfast.network import Network
 
 
@@ -17,11 +17,13 @@ class Batch(NamedTuple):
     """One element of a loader, checked."""
 
     images: Tensor  # [B, 3, h, w] on the model's device, in its dtype
-    labels: list[int] | list[str]
+    labels: list[int] | list[str] | list[float]
     ids: list[str] | None
 
 
-def batches(loader: Iterable[Any], network: Network) -> Iterator[Batch]:
+def batches(
+    loader: Iterable[Any], network: Network, *, real_labels: bool = False
+) -> Iterator[Batch]:
     """The elements of a loader, checked and moved to the model's device and dtype."""
     if not isinstance(loader, Iterable):
         raise TypeError(
@@ -40,7 +42,8 @@ def batches(loader: Iterable[Any], network: Network) -> Iterator[Batch]:
         device = network.device(images.device)
         dtype = images.dtype if torch.is_autocast_enabled(device.type) else network.dtype()
         images = images.to(device, dtype)
-        labels = Labels.listed(element[1], len(images))
+        listed = Values.listed if real_labels else Labels.listed
+        labels: Any = listed(element[1], len(images))
         ids = None
         if len(element) == 3:
             ids = listed_ids(element[2], len(images))

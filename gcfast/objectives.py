@@ -1,9 +1,10 @@
 """What is differentiated: losses over an anchor and its partners.
 
 Every objective answers two questions. ``pairs`` says which partners an anchor may have: "triplet"
-(a positive and a negative), "positive" or "negative". ``cotangent`` gives the gradient of the loss
-with respect to the anchor's embedding, and which partners are valid. A lower loss is always better,
-so that "evidence for" has one meaning: the channels whose growth lowers the loss.
+(a positive and a negative), "positive" or "negative", or "ranked" (any image whose label, a real
+number, is another). ``cotangent`` gives the gradient of the loss with respect to the anchor's
+embedding, and which partners are valid. A lower loss is always better, so that "evidence for" has
+one meaning: the channels whose growth lowers the loss.
 
 D is the squared Euclidean distance. Source: paper, section 3.1.
 """
@@ -16,11 +17,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from gcfast._checks import require_choice
 
 PAPER_MARGIN = 0.2  # ours: the paper gives no value for its margin
+LINEAR_LIMIT = 16_384  # weights of a RankLoss: the manifest holds them as text, 20 bytes each
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -30,6 +33,8 @@ class Partners(NamedTuple):
 
     positives: Tensor | None
     negatives: Tensor | None
+    others: Tensor | None = None  # of ranked pairs
+    above: Tensor | None = None  # [..., T] bool: the anchor's label is the larger of the pair
 
 
 def squared_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -41,7 +46,8 @@ class Objective(ABC):
     """A loss over an anchor and its partners.
 
     Attributes:
-        pairs: "triplet", "positive" or "negative".
+        pairs: "triplet", "positive", "negative" or "ranked". Labels are real numbers for "ranked"
+            (see ``real_labels``), classes for the others.
         hinge: the margin m where a triplet is valid exactly when ``D(a,p) + m > D(a,n)``
             (infinity: always), so that valid pairs can be counted without listing them; None where
             only the loss itself can tell.
@@ -49,6 +55,11 @@ class Objective(ABC):
 
     pairs: str = "triplet"
     hinge: float | None = None
+
+    @property
+    def real_labels(self) -> bool:
+        """Whether labels are real numbers (prices, ages) instead of classes."""
+        return self.pairs == "ranked"
 
     @abstractmethod
     def loss(self, anchor: Tensor, positive: Tensor, negative: Tensor, hinge: bool) -> Tensor:
@@ -172,6 +183,102 @@ class PairDistance(Objective):
         return {"name": "PairDistance", "kind": self.kind}
 
 
+class RankLoss(Objective):
+    """Cross-entropy over a linear layer on f_a − f_j: which of the two has the larger label.
+
+    Class 1 is "the anchor's label is the larger". A pair is valid where the labels, real numbers,
+    differ. With the logit z = (w_1 − w_0)·(f_a − f_j) + b_1 − b_0 the gradient is
+    dL/df_a = (σ(z) − y) (w_1 − w_0), y = 1 where the anchor's label is the larger.
+
+    All gradients thus lie on one line. Evidence for an anchor that is above most others is what
+    raises its score z; for one below most others, what lowers it.
+
+    The network is meant to be explained as it was trained, ``Explainer(model,
+    objective=RankLoss(linear), l2_normalize=False)``; loaders give one finite number an image as
+    label.
+
+    Args:
+        linear: D features to 2 outputs, in the order "lower", "higher". Its values are copied.
+
+    Raises:
+        TypeError: not an ``nn.Linear``.
+        ValueError: not 2 outputs, NaN or infinity in it, or more than LINEAR_LIMIT weights.
+
+    Source: paper, the rank siamese network of its house price application.
+    """
+
+    pairs = "ranked"
+
+    def __init__(self, linear: nn.Linear) -> None:
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"`linear` must be a torch.nn.Linear, got {type(linear).__name__}")
+        if linear.out_features != 2:
+            raise ValueError(f"`linear` must have 2 outputs, got {linear.out_features}")
+        if linear.weight.numel() > LINEAR_LIMIT:
+            raise ValueError(
+                f"`linear` must have at most {LINEAR_LIMIT} weights (the database's manifest holds "
+                f"them), got {linear.weight.numel()}"
+            )
+        bias = linear.weight.new_zeros(2) if linear.bias is None else linear.bias
+        self.weight = linear.weight.detach().float().cpu().clone()  # [2, D]
+        self.bias = bias.detach().float().cpu().clone()  # [2]
+        if not bool(torch.isfinite(self.weight).all() and torch.isfinite(self.bias).all()):
+            raise ValueError("`linear` must have finite weights, got NaN or infinity")
+
+    def loss(self, anchor: Tensor, positive: Tensor, negative: Tensor, hinge: bool) -> Tensor:
+        """Always an error: see :meth:`pair_loss`."""
+        del anchor, positive, negative, hinge
+        raise ValueError(
+            "`objective` must be over triplets to explain one, got RankLoss, which compares two "
+            "images: use explain_labelled"
+        )
+
+    def pair_loss(self, anchor: Tensor, other: Tensor, above: Tensor) -> Tensor:
+        """The loss of T pairs: [T, D], [T, D] and bool [T] (see :class:`Partners`) → [T]."""
+        weight, bias = self._checked(anchor)
+        logits = (anchor - other) @ weight.T + bias
+        return F.cross_entropy(logits, above.long(), reduction="none")
+
+    def cotangent(self, anchor: Tensor, partners: Partners) -> tuple[Tensor, Tensor]:
+        """(σ(z) − y) (w_1 − w_0); see :meth:`Objective.cotangent`."""
+        assert partners.others is not None
+        assert partners.above is not None
+        weight, bias = self._checked(anchor)
+        direction = weight[1] - weight[0]
+        logit = (anchor[..., None, :] - partners.others) @ direction + (bias[1] - bias[0])
+        # σ(z) − 1 is −σ(−z), which keeps its digits where the network is sure.
+        slope = torch.where(partners.above, -torch.sigmoid(-logit), torch.sigmoid(logit))
+        valid = torch.ones(slope.shape, dtype=torch.bool, device=slope.device)
+        return slope[..., None] * direction, valid
+
+    def _checked(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias where the embeddings are and in their dtype."""
+        D = self.weight.shape[1]
+        if embeddings.shape[-1] != D:
+            raise ValueError(
+                f"`objective` must rank embeddings of D = {embeddings.shape[-1]}, got a RankLoss "
+                f"whose linear layer takes {D}"
+            )
+        return self.weight.to(embeddings), self.bias.to(embeddings)
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Objective.describe`."""
+        return {"name": "RankLoss", "weight": self.weight.tolist(), "bias": self.bias.tolist()}
+
+    def __repr__(self) -> str:
+        """Name and size; the weights would fill the line."""
+        return f"RankLoss(D={self.weight.shape[1]})"
+
+    @classmethod
+    def _described(cls, description: dict[str, Any]) -> RankLoss:
+        weight = torch.tensor(description["weight"], dtype=torch.float32)
+        linear = nn.Linear(weight.shape[1], 2, device="meta").to_empty(device="cpu")
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            linear.bias.copy_(torch.tensor(description["bias"], dtype=torch.float32))
+        return cls(linear)
+
+
 class FunctionObjective(Objective):
     """A user's function of the three embeddings.
 
@@ -265,6 +372,8 @@ def objective_from(description: dict[str, Any]) -> Objective:
         return DistanceDifference()
     if name == "PairDistance":
         return PairDistance(description["kind"])
+    if name == "RankLoss":
+        return RankLoss._described(description)
 
     def missing(*_: Tensor) -> Tensor:
         raise ValueError(

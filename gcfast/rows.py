@@ -155,7 +155,7 @@ def rows_from_second_pass(
     N, start = len(embedded.ids), 0
     names = embedded.class_names
     bar = tqdm(total=N, desc="rows", unit=" rows", disable=not progress, leave=False)
-    for batch in batches(loader, network):
+    for batch in batches(loader, network, real_labels=settings.objective.real_labels):
         stop = start + len(batch.images)
         if stop > N:
             raise _other_images(f"it gave {N} images first and more the second time")

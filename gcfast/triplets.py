@@ -21,7 +21,7 @@ class Anchors(NamedTuple):
     """Rows whose partners are wanted."""
 
     embeddings: Tensor  # [B, D] float32
-    labels: Tensor  # [B] int64
+    labels: Tensor  # [B] int64; float64 for ranked pairs
     rows: Tensor  # [B] int64; N or more for anchors from outside the table
 
 
@@ -39,7 +39,7 @@ class PairSource:
     Args:
         objective: what makes a pair valid.
         embeddings: [N, D] float32.
-        labels: [N] int64, on the same device.
+        labels: [N] int64 (float64 for ranked pairs), on the same device.
         hardest: take the farthest positive and the nearest negative, hinge ignored, where an
             anchor has no valid pair. Not for a user's function, whose hinge cannot be taken off.
     """
@@ -145,10 +145,15 @@ class PairSource:
 
     def _cotangents(self, anchors: Anchors, drawn: Triplets) -> Cotangents:
         pairs = self.objective.pairs
-        partners = Partners(
-            self.embeddings[drawn.positives.clamp(min=0)] if pairs != "negative" else None,
-            self.embeddings[drawn.negatives.clamp(min=0)] if pairs != "positive" else None,
-        )
+        if pairs == "ranked":
+            others = drawn.negatives.clamp(min=0)
+            above = anchors.labels[:, None] > self.labels[others]
+            partners = Partners(None, None, self.embeddings[others], above)
+        else:
+            partners = Partners(
+                self.embeddings[drawn.positives.clamp(min=0)] if pairs != "negative" else None,
+                self.embeddings[drawn.negatives.clamp(min=0)] if pairs != "positive" else None,
+            )
         # Which pairs are valid was settled when they were drawn, in float64.
         values, _ = self.objective.cotangent(anchors.embeddings, partners)
         return Cotangents(values, drawn.valid, drawn.counts)
@@ -177,14 +182,14 @@ class PairSource:
     def _valid_pairs(self, anchors: Anchors, b: int) -> Tensor:
         """The valid pairs [V, 2] of one anchor, ordered by row; -1 for a partner without use."""
         same = self.labels == anchors.labels[b]
-        negatives = (~same).nonzero()  # [Q, 1]
+        negatives = (~same).nonzero()  # [Q, 1]; of ranked pairs the other
         if anchors.rows[b] < len(same):
             same = same.clone()
             same[anchors.rows[b]] = False
         positives = same.nonzero()  # [P, 1]
         if self.objective.pairs == "positive":
             return torch.cat([positives, torch.full_like(positives, -1)], 1)
-        if self.objective.pairs == "negative":
+        if self.objective.pairs in ("negative", "ranked"):
             return torch.cat([torch.full_like(negatives, -1), negatives], 1)
         if not len(positives) or not len(negatives):
             return positives.new_empty((0, 2))
