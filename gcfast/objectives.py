@@ -1,10 +1,11 @@
 """What is differentiated: losses over an anchor and its partners.
 
 Every objective answers two questions. ``pairs`` says which partners an anchor may have: "triplet"
-(a positive and a negative), "positive" or "negative", or "ranked" (any image whose label, a real
-number, is another). ``cotangent`` gives the gradient of the loss with respect to the anchor's
-embedding, and which partners are valid. A lower loss is always better, so that "evidence for" has
-one meaning: the channels whose growth lowers the loss.
+(a positive and a negative), "positive" or "negative"; or, where labels are real numbers, "ranked"
+(images of any other label), "lower" or "higher" (of a lower or a higher one). ``cotangent`` gives
+the gradient of the loss with respect to the anchor's embedding, and which partners are valid. A
+lower loss is always better, so that "evidence for" has one meaning: the channels whose growth
+lowers the loss.
 
 D is the squared Euclidean distance. Source: paper, section 3.1.
 """
@@ -46,8 +47,8 @@ class Objective(ABC):
     """A loss over an anchor and its partners.
 
     Attributes:
-        pairs: "triplet", "positive", "negative" or "ranked". Labels are real numbers for "ranked"
-            (see ``real_labels``), classes for the others.
+        pairs: "triplet", "positive" or "negative" where labels are classes; "ranked", "lower" or
+            "higher" where they are real numbers (see ``real_labels``).
         hinge: the margin m where a triplet is valid exactly when ``D(a,p) + m > D(a,n)``
             (infinity: always), so that valid pairs can be counted without listing them; None where
             only the loss itself can tell.
@@ -59,7 +60,7 @@ class Objective(ABC):
     @property
     def real_labels(self) -> bool:
         """Whether labels are real numbers (prices, ages) instead of classes."""
-        return self.pairs == "ranked"
+        return self.pairs in ("ranked", "lower", "higher")
 
     @abstractmethod
     def loss(self, anchor: Tensor, positive: Tensor, negative: Tensor, hinge: bool) -> Tensor:
@@ -190,8 +191,11 @@ class RankLoss(Objective):
     differ. With the logit z = (w_1 − w_0)·(f_a − f_j) + b_1 − b_0 the gradient is
     dL/df_a = (σ(z) − y) (w_1 − w_0), y = 1 where the anchor's label is the larger.
 
-    All gradients thus lie on one line. Evidence for an anchor that is above most others is what
-    raises its score z; for one below most others, what lowers it.
+    All gradients thus lie on one line, and the mean over the pairs of an anchor is the share that
+    the network puts below it less the share that is: the more the network has learnt, the more
+    what remains is the anchor's residual, whose sign says little. ``partners="lower"`` asks what
+    puts an image above those that it is above (evidence for: what raises its score), "higher" what
+    keeps it below the others.
 
     The network is meant to be explained as it was trained, ``Explainer(model,
     objective=RankLoss(linear), l2_normalize=False)``; loaders give one finite number an image as
@@ -199,17 +203,20 @@ class RankLoss(Objective):
 
     Args:
         linear: D features to 2 outputs, in the order "lower", "higher". Its values are copied.
+        partners: "all" (the paper), or only images of a "lower" or a "higher" label.
 
     Raises:
         TypeError: not an ``nn.Linear``.
-        ValueError: not 2 outputs, NaN or infinity in it, or more than LINEAR_LIMIT weights.
+        ValueError: not 2 outputs, NaN or infinity in it, or more than LINEAR_LIMIT weights; other
+            partners.
 
     Source: paper, the rank siamese network of its house price application.
     """
 
-    pairs = "ranked"
-
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, partners: str = "all") -> None:
+        require_choice("partners", partners, ("all", "lower", "higher"))
+        self.partners = partners
+        self.pairs = "ranked" if partners == "all" else partners
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"`linear` must be a torch.nn.Linear, got {type(linear).__name__}")
         if linear.out_features != 2:
@@ -263,11 +270,16 @@ class RankLoss(Objective):
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`Objective.describe`."""
-        return {"name": "RankLoss", "weight": self.weight.tolist(), "bias": self.bias.tolist()}
+        return {
+            "name": "RankLoss",
+            "partners": self.partners,
+            "weight": self.weight.tolist(),
+            "bias": self.bias.tolist(),
+        }
 
     def __repr__(self) -> str:
         """Name and size; the weights would fill the line."""
-        return f"RankLoss(D={self.weight.shape[1]})"
+        return f"RankLoss(D={self.weight.shape[1]}, partners={self.partners!r})"
 
     @classmethod
     def _described(cls, description: dict[str, Any]) -> RankLoss:
@@ -276,7 +288,7 @@ class RankLoss(Objective):
         with torch.no_grad():
             linear.weight.copy_(weight)
             linear.bias.copy_(torch.tensor(description["bias"], dtype=torch.float32))
-        return cls(linear)
+        return cls(linear, description["partners"])
 
 
 class FunctionObjective(Objective):

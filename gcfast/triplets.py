@@ -14,6 +14,8 @@ from gcfast.ops import Triplets
 
 LIST_CHUNK = 4096  # pairs of an anchor that are held at once when all are listed
 FUNCTION_CHUNK = 65536  # pairs a user's function is evaluated on at once
+# Which labels the partners of ranked pairs have, beside the anchor's.
+_COMPARED = {"ranked": torch.ne, "lower": torch.lt, "higher": torch.gt}
 STREAM_PARTNERS = 1  # of the counter-based generator; 0 is `sample_triplets`
 
 
@@ -145,7 +147,7 @@ class PairSource:
 
     def _cotangents(self, anchors: Anchors, drawn: Triplets) -> Cotangents:
         pairs = self.objective.pairs
-        if pairs == "ranked":
+        if self.objective.real_labels:
             others = drawn.negatives.clamp(min=0)
             above = anchors.labels[:, None] > self.labels[others]
             partners = Partners(None, None, self.embeddings[others], above)
@@ -180,16 +182,22 @@ class PairSource:
         return Triplets(chosen[..., 0], chosen[..., 1], valid, counts, hardest)
 
     def _valid_pairs(self, anchors: Anchors, b: int) -> Tensor:
-        """The valid pairs [V, 2] of one anchor, ordered by row; -1 for a partner without use."""
+        """The valid pairs [V, 2] of one anchor, ordered by row; -1 for a partner without use.
+
+        The one partner of a ranked pair stands in the second column.
+        """
+        if self.objective.real_labels:
+            others = _COMPARED[self.objective.pairs](self.labels, anchors.labels[b]).nonzero()
+            return torch.cat([torch.full_like(others, -1), others], 1)
         same = self.labels == anchors.labels[b]
-        negatives = (~same).nonzero()  # [Q, 1]; of ranked pairs the other
+        negatives = (~same).nonzero()  # [Q, 1]
         if anchors.rows[b] < len(same):
             same = same.clone()
             same[anchors.rows[b]] = False
         positives = same.nonzero()  # [P, 1]
         if self.objective.pairs == "positive":
             return torch.cat([positives, torch.full_like(positives, -1)], 1)
-        if self.objective.pairs in ("negative", "ranked"):
+        if self.objective.pairs == "negative":
             return torch.cat([torch.full_like(negatives, -1), negatives], 1)
         if not len(positives) or not len(negatives):
             return positives.new_empty((0, 2))

@@ -75,15 +75,17 @@ def test_values_by_hand() -> None:
     assert got.item() == pytest.approx(-3 * torch.tensor(-30.0, dtype=torch.float64).exp().item())
 
 
+@pytest.mark.parametrize("partners", ["all", "lower", "higher"])
 @pytest.mark.parametrize("evidence", ["for", "against"])
 @pytest.mark.parametrize("method", ["gradcam", "gradcam++"])
 @pytest.mark.parametrize("l2_normalize", [False, True])
 @pytest.mark.parametrize("make", [common, other], ids=["closed form", "autograd"])
 def test_rows_equal_the_loop_over_every_pair(
-    make: Callable[[], Net], l2_normalize: bool, method: str, evidence: str
+    make: Callable[[], Net], l2_normalize: bool, method: str, evidence: str, partners: str
 ) -> None:
     model = make()
-    linear, objective = rank_loss()
+    linear, _ = rank_loss()
+    objective = gcfast.RankLoss(linear, partners)
     explainer, images = built(
         model,
         objective,
@@ -96,22 +98,32 @@ def test_rows_equal_the_loop_over_every_pair(
     assert database is not None
     assert database.manifest["closed_form"] is (make is common)
     oracle = Oracle(model, "backbone", l2_normalize=l2_normalize)
+    embeddings = [oracle.run(image)[1].detach() for image in images]
     double = nn.Linear(DIM, 2).double()
     double.load_state_dict(linear.state_dict())
     got = dense(database, CHANNELS)
+    # The dearest has no pair with a dearer one, the cheapest none with a cheaper one.
+    dropped = {"all": None, "lower": 8, "higher": 5}[partners]
+    index = {int(name): at for at, name in enumerate(database.ids)}
+    assert set(range(N)) - set(index) == ({dropped} if dropped else set())
+    assert database.report["skipped_no_triplet"] == N - len(index)
     for row in (0, 4, 7):
         activations, embedding = oracle.run(images[row])
         each = []
         for j in range(N):
-            if PRICES[j] == PRICES[row]:
+            if PRICES[j] == PRICES[row] or (PRICES[j] > PRICES[row] and partners == "lower"):
                 continue
-            logits = double((embedding - database.embeddings[j].double())[None])
+            if PRICES[j] < PRICES[row] and partners == "higher":
+                continue
+            logits = double((embedding - embeddings[j].double())[None])
             loss = F.cross_entropy(logits, (PRICES[row : row + 1] > PRICES[j]).long())
             (gradient,) = torch.autograd.grad(loss, activations, retain_graph=True)
             each.append(channel_weights(gradient[0], activations.detach()[0], method, evidence))
-        assert database.triplet_counts[row] == len(each) == (8 if row == 4 else 7)
+        counts = {"all": {0: 7, 4: 8, 7: 7}, "lower": {0: 6, 4: 1, 7: 2}}
+        counts["higher"] = {r: counts["all"][r] - counts["lower"][r] for r in (0, 4, 7)}
+        assert database.triplet_counts[index[row]] == len(each) == counts[partners][row]
         wanted = torch.stack(each).mean(0)
-        assert norm_error(got[row][None], wanted[None]) < 1e-5
+        assert norm_error(got[index[row]][None], wanted[None]) < 1e-5
 
 
 def test_evidence_for_a_dear_one_is_what_makes_it_dear() -> None:
@@ -190,7 +202,7 @@ def test_a_database_of_prices_is_saved_and_explains(tmp_path: Path) -> None:
     database.save(tmp_path / "houses.gcfast")
     again = gcfast.load(tmp_path / "houses.gcfast", explainer.network.model)
     assert again.settings.objective.describe() == objective.describe()
-    assert repr(again.settings.objective) == f"RankLoss(D={DIM})"
+    assert repr(again.settings.objective) == f"RankLoss(D={DIM}, partners='all')"
     why = again.explain_batch(images, details=True)
     torch.testing.assert_close(why.maps, explainer.explain_batch(images))
     assert why.neighbors[:, 0].tolist() == list(range(N))
@@ -237,6 +249,8 @@ def test_labels_that_are_no_prices(labels: Any, error: type[Exception], words: s
 def test_linear_layers_that_cannot_rank() -> None:
     with pytest.raises(TypeError, match=r"`linear` must be a torch.nn.Linear, got Conv2d"):
         gcfast.RankLoss(nn.Conv2d(4, 2, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`partners` must be one of 'all', .* got 'dearer'"):
+        gcfast.RankLoss(nn.Linear(4, 2), "dearer")
     with pytest.raises(ValueError, match="`linear` must have 2 outputs, got 3"):
         gcfast.RankLoss(nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"at most 16384 weights .* got 16386"):
