@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from gcfast.database import FORMAT, FORMAT_VERSION, Database
+from gcfast.database import Database
 from gcfast.embedding import Embedded, embed_all
 from gcfast.fingerprint import fingerprint
+from gcfast.manifest import FORMAT, FORMAT_VERSION
 from gcfast.network import Network
 from gcfast.rows import Rows, rows_from_second_pass, rows_from_spool
 from gcfast.settings import Settings
@@ -95,6 +96,7 @@ def assemble(
         "layer": network.layer_name,
         "settings": {**settings.describe(), "output_key": network.output_key},
         "closed_form": embedded.head is not None,
+        "storage": "float32",
         "channels_last": network.channels_last,
         "embedding_dim": tensors["embeddings"].shape[1],
         "layer_channels": len(embedded.mean_activation),

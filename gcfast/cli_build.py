@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 
 import gcfast
-from gcfast.database import check_target
 from gcfast.images import ImageFolder, ImageLoader
+from gcfast.manifest import check_target
 from gcfast.models import LoadedModel, load_model
 from gcfast.preprocessing import Preprocessing
 
@@ -30,7 +30,7 @@ def build_database(options: argparse.Namespace) -> int:
         The exit status.
 
     Raises:
-        FileExistsError: As `gcfast.database.check_target`.
+        FileExistsError: As `gcfast.manifest.check_target`.
         ValueError: If the options or the pictures do not fit each other or the model.
         GcfastError: If the model cannot be used, or (`--strict`) a picture not read.
     """

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 import gcfast
 from gcfast.cli_build import load_network, tell_unreadable
-from gcfast.database import Database, read_manifest
+from gcfast.database import Database
 from gcfast.images import ImageLoader, find_images
+from gcfast.manifest import read_manifest
 from gcfast.preprocessing import Preprocessing
 from gcfast.report import Panel, ReportRow, overlay, write_report
 

@@ -381,7 +381,7 @@ class Explainer:
             return images.new_zeros((0, *output_size), dtype=torch.float32)
         source = PairSource(
             self.settings.objective,
-            database.embeddings,
+            database.embeddings.float(),
             database.labels,
             hardest=self.settings.on_no_triplet == "hardest",
         )

@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from gcfast import ops
 from gcfast._checks import require_finite_rows
-from gcfast.database import FIELDS
 from gcfast.embedding import Embedded
 from gcfast.head import normalized, vjp_grad_weights
 from gcfast.loading import batches
 from gcfast.network import Network
 from gcfast.settings import Settings
+from gcfast.shards import FIELDS
 from gcfast.triplets import Anchors, Cotangents, PairSource
 
 ROWS_AT_ONCE = 64  # rows whose triplets are held at once in stage 2

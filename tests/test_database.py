@@ -17,9 +17,11 @@ from networks import CHANNELS, Lambda, common, loader, other, pictures
 from torch import nn
 
 import gcfast
-from gcfast import database as database_module
 from gcfast import default as default_module
-from gcfast.database import FIELDS, Database
+from gcfast import manifest as manifest_module
+from gcfast import shards as shards_module
+from gcfast.database import Database
+from gcfast.shards import FIELDS
 
 
 def built(count: int = 9, **settings: Any) -> tuple[gcfast.Explainer, Database]:
@@ -31,7 +33,7 @@ def built(count: int = 9, **settings: Any) -> tuple[gcfast.Explainer, Database]:
 @pytest.fixture
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A database of three shards."""
-    monkeypatch.setattr(database_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards_module, "SHARD_ROWS", 4)
     path = tmp_path / "birds.gcfast"
     built()[1].save(path)
     return path
@@ -47,7 +49,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("rows", [4, 9, 65_536], ids=["three shards", "full shard", "one shard"])
 def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(database_module, "SHARD_ROWS", rows)
+    monkeypatch.setattr(shards_module, "SHARD_ROWS", rows)
     images, labels = pictures(9)
     names = [("robin", "wren", "tit")[i] for i in labels]
     ids = [f"a/{i} ü \udcff.jpg" for i in range(9)]
@@ -345,7 +347,7 @@ def test_a_manifest_that_is_not_ours(saved: Path, content: bytes) -> None:
         Database.open(saved)
 
 
-@pytest.mark.parametrize("key", sorted(database_module.MANIFEST_KEYS))
+@pytest.mark.parametrize("key", sorted(manifest_module.MANIFEST_KEYS))
 def test_a_manifest_that_lacks_something(saved: Path, key: str) -> None:
     manifest = json.loads((saved / "manifest.json").read_text())
     del manifest[key]
@@ -355,9 +357,9 @@ def test_a_manifest_that_lacks_something(saved: Path, key: str) -> None:
 
 
 def test_a_newer_format(saved: Path) -> None:
-    edit(saved, format_version=2)
+    edit(saved, format_version=3)
     with pytest.raises(
-        gcfast.GcfastError, match=r"was written in format 2, .* install a newer one"
+        gcfast.GcfastError, match=r"was written in format 3, .* install a newer one"
     ):
         Database.open(saved)
 

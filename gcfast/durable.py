@@ -1,0 +1,58 @@
+"""Files that are whole or not there: written, flushed to the disk and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file and flush it to the disk; not whole before it returns."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file in one step: whoever reads it, also after a crash, sees the old or the new."""
+    beside = path.with_name(f"{path.name}.new")
+    write(beside, content)
+    os.rename(beside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_into_place(folder: Path, target: Path) -> None:
+    """Rename a finished folder to its name; what has that name goes when the new one is there."""
+    sync_folder(folder)
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        os.rename(target, old / target.name)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            os.rename(old / target.name, target)
+            old.rmdir()
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(folder, target)
+    sync_folder(target.parent)
+
+
+def open_permissions(folder: Path) -> None:
+    """Give a folder made by ``tempfile`` the permissions that one made by mkdir has."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(folder, 0o777 & ~mask)

@@ -1,0 +1,106 @@
+"""What describes a database folder: its manifest, and which folders are databases at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
+
+FORMAT = "gcfast-database"
+# 2: embeddings and weights may be float16; a compressed database and a stored index are described.
+# A database of format 1 opens as it is.
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+INDEX = "index.faiss"
+MEMBERS = "members.safetensors"
+OWN_FILES = re.compile(
+    r"manifest\.json(\.new)?|rows-\d{5,}\.safetensors|index\.faiss(\.new)?|members\.safetensors"
+)
+STORAGES = ("float32", "float16")
+MANIFEST_KEYS: dict[str, type] = {
+    "fingerprint": dict,
+    "layer": str,
+    "settings": dict,
+    "class_names": list,
+    "report": dict,
+    "mean_activation": list,
+    "shards": list,
+}
+SHARD_KEYS: dict[str, type] = {"file": str, "rows": int, "bytes": int, "sha256": str}
+
+
+def encoded(manifest: dict[str, Any]) -> bytes:
+    """The manifest as its file holds it."""
+    return json.dumps(manifest, indent=1).encode()
+
+
+def check_target(
+    target: Path, overwrite: bool, *, name: str = "path", remedy: str = "overwrite=True"
+) -> None:
+    """Whether a database may be written at ``target``: only a database is ever replaced.
+
+    Args:
+        target: the folder to be.
+        overwrite: whether a database that is there may go.
+        name: what the caller calls the folder.
+        remedy: what the caller's user has to say for ``overwrite``.
+
+    Raises:
+        FileExistsError: something is there and may not be replaced, or is not a gcfast database
+            and nothing else.
+    """
+    if not target.exists():
+        return
+    try:
+        manifest = json.loads((target / MANIFEST).read_bytes())
+        ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"`{name}` must not exist, got {target}, not a gcfast database")
+    if not overwrite:
+        raise FileExistsError(
+            f"`{name}` must not exist, got the database {target}; {remedy} replaces it"
+        )
+    strange = sorted(p.name for p in target.iterdir() if not OWN_FILES.fullmatch(p.name))
+    if strange:
+        raise FileExistsError(
+            f"`{name}` must hold a gcfast database alone to be replaced, {target} also holds "
+            f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a database folder; raises as :meth:`gcfast.Database.open`."""
+    if not folder.is_dir():
+        raise NoDatabaseError(f"there is no database at {folder}: it is not a folder")
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']!r}")
+        if manifest["format_version"] > FORMAT_VERSION:
+            raise GcfastError(
+                f"{folder} was written in format {manifest['format_version']}, this gcfast reads "
+                f"up to {FORMAT_VERSION}: install a newer one"
+            )
+        for key, kind in MANIFEST_KEYS.items():
+            if not isinstance(manifest[key], kind):
+                raise TypeError(f"{key!r} must be a {kind.__name__}, got {manifest[key]!r:.60}")
+        if not manifest["shards"]:
+            raise ValueError("it lists no shards")
+        for shard in manifest["shards"]:
+            for key, kind in SHARD_KEYS.items():
+                if not isinstance(shard[key], kind):
+                    raise TypeError(f"a shard's {key!r} must be a {kind.__name__}")
+            if Path(shard["file"]).name != shard["file"]:
+                raise ValueError(f"a shard must lie in the folder, got {shard['file']!r}")
+    except FileNotFoundError:
+        raise NoDatabaseError(f"there is no database at {folder}: {MANIFEST} is missing") from None
+    except KeyError as error:
+        raise DamagedDatabaseError(f"{folder / MANIFEST} is damaged: it lacks {error}") from error
+    except (ValueError, TypeError) as error:
+        raise DamagedDatabaseError(f"{folder / MANIFEST} is damaged: {error}") from error
+    return manifest

@@ -1,0 +1,248 @@
+"""Shards: the rows of a database in safetensors files, memory-mapped and told apart from damage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gcfast import durable
+from gcfast.errors import DamagedDatabaseError
+
+
+class Shard(NamedTuple):
+    """Consecutive rows of a database, as CPU tensors, each contiguous; memory-mapped if opened.
+
+    With float16 storage ``weights`` and ``offsets`` are multiplied by the database's
+    ``weight_scale``, so that small weights keep their digits: maps that are normalised come out
+    the same, raw ones are divided by it.
+    """
+
+    embeddings: Tensor  # [n, D] float32 or float16
+    channels: Tensor  # [n, M] int64, by falling weight
+    weights: Tensor  # [n, M] float32 or float16
+    offsets: Tensor  # [n] float32
+    labels: Tensor  # [n] int64
+    triplet_counts: Tensor  # [n] int64
+
+
+FIELDS = Shard._fields
+SHARD_ROWS = 16_384  # about 18 MB with D = 128 and M = 50, and what a killed build loses at most
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+ALLOWED = {
+    "embeddings": ("F32", "F16"),
+    "channels": ("I64",),
+    "weights": ("F32", "F16"),
+    "offsets": ("F32",),
+    "labels": ("I64",),
+    "triplet_counts": ("I64",),
+    "id_ends": ("I64",),
+    "id_bytes": ("U8",),
+}
+
+
+class ShardFile:
+    """One shard on the disk: mapped at once, so that it outlasts a replacement of its folder.
+
+    Mapping reads nothing but the header; a page of rows is read when it is first touched.
+
+    Args:
+        folder: the database's.
+        entry: the manifest's words on the shard.
+
+    Raises:
+        DamagedDatabaseError: the file is missing, has another size than was written, or is not a
+            shard of that many rows.
+    """
+
+    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
+        self.path = folder / entry["file"]
+        self.rows: int = entry["rows"]
+        self.bytes: int = entry["bytes"]
+        self.sha256: str = entry["sha256"]
+        self.check()
+        try:
+            # The library settles that the header is sound; where the tensors lie it does not say.
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                names = set(file.keys())
+            with self.path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+                # Copy on write: a tensor cannot be read-only, and the file must stay as it is.
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            missing = sorted(ALLOWED.keys() - names)
+            if missing:
+                raise KeyError(missing[0])
+            if len(content) != self.bytes:
+                raise ValueError("it changed its size")
+            tensors = {
+                name: _tensor(content, 8 + size, name, header[name], allowed)
+                for name, allowed in ALLOWED.items()
+            }
+        except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+            raise DamagedDatabaseError(f"the shard {self.path} cannot be read: {error}") from error
+        self.id_ends, self.id_bytes = tensors["id_ends"], tensors.pop("id_bytes")
+        lengths = {len(tensor) for tensor in tensors.values()}
+        if lengths != {self.rows}:
+            raise DamagedDatabaseError(
+                f"the shard {self.path} must hold {self.rows} rows, got {sorted(lengths)}"
+            )
+        self.tensors = Shard(**{name: tensors[name] for name in FIELDS})
+        self.verified = False
+        self._content = content
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Raise DamagedDatabaseError where the file is gone or has changed its size."""
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            raise DamagedDatabaseError(f"the shard {self.path} is missing") from None
+        if size != self.bytes:
+            raise DamagedDatabaseError(
+                f"the shard {self.path} is truncated or changed: {self.bytes} bytes were written, "
+                f"it has {size}"
+            )
+
+    def verify(self) -> None:
+        """Compare the content with its checksum, once; raises DamagedDatabaseError."""
+        with self._lock:
+            if self.verified:
+                return
+            # The mapping, not the path, where another database may lie by now.
+            digest = hashlib.sha256(self._content).hexdigest()
+            if digest != self.sha256:
+                raise DamagedDatabaseError(
+                    f"the shard {self.path} is changed: its checksum differs"
+                )
+            # The pages that hashing read count as ours until they are given back.
+            self._content.madvise(mmap.MADV_DONTNEED)
+            self.verified = True
+
+    def ids(self, start: int, stop: int) -> list[str]:
+        """The ids of these rows of the shard."""
+        if start >= stop:
+            return []
+        first = int(self.id_ends[start - 1]) if start else 0
+        ends = [first, *self.id_ends[start:stop].tolist()]
+        content = self.id_bytes[first : ends[-1]].numpy().tobytes()
+        return [
+            content[a - first : b - first].decode(errors="surrogateescape")
+            for a, b in pairwise(ends)
+        ]
+
+
+class Ids(Sequence[str]):
+    """The ids of an opened database: a sequence that is decoded where it is read."""
+
+    def __init__(self, files: list[ShardFile]) -> None:
+        self._files = files
+        self._starts = [0]
+        for file in files:
+            self._starts.append(self._starts[-1] + file.rows)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, where: int) -> str: ...
+
+    @overload
+    def __getitem__(self, where: slice) -> list[str]: ...
+
+    def __getitem__(self, where: int | slice) -> str | list[str]:
+        if isinstance(where, slice):
+            start, stop, step = where.indices(len(self))
+            if step == 1:
+                return self._range(start, stop)
+            return [self[row] for row in range(start, stop, step)]
+        row = where + len(self) if where < 0 else where
+        if not 0 <= row < len(self):
+            raise IndexError(f"`ids` has {len(self)} elements, got {where}")
+        return self._range(row, row + 1)[0]
+
+    def _range(self, start: int, stop: int) -> list[str]:
+        out: list[str] = []
+        number = bisect_right(self._starts, start) - 1
+        while start < stop:
+            first, end = self._starts[number : number + 2]
+            out += self._files[number].ids(start - first, min(stop, end) - first)
+            start, number = end, number + 1
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        for file in self._files:
+            yield from file.ids(0, file.rows)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (Ids, list, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(repr(i) for i in self[:3])
+        return f"Ids({len(self)}: {shown}{', …' if len(self) > 3 else ''})"
+
+
+def encode_ids(ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(ends [n] int64, bytes uint8) of ids, as a shard holds them."""
+    # A file name that is not UTF-8 comes as surrogates and keeps its bytes.
+    encoded = [i.encode(errors="surrogateescape") for i in ids]
+    ends = np.cumsum([len(i) for i in encoded], dtype=np.int64)
+    content = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
+    return torch.from_numpy(ends), torch.from_numpy(content)
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard."""
+    return f"rows-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, rows: Shard, ids: Sequence[str]) -> dict[str, Any]:
+    """Write a shard under its own name, flushed to the disk; returns the manifest's entry.
+
+    Nothing refers to it before a manifest does, so a part of one that a crash leaves does no harm.
+    """
+    tensors = {name: value.contiguous() for name, value in rows._asdict().items()}
+    tensors["id_ends"], tensors["id_bytes"] = encode_ids(ids)
+    content = safetensors.torch.save(tensors)
+    name = shard_name(number)
+    durable.write(folder / name, content)
+    return {
+        "file": name,
+        "rows": len(ids),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _tensor(
+    content: mmap.mmap, base: int, name: str, entry: dict[str, Any], allowed: tuple[str, ...]
+) -> Tensor:
+    if entry["dtype"] not in allowed:
+        raise ValueError(f"{name!r} must be {' or '.join(allowed)}, got {entry['dtype']}")
+    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+    start, stop = entry["data_offsets"]
+    if start == stop:
+        return torch.empty(shape, dtype=dtype)
+    count = (stop - start) // dtype.itemsize
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=base + start).view(shape)
