@@ -6,6 +6,7 @@ Networks*, WACV 2020 (arXiv:2001.06538).
 
 from importlib.metadata import version
 
+from gcfast import library as library  # registers torch.ops.gcfast
 from gcfast.database import Database
 from gcfast.default import explain_batch, load
 from gcfast.errors import (

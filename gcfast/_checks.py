@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -81,13 +82,13 @@ def require_choice(name: str, value: object, choices: Collection[object]) -> Non
 def require_int(
     name: str, value: object, low: int, high: int | None = None, *, what: str = ""
 ) -> int:
-    """The value, if it is an int (not a bool) in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """The value, if it is an int (or its symbol while tracing; not a bool) in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"`{name}` must be an int{what}, got {value!r}")
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"`{name}` must be {bound}, got {value}")
-    return value
+    return cast(int, value)
 
 
 def require_finite_rows(name: str, rows: Tensor, *, first: int = 0) -> None:

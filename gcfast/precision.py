@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def operation(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A public operation: outside the graph, and outside autocast on its first tensor's device."""
+def sheltered(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function outside the graph, and outside autocast on its first tensor's device."""
 
     @functools.wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -29,5 +29,25 @@ def operation(function: Callable[_P, _R]) -> Callable[_P, _R]:
             device = torch.device("cpu")
         with torch.no_grad(), full_precision(device):
             return function(*args, **kwargs)
+
+    return wrapped
+
+
+def operation(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A public operation: sheltered, and while torch.compile traces it one node of the graph.
+
+    That node is ``torch.ops.gcfast.<name>``, which checks shapes and dtypes and not values: those
+    are not known before the graph runs.
+    """
+    eager = sheltered(function)
+    name = function.__name__
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling():
+            node: Any = getattr(torch.ops.gcfast, name)
+            out: _R = node(*args, **kwargs)
+            return out
+        return eager(*args, **kwargs)
 
     return wrapped

@@ -213,7 +213,7 @@ def test_ranks_match_big_integers():
         ({"seed": -1}, ValueError, "`seed` must be from 0 to"),
         ({"triplets": 0}, ValueError, "`triplets` must be at least 1"),
         ({"first": -1}, ValueError, "`first` must be at least 0"),
-        ({"backend": "triton"}, ValueError, "`backend` must be one of 'auto', 'reference'"),
+        ({"backend": "cuda"}, ValueError, "`backend` must be one of 'auto', 'triton', 'reference'"),
     ],
     ids=lambda v: "" if not isinstance(v, dict) else "-".join(v),
 )

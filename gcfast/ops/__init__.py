@@ -1,9 +1,13 @@
 """The six operations: checked, documented, and sent to the backend that runs them.
 
-``backend="auto"`` runs the C++ twin of ``sample_triplets`` and ``mean_cotangents`` for tensors on
-the CPU and the PyTorch reference, on the tensors' device, for everything else.
-``backend="reference"`` always runs the reference (:mod:`gcfast.reference`), which is the
-specification.
+``backend="auto"`` runs Triton's kernels (:mod:`gcfast.kernels`) for tensors on a GPU where Triton
+is installed, the C++ twin of ``sample_triplets`` and ``mean_cotangents`` for tensors on the CPU,
+and the PyTorch reference for everything else, float64 included. ``"triton"`` insists on kernels:
+``MissingExtraError`` where Triton is not installed, ``ValueError`` for tensors they cannot take.
+``"reference"`` always runs the reference (:mod:`gcfast.reference`), which is the specification.
+
+Each is also ``torch.ops.gcfast.<name>`` (:mod:`gcfast.library`), and becomes that under
+``torch.compile``.
 
 None of them is differentiable. Inputs may have any strides and are not changed.
 """

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
-from gcfast import reference
 from gcfast._checks import (
     FLOATS,
     require_choice,
@@ -17,12 +13,20 @@ from gcfast._checks import (
     require_shape,
     require_tensor,
 )
+from gcfast.ops import dispatch
+from gcfast.ops.backend import BACKENDS
 from gcfast.precision import operation
 
 
 @operation
 def knn(
-    queries: Tensor, table: Tensor, k: int, *, metric: str = "l2", squares: Tensor | None = None
+    queries: Tensor,
+    table: Tensor,
+    k: int,
+    *,
+    metric: str = "l2",
+    squares: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The exact k nearest rows of a table, nearest first, ties to the lower row.
 
@@ -35,6 +39,7 @@ def knn(
         k: K, at least 1; where it exceeds N the rest is filled as below.
         metric: "l2" (squared Euclidean, smallest first) or "ip" (inner product, largest first).
         squares: [N], the rows' squared norms, where they are at hand ("l2" only).
+        backend: "auto", "triton" or "reference".
 
     Returns:
         (distances [B, K] float32, or float64 for float64 inputs; rows [B, K] int64). Where fewer
@@ -46,6 +51,15 @@ def knn(
 
     Source: paper, section 3.3 (weight transfer by nearest neighbour).
     """
+    require_choice("backend", backend, BACKENDS)
+    check_knn(queries, table, k, metric=metric, squares=squares)
+    return dispatch.knn(queries, table, k, metric=metric, squares=squares, backend=backend)
+
+
+def check_knn(
+    queries: Tensor, table: Tensor, k: int, *, metric: str, squares: Tensor | None
+) -> None:
+    """Raise unless all is as :func:`knn` says."""
     for name, tensor in (("queries", queries), ("table", table)):
         require_dtype(name, require_tensor(name, tensor), FLOATS)
     sizes = require_shape("queries", queries, "B D")
@@ -55,13 +69,3 @@ def knn(
     if squares is not None:
         require_shape("squares", squares, "N", sizes)
     require_same_device(queries=queries, table=table, squares=squares)
-    distances, ids = reference.knn(
-        queries, table, min(k, max(sizes["N"], 1)), metric=metric, squares=squares
-    )
-    missing = k - ids.shape[1]
-    if missing:
-        distances = torch.nn.functional.pad(
-            distances, (0, missing), value=math.inf if metric == "l2" else -math.inf
-        )
-        ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
-    return distances, ids

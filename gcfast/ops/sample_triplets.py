@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from gcfast import reference
 from gcfast._checks import (
     MAX_SEED,
     require_choice,
@@ -17,10 +16,10 @@ from gcfast._checks import (
     require_shape,
     require_tensor,
 )
+from gcfast.ops import dispatch
+from gcfast.ops.backend import BACKENDS
 from gcfast.precision import operation
 from gcfast.reference import Triplets
-
-BACKENDS = ("auto", "reference")
 
 
 @operation
@@ -57,7 +56,7 @@ def sample_triplets(
         seed: 0 to 2^63 - 1.
         first: None draws; a number lists the valid pairs from that one on, in the order of
             (positive, negative), T at a time.
-        backend: "auto" or "reference".
+        backend: "auto", "triton" or "reference".
 
     Returns:
         Triplets: positives, negatives [B, T] int64 (-1 where there is none), valid [B, T] bool,
@@ -70,38 +69,30 @@ def sample_triplets(
 
     Source: paper, section 3.1 (triplets with non-zero loss).
     """
-    _check_triplet_inputs(anchors, anchor_labels, anchor_rows, embeddings, labels, margin)
-    require_int("triplets", triplets, 1)
-    require_int("seed", seed, 0, MAX_SEED)
-    if first is not None:
-        require_int("first", first, 0)
     require_choice("backend", backend, BACKENDS)
-    if backend == "reference" or anchors.is_cuda:
-        return reference.sample_triplets(
-            anchors,
-            anchor_labels,
-            anchor_rows,
-            embeddings,
-            labels,
-            triplets=triplets,
-            margin=margin,
-            seed=seed,
-            first=first,
-        )
-    from gcfast import _core
-
-    positives, negatives, counts, hardest = (
-        torch.from_numpy(out)
-        for out in _core.sample_triplets(
-            *_as_numpy(anchors, anchor_labels, anchor_rows, embeddings, labels),
-            triplets=triplets,
-            margin=margin,
-            seed=seed,
-            first=-1 if first is None else first,
-            threads=torch.get_num_threads(),
-        )
+    check_sample_triplets(
+        anchors,
+        anchor_labels,
+        anchor_rows,
+        embeddings,
+        labels,
+        triplets=triplets,
+        margin=margin,
+        seed=seed,
+        first=first,
     )
-    return Triplets(positives, negatives, positives >= 0, counts, hardest)
+    return dispatch.sample_triplets(
+        anchors,
+        anchor_labels,
+        anchor_rows,
+        embeddings,
+        labels,
+        triplets=triplets,
+        margin=margin,
+        seed=seed,
+        first=first,
+        backend=backend,
+    )
 
 
 @operation
@@ -127,7 +118,7 @@ def mean_cotangents(
         embeddings: [N, D] float32.
         labels: [N] int64.
         margin: the margin of the hinge; infinity makes every pair valid.
-        backend: "auto" or "reference".
+        backend: "auto", "triton" or "reference".
 
     Returns:
         (cotangents [B, D] float32, zero where there is no valid pair; counts [B] int64, V;
@@ -139,30 +130,43 @@ def mean_cotangents(
 
     Source: the mean over triplets of the paper's section 3.1 in the limit of all of them.
     """
-    _check_triplet_inputs(anchors, anchor_labels, anchor_rows, embeddings, labels, margin)
     require_choice("backend", backend, BACKENDS)
-    if backend == "reference" or anchors.is_cuda:
-        return reference.mean_cotangents(
-            anchors, anchor_labels, anchor_rows, embeddings, labels, margin=margin
-        )
-    from gcfast import _core
-
-    cotangents, counts, hardest = _core.mean_cotangents(
-        *_as_numpy(anchors, anchor_labels, anchor_rows, embeddings, labels),
-        margin=margin,
-        threads=torch.get_num_threads(),
+    check_mean_cotangents(anchors, anchor_labels, anchor_rows, embeddings, labels, margin=margin)
+    return dispatch.mean_cotangents(
+        anchors, anchor_labels, anchor_rows, embeddings, labels, margin=margin, backend=backend
     )
-    return torch.from_numpy(cotangents), torch.from_numpy(counts), torch.from_numpy(hardest)
 
 
-def _check_triplet_inputs(
+def check_sample_triplets(
     anchors: Tensor,
     anchor_labels: Tensor,
     anchor_rows: Tensor,
     embeddings: Tensor,
     labels: Tensor,
+    *,
+    triplets: int,
+    margin: float,
+    seed: int,
+    first: int | None,
+) -> None:
+    """Raise unless all is as :func:`sample_triplets` says."""
+    check_mean_cotangents(anchors, anchor_labels, anchor_rows, embeddings, labels, margin=margin)
+    require_int("triplets", triplets, 1)
+    require_int("seed", seed, 0, MAX_SEED)
+    if first is not None:
+        require_int("first", first, 0)
+
+
+def check_mean_cotangents(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    anchor_rows: Tensor,
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
     margin: float,
 ) -> None:
+    """Raise unless all is as :func:`mean_cotangents` says."""
     for name, tensor in (("anchors", anchors), ("embeddings", embeddings)):
         require_dtype(name, require_tensor(name, tensor), (torch.float32,))
     sizes = require_shape("anchors", anchors, "B D")
@@ -183,7 +187,3 @@ def _check_triplet_inputs(
     )
     if math.isnan(margin):
         raise ValueError("`margin` must be a number, got nan")
-
-
-def _as_numpy(*tensors: Tensor):  # type: ignore[no-untyped-def]
-    return (tensor.contiguous().numpy() for tensor in tensors)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gcfast import reference
 from gcfast._checks import (
     FLOATS,
     require_choice,
@@ -17,6 +17,8 @@ from gcfast._checks import (
     require_shape,
     require_tensor,
 )
+from gcfast.ops import dispatch
+from gcfast.ops.backend import BACKENDS
 from gcfast.precision import operation
 
 MAP_DTYPES = (torch.float32, torch.float16, torch.uint8)
@@ -37,6 +39,7 @@ def sparse_cam(
     normalize: str | None = "max",
     grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
 ) -> Tensor:
     r"""Heat maps from the channel weights of each image's neighbours in the database.
 
@@ -58,6 +61,7 @@ def sparse_cam(
             A map that is flat zero (with "minmax": constant) stays zero.
         grid: (H, W) of tokens, H W = P.
         dtype: float32, float16, or uint8 (255 times the map, rounded; needs ``normalize``).
+        backend: "auto", "triton" or "reference".
 
     Returns:
         [B, OH, OW] in ``dtype``, on the device of ``activations``. Sums are in float32.
@@ -68,6 +72,58 @@ def sparse_cam(
 
     Source: paper, Eq. 6 and section 3.3.
     """
+    require_choice("backend", backend, BACKENDS)
+    sizes = check_sparse_cam(
+        activations,
+        neighbors,
+        channels,
+        weights,
+        size=size,
+        mixing=mixing,
+        offsets=offsets,
+        center=center,
+        relu=relu,
+        normalize=normalize,
+        grid=grid,
+        dtype=dtype,
+    )
+    require_ids("neighbors", neighbors, -1, sizes["N"])
+    if sizes["N"]:
+        # Only the rows that are read: the table may be a memory-mapped file of millions of rows.
+        require_ids("channels", channels[neighbors.clamp(min=0)], 0, sizes["C"])
+    return dispatch.sparse_cam(
+        activations,
+        neighbors,
+        channels,
+        weights,
+        size=size,
+        mixing=mixing,
+        offsets=offsets,
+        center=center,
+        relu=relu,
+        normalize=normalize,
+        grid=grid,
+        dtype=dtype,
+        backend=backend,
+    )
+
+
+def check_sparse_cam(
+    activations: Tensor,
+    neighbors: Tensor,
+    channels: Tensor,
+    weights: Tensor,
+    *,
+    size: Sequence[int],
+    mixing: Tensor | None,
+    offsets: Tensor | None,
+    center: float,
+    relu: bool,
+    normalize: str | None,
+    grid: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> dict[str, int]:
+    """The sizes by letter, once all is as it must be but the ids, which are not looked at."""
     require_dtype("activations", require_tensor("activations", activations), FLOATS)
     if activations.ndim == 3:
         sizes = require_shape("activations", activations, "B P C")
@@ -107,24 +163,4 @@ def sparse_cam(
         mixing=mixing,
         offsets=offsets,
     )
-    require_ids("neighbors", neighbors, -1, sizes["N"])
-    if sizes["B"] == 0:
-        return torch.empty((0, *size), dtype=dtype, device=activations.device)
-    if sizes["N"] == 0 or sizes["K"] == 0:
-        return torch.zeros((sizes["B"], *size), dtype=dtype, device=activations.device)
-    # Only the rows that are read: the table may be a memory-mapped file of millions of rows.
-    require_ids("channels", channels[neighbors.clamp(min=0)], 0, sizes["C"])
-    return reference.sparse_cam(
-        activations,
-        neighbors,
-        channels,
-        weights,
-        size=size,
-        mixing=mixing,
-        offsets=offsets,
-        center=center,
-        relu=relu,
-        normalize=normalize,
-        grid=grid,
-        dtype=dtype,
-    )
+    return sizes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcfast import reference
 from gcfast._checks import (
     FLOATS,
     require_choice,
@@ -15,6 +14,8 @@ from gcfast._checks import (
     require_shape,
     require_tensor,
 )
+from gcfast.ops import dispatch
+from gcfast.ops.backend import BACKENDS
 from gcfast.precision import operation
 
 METHODS = ("gradcam", "gradcam++")
@@ -27,6 +28,7 @@ def grad_weights(
     *,
     activations: Tensor | None = None,
     method: str = "gradcam",
+    backend: str = "auto",
 ) -> Tensor:
     r"""One weight a channel from gradients at a feature map, averaged over the valid triplets.
 
@@ -38,6 +40,7 @@ def grad_weights(
         valid: [B, T] bool, which triplets count; None for all. An image without any gets zeros.
         activations: [B, C, H, W] floating point; needed by Grad-CAM++, ignored by Grad-CAM.
         method: "gradcam" or "gradcam++".
+        backend: "auto", "triton" or "reference".
 
     Returns:
         [B, C] float32 (float64 for float64 gradients). NaN in a valid triplet gives NaN.
@@ -48,19 +51,11 @@ def grad_weights(
 
     Source: paper, Eq. 1 and 5; Grad-CAM++ arXiv:1710.11063, Eq. 19, without the factor exp(Y).
     """
-    require_dtype("gradients", require_tensor("gradients", gradients), FLOATS)
-    sizes = require_shape("gradients", gradients, "B T C H W")
-    require_choice("method", method, METHODS)
-    _check_valid(valid, sizes)
-    if method == "gradcam++":
-        if activations is None:
-            raise ValueError("`activations` must be given for gradcam++, got None")
-        require_dtype("activations", require_tensor("activations", activations), FLOATS)
-        require_shape("activations", activations, "B C H W", sizes)
-    require_same_device(gradients=gradients, valid=valid, activations=activations)
-    if sizes["H"] * sizes["W"] == 0:
-        raise ValueError(f"`gradients` must have pixels, got {list(gradients.shape)}")
-    return reference.grad_weights(gradients, valid, activations=activations, method=method)
+    require_choice("backend", backend, BACKENDS)
+    check_grad_weights(gradients, valid, activations=activations, method=method)
+    return dispatch.grad_weights(
+        gradients, valid, activations=activations, method=method, backend=backend
+    )
 
 
 @operation
@@ -74,6 +69,7 @@ def head_grad_weights(
     norms: Tensor | None = None,
     activation_sums: Tensor | None = None,
     method: str = "gradcam",
+    backend: str = "auto",
 ) -> Tensor:
     r"""``grad_weights`` in closed form, for a head that is affine in the averaged activations.
 
@@ -89,6 +85,7 @@ def head_grad_weights(
         norms: [B], |u|, positive.
         activation_sums: [B, C], the sum over pixels of A; needed by Grad-CAM++.
         method: "gradcam" or "gradcam++".
+        backend: "auto", "triton" or "reference".
 
     Returns:
         [B, C] float32 (float64 for float64 cotangents).
@@ -100,6 +97,86 @@ def head_grad_weights(
 
     Source: paper, Eq. 1, 4 and 5, for the head of its networks.
     """
+    require_choice("backend", backend, BACKENDS)
+    check_head_grad_weights(
+        cotangents,
+        weight,
+        valid,
+        pixels=pixels,
+        embeddings=embeddings,
+        norms=norms,
+        activation_sums=activation_sums,
+        method=method,
+    )
+    return dispatch.head_grad_weights(
+        cotangents,
+        weight,
+        valid,
+        pixels=pixels,
+        embeddings=embeddings,
+        norms=norms,
+        activation_sums=activation_sums,
+        method=method,
+        backend=backend,
+    )
+
+
+@operation
+def top_m(weights: Tensor, m: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The m highest weights of each row with their channels, highest first.
+
+    Ties go to the lower channel. NaN has no place in an order and is refused upstream, where the
+    row can be named; here it sorts first.
+
+    Args:
+        weights: [B, C] floating point.
+        m: M, from 1 to C.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        (channels [B, M] int64, weights [B, M] in the dtype of ``weights``).
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape, or m outside 1 to C.
+
+    Source: paper, section 3.2 (the 50 highest grad-weights).
+    """
+    require_choice("backend", backend, BACKENDS)
+    check_top_m(weights, m)
+    return dispatch.top_m(weights, m, backend=backend)
+
+
+def check_grad_weights(
+    gradients: Tensor, valid: Tensor | None, *, activations: Tensor | None, method: str
+) -> None:
+    """Raise unless all is as :func:`grad_weights` says."""
+    require_dtype("gradients", require_tensor("gradients", gradients), FLOATS)
+    sizes = require_shape("gradients", gradients, "B T C H W")
+    require_choice("method", method, METHODS)
+    _check_valid(valid, sizes)
+    if method == "gradcam++":
+        if activations is None:
+            raise ValueError("`activations` must be given for gradcam++, got None")
+        require_dtype("activations", require_tensor("activations", activations), FLOATS)
+        require_shape("activations", activations, "B C H W", sizes)
+    require_same_device(gradients=gradients, valid=valid, activations=activations)
+    if sizes["H"] * sizes["W"] == 0:
+        raise ValueError(f"`gradients` must have pixels, got {list(gradients.shape)}")
+
+
+def check_head_grad_weights(
+    cotangents: Tensor,
+    weight: Tensor,
+    valid: Tensor | None,
+    *,
+    pixels: int,
+    embeddings: Tensor | None,
+    norms: Tensor | None,
+    activation_sums: Tensor | None,
+    method: str,
+) -> None:
+    """Raise unless all is as :func:`head_grad_weights` says."""
     require_dtype("cotangents", require_tensor("cotangents", cotangents), FLOATS)
     sizes = require_shape("cotangents", cotangents, "B T D")
     require_dtype("weight", require_tensor("weight", weight), FLOATS)
@@ -127,44 +204,15 @@ def head_grad_weights(
         norms=norms,
         activation_sums=activation_sums,
     )
-    return reference.head_grad_weights(
-        cotangents,
-        weight,
-        valid,
-        pixels=pixels,
-        embeddings=embeddings,
-        norms=norms,
-        activation_sums=activation_sums,
-        method=method,
-    )
 
 
-@operation
-def top_m(weights: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The m highest weights of each row with their channels, highest first.
-
-    Ties go to the lower channel. NaN has no place in an order and is refused upstream, where the
-    row can be named; here it sorts first.
-
-    Args:
-        weights: [B, C] floating point.
-        m: M, from 1 to C.
-
-    Returns:
-        (channels [B, M] int64, weights [B, M] in the dtype of ``weights``).
-
-    Raises:
-        TypeError: not a tensor, or another dtype.
-        ValueError: another shape, or m outside 1 to C.
-
-    Source: paper, section 3.2 (the 50 highest grad-weights).
-    """
+def check_top_m(weights: Tensor, m: int) -> None:
+    """Raise unless all is as :func:`top_m` says."""
     require_dtype("weights", require_tensor("weights", weights), FLOATS)
     sizes = require_shape("weights", weights, "B C")
     require_int("m", m, 1)
     if m > sizes["C"]:
         raise ValueError(f"`m` must be at most C = {sizes['C']}, got {m}")
-    return reference.top_m(weights, m)
 
 
 def _check_valid(valid: Tensor | None, sizes: dict[str, int]) -> None:
