@@ -159,7 +159,7 @@ class Database:
 
     @property
     def labels(self) -> Tensor:
-        """[N] int64."""
+        """[N] int64; float64 where they are real numbers."""
         return self._column("labels")
 
     @property

@@ -34,13 +34,14 @@ class Shard(NamedTuple):
     channels: Tensor  # [n, M] int64, by falling weight
     weights: Tensor  # [n, M] float32 or float16
     offsets: Tensor  # [n] float32
-    labels: Tensor  # [n] int64
+    labels: Tensor  # [n] int64; float64 where they are real numbers
     triplet_counts: Tensor  # [n] int64
 
 
 FIELDS = Shard._fields
 SHARD_ROWS = 16_384  # about 18 MB with D = 128 and M = 50, and what a killed build loses at most
 DTYPES = {
+    "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "I64": torch.int64,
@@ -51,7 +52,7 @@ ALLOWED = {
     "channels": ("I64",),
     "weights": ("F32", "F16"),
     "offsets": ("F32",),
-    "labels": ("I64",),
+    "labels": ("I64", "F64"),
     "triplet_counts": ("I64",),
     "id_ends": ("I64",),
     "id_bytes": ("U8",),
