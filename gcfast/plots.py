@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gcfast import report
@@ -226,9 +227,10 @@ def fidelity(measured: Fidelity, calibration: Calibration | None = None, *, titl
     if calibration is None and len(measured) >= 10:
         calibration = Calibration.fit(measured.distances, measured.cosine)
     if calibration is not None:
+        at = torch.linspace(float(distances.min()), float(distances.max()), 200)
         axes.plot(
-            calibration.distances.numpy(),
-            calibration.agreement.numpy(),
+            at.numpy(),
+            calibration.confidence(at).numpy(),
             "-",
             color="black",
             lw=2,

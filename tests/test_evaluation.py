@@ -162,12 +162,12 @@ class Halves:
         masks[:, 0, :, :4] = masks[:, 1, :, 4:] = True
         return masks
 
-    def scores(self, sums: RegionSums, truth: Tensor, names: list[str]) -> dict[str, Tensor]:
+    def scores(self, sums: RegionSums, truth: Tensor, _names: list[str]) -> dict[str, Tensor]:
         left, right = sums.shares().unbind(2)
         return {"left": left, "right": torch.where(truth[:, None] > 0, right, float("nan"))}
 
 
-def by_maps(maps: Tensor, truth: Tensor, names: list[str]) -> dict[str, Tensor]:
+def by_maps(maps: Tensor, truth: Tensor, _names: list[str]) -> dict[str, Tensor]:
     masks = Halves().regions(truth)
     right = mask_score(maps, masks[:, 1])
     return {
