@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gcfast import ops
 from gcfast._checks import require_int
 from gcfast.build import build
+from gcfast.calibration import KEY, Calibration, Fidelity, calibrated, transfer_fidelity
 from gcfast.capture import Captured
 from gcfast.database import Database
 from gcfast.errors import ModelMismatchError, NoDatabaseError
@@ -47,6 +48,11 @@ class _Attached:
     labels: Tensor
     search: Search
     temperature: float
+    calibration: Calibration | None
+
+    def confidence(self, distances: Tensor) -> Tensor | None:
+        """What is to be expected of maps at distances [B, K] of their rows."""
+        return None if self.calibration is None else self.calibration.confidence(distances[:, 0])
 
 
 class Explainer:
@@ -222,6 +228,31 @@ class Explainer:
         self._set_database(database)
         return database
 
+    def calibrate(self, loader: Iterable[Any]) -> Fidelity:
+        """Learn from labelled held-out images what a distance says of a map; kept in the database.
+
+        From then on ``explain_batch(details=True).confidence`` is the expected cosine between the
+        map and the one that the image's own triplets would give. Save the database to keep it.
+
+        Args:
+            loader: as for :meth:`build`, of images that the database was not built from; images of
+                classes that it does not know are left out and counted.
+
+        Returns:
+            What was measured, see :class:`gcfast.calibration.Fidelity`.
+
+        Raises:
+            NoDatabaseError: there is no database yet.
+            TypeError, ValueError: as :meth:`explain_labelled`; fewer than ten images, or mostly
+                images of the database.
+        """
+        database = self._attach().database
+        fidelity = transfer_fidelity(self, loader)
+        database.manifest[KEY] = calibrated(fidelity).to_dict()
+        with self._lock:
+            self._attached = None
+        return fidelity
+
     @overload
     def explain_batch(
         self,
@@ -333,6 +364,7 @@ class Explainer:
                 torch.nan if attached.labels.is_floating_point() else -1,
             ),
             flat=maps.abs().amax((1, 2)) == 0,
+            confidence=attached.confidence(distances),
         )
 
     def explain_labelled(
@@ -530,6 +562,7 @@ class Explainer:
             if attached is None or attached.device != device:
                 table = database.embeddings.to(device)
                 tau = temperature(table, self.k) if self.k > 1 else 1.0
+                calibration = Calibration.from_manifest(database.manifest)
                 attached = self._attached = _Attached(
                     database=database,
                     device=device,
@@ -539,6 +572,7 @@ class Explainer:
                     labels=database.labels.to(device),
                     search=make_search(self.index, table),
                     temperature=tau,
+                    calibration=None if calibration is None else calibration.to(device),
                 )
             return attached
 
@@ -549,7 +583,8 @@ class Explainer:
         maps = torch.zeros((0, *size), device=images.device)
         if not details:
             return maps
-        dim = self._attach().database.embeddings.shape[1]
+        attached = self._attach()
+        dim = attached.database.embeddings.shape[1]
         ids = torch.zeros((0, self.k), dtype=torch.int64, device=images.device)
         return Explanation(
             maps=maps,
@@ -558,4 +593,5 @@ class Explainer:
             distances=maps.new_zeros((0, self.k)),
             labels=ids.to(self._attach().labels.dtype),
             flat=torch.zeros(0, dtype=torch.bool, device=images.device),
+            confidence=attached.confidence(maps.new_zeros((0, 1))),
         )

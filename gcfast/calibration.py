@@ -1,0 +1,219 @@
+"""How faithful transferred maps are, and what that says of a single one.
+
+Transfer lends an image the grad-weights of its nearest row in place of its own. Where labels are
+known the image's own map can be made too (:meth:`gcfast.Explainer.explain_labelled`), so their
+agreement can be measured, as a function of the distance to the row. Fitted to held-out images, that
+function is a confidence for any image from its distance alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gcfast._checks import require_finite_rows, require_shape
+from gcfast.errors import DamagedDatabaseError
+from gcfast.loading import batches
+from gcfast.metrics import cosine, flat_maps, spearman
+
+if TYPE_CHECKING:
+    from gcfast.explainer import Explainer
+
+KEY = "calibration"  # in the database's manifest
+MOST_KNOTS = 20
+IMAGES_A_KNOT = 10
+SAME_IMAGE = 1e-6  # squared distance below which an image is taken to be the row's own
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Agreement of each image's transferred map with the map from its own triplets.
+
+    Attributes:
+        distances: [n] float32, squared L2 to the nearest row.
+        cosine: [n] float32, of the two maps; 0 where one of them is flat.
+        spearman: [n] float32, their rank correlation; 0 where one of them is flat.
+        flat: how many images have a flat map among the two.
+        unknown: how many images were left out because the database does not know their class.
+    """
+
+    distances: Tensor
+    cosine: Tensor
+    spearman: Tensor
+    flat: int
+    unknown: int
+
+    def __len__(self) -> int:
+        return len(self.distances)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Expected agreement at a distance: linear between knots, never rising, flat beyond them.
+
+    Attributes:
+        distances: [Q] float32, rising.
+        agreement: [Q] float32, falling.
+        images: how many images it was fitted to.
+    """
+
+    distances: Tensor
+    agreement: Tensor
+    images: int
+
+    @classmethod
+    def fit(cls, distances: Tensor, agreement: Tensor) -> Calibration:
+        """The falling function closest to the images, in groups of equal size by distance.
+
+        Groups of at least IMAGES_A_KNOT images, at most MOST_KNOTS of them, give a knot each, at
+        their mean distance and mean agreement; neighbouring groups whose agreement rises are pooled
+        (isotonic regression), so that noise does not make a farther row more trustworthy.
+
+        Args:
+            distances: [n] floating point.
+            agreement: [n] floating point.
+
+        Raises:
+            ValueError: another shape, NaN or infinity, or fewer than IMAGES_A_KNOT images.
+        """
+        sizes = require_shape("distances", distances, "n")
+        require_shape("agreement", agreement, "n", sizes)
+        require_finite_rows("distances", distances[:, None])
+        require_finite_rows("agreement", agreement[:, None])
+        if len(distances) < IMAGES_A_KNOT:
+            raise ValueError(
+                f"`distances` must be of at least {IMAGES_A_KNOT} images, got {len(distances)}"
+            )
+        order = distances.argsort(stable=True)
+        count = min(MOST_KNOTS, len(order) // IMAGES_A_KNOT)
+        groups = [
+            (float(distances[part].double().mean()), float(agreement[part].double().mean()), 1)
+            for part in order.tensor_split(count)
+        ]
+        pooled: list[tuple[float, float, int]] = []
+        for group in groups:
+            pooled.append(group)
+            while len(pooled) > 1 and pooled[-2][1] <= pooled[-1][1]:
+                (d1, a1, n1), (d2, a2, n2) = pooled[-2:]
+                n = n1 + n2
+                pooled[-2:] = [((d1 * n1 + d2 * n2) / n, (a1 * n1 + a2 * n2) / n, n)]
+        return cls(
+            torch.tensor([d for d, _, _ in pooled]),
+            torch.tensor([a for _, a, _ in pooled]),
+            len(distances),
+        )
+
+    def confidence(self, distances: Tensor) -> Tensor:
+        """Expected agreement at distances [B], on the knots' device; 0 where one is infinite."""
+        knots, values = self.distances, self.agreement
+        above = torch.searchsorted(knots, distances.contiguous()).clamp(max=len(knots) - 1)
+        below = (above - 1).clamp(min=0)
+        span = knots[above] - knots[below]
+        share = (distances - knots[below]) / torch.where(span > 0, span, 1.0)
+        mixed = torch.lerp(values[below], values[above], share.clamp(0, 1))
+        return torch.where(distances.isinf(), 0.0, mixed)
+
+    def to(self, device: torch.device) -> Calibration:
+        """The same on a device."""
+        return Calibration(self.distances.to(device), self.agreement.to(device), self.images)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest keeps it; :meth:`from_manifest` reads it back."""
+        return {
+            "measure": "cosine",
+            "distances": self.distances.tolist(),
+            "agreement": self.agreement.tolist(),
+            "images": self.images,
+        }
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> Calibration | None:
+        """The calibration that a database's manifest holds, or None.
+
+        Raises:
+            DamagedDatabaseError: it is not what :meth:`to_dict` writes.
+        """
+        kept = manifest.get(KEY)
+        if kept is None:
+            return None
+        try:
+            distances, agreement = (
+                [float(v) for v in kept[name]] for name in ("distances", "agreement")
+            )
+            if len(distances) != len(agreement) or not distances:
+                raise ValueError(f"{len(distances)} distances, {len(agreement)} values")
+            if distances != sorted(distances) or not all(map(math.isfinite, distances + agreement)):
+                raise ValueError("its distances must rise and everything be finite")
+            return cls(torch.tensor(distances), torch.tensor(agreement), int(kept["images"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedDatabaseError(
+                f"the calibration in the manifest is damaged: {error}"
+            ) from None
+
+
+def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
+    """Compare, image by image, the transferred map with the map from the image's own triplets.
+
+    Args:
+        explainer: with a database.
+        loader: labelled images that the database was not built from, as for
+            :meth:`gcfast.Explainer.build`.
+
+    Returns:
+        The agreements, on the CPU, in the loader's order.
+
+    Raises:
+        NoDatabaseError, TypeError, ValueError: as :meth:`gcfast.Explainer.explain_labelled`; a
+            loader without images of the database's classes.
+    """
+    database = explainer.database
+    names = set(database.class_names) if database is not None else set()
+    numbers = set(database.labels.tolist()) if database is not None else set()
+    distances: list[Tensor] = []
+    cosines: list[Tensor] = []
+    ranks: list[Tensor] = []
+    flat = unknown = 0
+    for batch in batches(loader, explainer.network):
+        known = [label in (names or numbers) for label in batch.labels]
+        unknown += known.count(False)
+        if not any(known):
+            continue
+        images = batch.images[torch.tensor(known, device=batch.images.device)]
+        labels = [label for label, kept in zip(batch.labels, known, strict=True) if kept]
+        why = explainer.explain_batch(images, details=True)
+        own = explainer.explain_labelled(images, labels)
+        distances.append(why.distances[:, 0].cpu())
+        cosines.append(cosine(why.maps, own).cpu())
+        ranks.append(spearman(why.maps, own).cpu())
+        flat += int((flat_maps(why.maps) | flat_maps(own)).sum())
+    if not distances:
+        raise ValueError(
+            "`loader` must give images of the database's classes, got "
+            + (f"{unknown} of others" if unknown else "none")
+        )
+    return Fidelity(torch.cat(distances), torch.cat(cosines), torch.cat(ranks), flat, unknown)
+
+
+def calibrated(fidelity: Fidelity) -> Calibration:
+    """The calibration of a measured fidelity, by cosine.
+
+    Raises:
+        ValueError: too few images, or most of them are rows of the database themselves.
+    """
+    same = int((fidelity.distances <= SAME_IMAGE).sum())
+    if 2 * same > len(fidelity):
+        raise ValueError(
+            "`loader` must give images that the database was not built from, got "
+            f"{same} of {len(fidelity)} at distance 0 from a row"
+        )
+    if len(fidelity) < IMAGES_A_KNOT:
+        raise ValueError(
+            f"`loader` must give at least {IMAGES_A_KNOT} images of the database's classes, "
+            f"got {len(fidelity)}"
+        )
+    return Calibration.fit(fidelity.distances, fidelity.cosine)

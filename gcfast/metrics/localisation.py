@@ -1,0 +1,200 @@
+"""Weakly-supervised localisation: from a map to boxes, and how well they fit.
+
+Connected components come from SciPy (gcfast's extra ``evaluate``) and are found on the CPU; results
+are on the maps' device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gcfast._checks import require_finite_rows, require_shape
+from gcfast.errors import MissingExtraError
+
+V2_IOUS = (0.3, 0.5, 0.7)
+V2_THRESHOLDS = tuple(i / 100 for i in range(100))
+_EIGHT = np.ones((3, 3), dtype=np.uint8)  # pixels that touch at a corner are connected
+
+Boxes = Tensor | Sequence[Tensor]
+
+
+def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of each pair: [A, 4] and [B, 4] → [A, B] float64; 0 if both empty.
+
+    Boxes are whole pixels (x0, y0, x1, y1), the end exclusive.
+    """
+    require_shape("boxes", boxes, "A 4")
+    require_shape("others", others, "B 4")
+    a, b = boxes.double()[:, None], others.double()[None]
+    low = torch.maximum(a[..., :2], b[..., :2])
+    high = torch.minimum(a[..., 2:], b[..., 2:])
+    common = (high - low).clamp(min=0).prod(2)
+    union = _areas(a) + _areas(b) - common
+    return torch.where(union > 0, common / union.clamp(min=1e-300), 0.0)
+
+
+def threshold_boxes(maps: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """The box of the largest connected component above each threshold.
+
+    A pixel counts where the map is above ``threshold`` times its maximum; pixels that touch at a
+    corner are connected; of components of equal size the first by rows wins.
+
+    Args:
+        maps: [B, H, W] floating point, finite, at the size of the images.
+        thresholds: K numbers in [0, 1).
+
+    Returns:
+        [B, K, 4] int64, whole pixels (x0, y0, x1, y1), the end exclusive; zeros for a flat map.
+
+    Raises:
+        MissingExtraError: SciPy is not installed.
+        ValueError: another shape; NaN or infinity in a map; a threshold out of range.
+
+    Source: Zhou et al., "Learning deep features for discriminative localization", CVPR 2016,
+        section 3.2, which takes 0.2; the paper's weakly-supervised localisation.
+    """
+    found = [
+        [boxes[sizes.argmax()] if len(boxes) else (0, 0, 0, 0) for boxes, sizes in one]
+        for one in _components(maps, thresholds)
+    ]
+    shape = (len(maps), len(thresholds), 4)
+    return torch.tensor(np.asarray(found, np.int64).reshape(shape), device=maps.device)
+
+
+def localisation_iou(maps: Tensor, boxes: Boxes, thresholds: Sequence[float]) -> Tensor:
+    """IoU of the largest component's box with the best fitting true box, at each threshold.
+
+    Args:
+        maps: [B, H, W], as for :func:`threshold_boxes`.
+        boxes: the true ones, [B, 4], or B tensors [n, 4] where an image has several.
+        thresholds: K numbers in [0, 1).
+
+    Returns:
+        [B, K] float32; 0 for a flat map.
+
+    Raises:
+        MissingExtraError, ValueError: as :func:`threshold_boxes`; an image without a box, by row.
+    """
+    true = _listed_boxes(boxes, len(maps))
+    found = threshold_boxes(maps, thresholds).cpu()
+    best = [box_iou(f, t).amax(1) for f, t in zip(found, true, strict=True)]
+    return _stacked(best, len(thresholds), maps.device)
+
+
+def localisation_accuracy(iou: Tensor, at: float = 0.5) -> Tensor:
+    """Share of the images whose IoU [B, K] is at least ``at``, at each threshold: [K] float32."""
+    require_shape("iou", iou, "B K")
+    return (iou >= at).float().mean(0)
+
+
+def best_box_iou(maps: Tensor, boxes: Boxes, thresholds: Sequence[float] = V2_THRESHOLDS) -> Tensor:
+    """IoU of the best pair of any component's box and any true box, at each threshold.
+
+    Args:
+        maps: [B, H, W] floating point, finite, at the size of the images; each is scaled to its
+            own minimum and maximum first, as in the source.
+        boxes: as for :func:`localisation_iou`.
+        thresholds: K numbers in [0, 1).
+
+    Returns:
+        [B, K] float32; 0 for a constant map.
+
+    Raises:
+        MissingExtraError, ValueError: as :func:`localisation_iou`.
+
+    Source: Choe et al., "Evaluating weakly supervised object localization methods right", CVPR
+        2020 (arXiv:2001.07437), MaxBoxAccV2. The source's code rounds maps to 256 levels and counts
+        box ends as inclusive; here neither happens.
+    """
+    true = _listed_boxes(boxes, len(maps))
+    require_shape("maps", maps, "B H W")
+    require_finite_rows("maps", maps)
+    low = maps.amin((1, 2), keepdim=True)
+    best = []
+    for one, t in zip(_components(maps - low, thresholds), true, strict=True):
+        best.append(
+            torch.stack(
+                [
+                    box_iou(torch.from_numpy(found), t).max()
+                    if len(found)
+                    else torch.zeros((), dtype=torch.float64)
+                    for found, _ in one
+                ]
+            )
+        )
+    return _stacked(best, len(thresholds), maps.device)
+
+
+def max_box_acc_v2(iou: Tensor) -> float:
+    """MaxBoxAccV2 of :func:`best_box_iou`'s [B, K].
+
+    The accuracy of the best threshold, for an IoU of 0.3, of 0.5 and of 0.7, averaged over the
+    three.
+    """
+    require_shape("iou", iou, "B K")
+    if not iou.numel():
+        raise ValueError(f"`iou` must hold images and thresholds, got {list(iou.shape)}")
+    return sum(float(localisation_accuracy(iou, at).max()) for at in V2_IOUS) / len(V2_IOUS)
+
+
+def _components(
+    maps: Tensor, thresholds: Sequence[float]
+) -> Iterator[list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
+    """For each map, at each threshold, boxes [n, 4] and sizes [n] of the components."""
+    ndimage = _ndimage()
+    require_shape("maps", maps, "B H W")
+    require_finite_rows("maps", maps)
+    for value in thresholds:
+        if not (math.isfinite(value) and 0 <= value < 1):
+            raise ValueError(f"`thresholds` must lie in [0, 1), got {value}")
+    for one in maps.detach().float().cpu().numpy():
+        peak = float(one.max())
+        found = []
+        for value in thresholds:
+            # Above a positive threshold, or above 0: a flat map has nothing there.
+            labels, count = ndimage.label(one > value * peak if peak > 0 else one > peak, _EIGHT)
+            slices = ndimage.find_objects(labels)
+            boxes = [(x.start, y.start, x.stop, y.stop) for y, x in slices]
+            sizes = [1] if count == 1 else np.bincount(labels.ravel())[1:]  # one wins anyway
+            found.append((np.asarray(boxes, np.int64).reshape(-1, 4), np.asarray(sizes, np.int64)))
+        yield found
+
+
+def _listed_boxes(boxes: Boxes, count: int) -> list[Tensor]:
+    listed = [b[None] for b in boxes] if isinstance(boxes, Tensor) else list(boxes)
+    if len(listed) != count:
+        raise ValueError(f"`boxes` must have B = {count} elements, got {len(listed)}")
+    for row, box in enumerate(listed):
+        if box.ndim != 2 or box.shape[1] != 4 or not len(box):
+            raise ValueError(
+                f"`boxes` must hold [n, 4] with n at least 1 for each image, "
+                f"got {list(box.shape)} in row {row}"
+            )
+    return [box.cpu() for box in listed]
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+
+
+def _stacked(rows: list[Tensor], width: int, device: torch.device) -> Tensor:
+    if not rows:
+        return torch.zeros((0, width), device=device)
+    return torch.stack(rows).float().to(device)
+
+
+def _ndimage() -> Any:
+    try:
+        from scipy import ndimage
+    except ImportError as error:
+        raise MissingExtraError(
+            "localisation needs SciPy: pip install 'gcfast[evaluate]'"
+        ) from error
+    return ndimage
