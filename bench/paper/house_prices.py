@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--masks", type=Path, metavar="DIR", help="folder of masks, if any")
     parser.add_argument("--count", type=int, default=3600, help="made-up houses (%(default)s)")
     parser.add_argument("--pixels", type=int, default=64, help="side of their tiles (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument(
