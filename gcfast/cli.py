@@ -1,4 +1,4 @@
-"""The command `gcfast`: build, explain, info, demo.
+"""The command `gcfast`: build, explain, evaluate, info, demo.
 
 Results go to standard output; progress, counts of what was left out and errors to standard error.
 Exit status: 0 done, 2 an error told in one line, 130 stopped by ^C.
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_build(commands)
     _add_explain(commands)
+    _add_evaluate(commands)
 
     info = commands.add_parser("info", help="describe a database", formatter_class=_Defaults)
     info.add_argument("database", type=Path, metavar="DB")
@@ -217,6 +218,42 @@ def _add_explain(commands: Any) -> None:
         return explain_files(options)
 
     explain.set_defaults(run=run)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="the paper's tables and curves, with controls, on annotated pictures",
+        formatter_class=_Defaults,
+    )
+    evaluate.add_argument("--database", type=Path, required=True, metavar="DB")
+    evaluate.add_argument(
+        "--data", required=True, metavar="KIND:ROOT", help="cub:ROOT, coco:ROOT or folder:ROOT"
+    )
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
+    evaluate.add_argument(
+        "--train",
+        metavar="KIND:ROOT",
+        help="the pictures that the database was built from; default: where it says they are",
+    )
+    evaluate.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="where the database's pictures are, if they moved",
+    )
+    evaluate.add_argument(
+        "--force", action="store_true", help="write into a folder that is not empty"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of the controls and intervals")
+    _add_model(evaluate)
+
+    def run(options: argparse.Namespace) -> int:
+        from gcfast.cli_evaluate import evaluate_database
+
+        return evaluate_database(options)
+
+    evaluate.set_defaults(run=run)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

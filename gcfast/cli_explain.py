@@ -60,9 +60,9 @@ def explain_files(options: argparse.Namespace) -> int:
     if not 0 <= options.alpha <= 1:
         raise ValueError(f"`--alpha` must be in [0, 1], got {options.alpha}")
     files = list_files(options.paths)
-    _check_folder(options.out, options.force)
+    check_folder(options.out, options.force, _OUTPUTS)
     network, device, output_key = load_network(options)
-    preprocessing, root, reshape = _prepared(read_manifest(options.database), options.images)
+    preprocessing, root, reshape = prepared(read_manifest(options.database), options.images)
     settings: dict[str, Any] = {"k": options.k, "index": options.index}
     if options.output_key is not None:  # the database knows its own
         settings["output_key"] = output_key
@@ -223,7 +223,12 @@ class MapWriter:
         self._file.write(buffer.getvalue())
 
 
-def _check_folder(out: Path, force: bool) -> None:
+def check_folder(out: Path, force: bool, outputs: Sequence[str]) -> None:
+    """Whether the files ``outputs`` may be written into ``out``.
+
+    Raises:
+        FileExistsError: It is a file, or holds something and `--force` is not given.
+    """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"`--out` must be a folder, {out} is a file")
     taken = sorted(p.name for p in out.iterdir()) if out.exists() else []
@@ -231,11 +236,11 @@ def _check_folder(out: Path, force: bool) -> None:
         raise FileExistsError(
             f"`--out` must be a new or empty folder, {out} holds {', '.join(taken[:3])}"
             f"{' …' if len(taken) > 3 else ''}; --force writes "
-            f"{', '.join(_OUTPUTS)} into it all the same"
+            f"{', '.join(outputs)} into it all the same"
         )
 
 
-def _prepared(
+def prepared(
     manifest: Mapping[str, Any], moved: Path | None
 ) -> tuple[Preprocessing, Path | None, gcfast.TokenGrid | None]:
     """How the database's pictures were prepared, where they are if known, how tokens are read."""

@@ -5,28 +5,54 @@ One forward pass over the training images and one over the test images serve all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from gcfast import ops
-from gcfast.build import assemble
 from gcfast.database import Database
-from gcfast.embedding import Embedded, embed_all
-from gcfast.errors import UnsupportedModelError
 from gcfast.explainer import Explainer
-from gcfast.head import AffineHead, normalized
-from gcfast.rows import rows_from_spool
-from gcfast.settings import Settings
+from gcfast.metrics import RegionSums, region_sums
+from gcfast.ways import MAIN_ROW, Query, Trained, Way, Ways, low_resolution_maps, table_ways
+
+__all__ = [
+    "MAIN_ROW",
+    "QualityTable",
+    "RegionScore",
+    "Statistic",
+    "quality_table",
+    "quality_tables",
+]
 
 Score = Callable[[Tensor, Any, list[str]], dict[str, Tensor]]
-METHOD_NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++"}
-CONTROL_CHANNELS = 50
-MAIN_ROW = "Grad-CAM, for, top-50"
+BOOTSTRAP_DRAWS = 1000
+INTERVAL = (0.025, 0.975)
+
+
+@runtime_checkable
+class RegionScore(Protocol):
+    """A score that needs no more than sums over regions, and so no map at full size."""
+
+    def regions(self, truth: Any) -> Tensor:
+        """What is summed over, [B, n, h, w] bool."""
+
+    def scores(self, sums: RegionSums, truth: Any, names: list[str]) -> dict[str, Tensor]:
+        """Scores by name, [B, V] each for the V maps of each image; NaN where there is none."""
+
+
+class Statistic(NamedTuple):
+    """A score over the images that have it."""
+
+    images: int
+    mean: float
+    deviation: float  # of the images, with Bessel's correction
+    low: float  # 95 % bootstrap interval of the mean
+    high: float
 
 
 @dataclass
@@ -37,11 +63,13 @@ class QualityTable:
         columns: names of the scores.
         scores: row name → column → scores of all test images, [B] float32.
         database: of the row "Grad-CAM, for, top-50".
+        extra: the same for further ways, which are no rows of the table.
     """
 
     columns: list[str] = field(default_factory=list)
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     database: Database | None = None
+    extra: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[tuple[str, dict[str, float]]]:
@@ -58,33 +86,64 @@ class QualityTable:
             *([name, *(f"{means[c]:.3f}" for c in self.columns)] for name, means in self.rows),
         ]
 
+    def statistics(self, *, extra: bool = False, seed: int = 0) -> dict[str, dict[str, Statistic]]:
+        """Row → column → mean, standard deviation and bootstrap interval.
+
+        Args:
+            extra: of the further ways in place of the rows.
+            seed: of the bootstrap; all rows are drawn alike, so that they can be compared.
+        """
+        source = self.extra if extra else self.scores
+        names = list(source)
+        out: dict[str, dict[str, Statistic]] = {name: {} for name in names}
+        for column in self.columns:
+            if not names:
+                break
+            values = torch.stack([source[name][column].double() for name in names], 1)  # [B, V]
+            for name, one in zip(names, statistics(values, seed), strict=True):
+                out[name][column] = one
+        return out
+
     def __str__(self) -> str:
         """The table, aligned."""
-        cells = self.cells()
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = []
-        for row in cells:
-            name, *values = row
-            aligned = [name.ljust(widths[0])]
-            aligned += [v.rjust(w) for v, w in zip(values, widths[1:], strict=True)]
-            lines.append("  ".join(aligned))
-        return "\n".join(lines)
+        return aligned(self.cells())
 
 
-class _Weights(NamedTuple):
-    """What one row of the table makes a batch's maps from."""
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns, the first to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = []
+    for name, *values in cells:
+        padded = [name.ljust(widths[0])]
+        padded += [v.rjust(w) for v, w in zip(values, widths[1:], strict=True)]
+        lines.append("  ".join(padded))
+    return "\n".join(lines)
 
-    channels: Tensor  # [R, M]
-    weights: Tensor  # [R, M]
-    offsets: Tensor  # [R]
-    rows: Tensor  # [B]: which of the R each image takes
+
+def statistics(values: Tensor, seed: int = 0) -> list[Statistic]:
+    """Of each column of [B, V]; rows that are NaN throughout are images without the score."""
+    kept = values[~values.isnan().all(1)]
+    B, V = kept.shape
+    if B == 0:
+        return [Statistic(0, *[math.nan] * 4)] * V
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for _ in range(0, BOOTSTRAP_DRAWS, 100):  # a hundred draws at once: 100 B numbers
+        drawn = torch.randint(B, (100, B), generator=generator)
+        counts = torch.zeros((100, B), dtype=torch.float64)
+        counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+        means.append(counts @ kept.double() / B)
+    low, high = torch.cat(means).quantile(torch.tensor(INTERVAL, dtype=torch.float64), dim=0)
+    deviation = kept.double().std(0) if B > 1 else torch.zeros(V, dtype=torch.float64)
+    columns = (kept.double().mean(0), deviation, low, high)
+    return [Statistic(B, *map(float, one)) for one in zip(*columns, strict=True)]
 
 
 def quality_table(
     explainer: Explainer,
     train_loader: Iterable[Any],
     test_batches: Iterable[tuple[Tensor, Any]],
-    score: Score,
+    score: Score | RegionScore,
     *,
     center: float = 0.0,
     seed: int = 0,
@@ -107,7 +166,7 @@ def quality_tables(
     explainer: Explainer,
     train_loader: Iterable[Any],
     test_batches: Iterable[tuple[Tensor, Any]],
-    score: Score,
+    score: Score | RegionScore,
     *,
     centers: Sequence[float] = (0.0, 1.0),
     seed: int = 0,
@@ -127,7 +186,8 @@ def quality_tables(
         train_loader: as for :meth:`Explainer.build`.
         test_batches: (images [B, 3, h, w] on the model's device, truth) pairs; truth is passed on.
         score: (maps [B, h, w] in [0, 1], truth, class name of each image's nearest row) → scores
-            by name, [B] each; NaN where an image has none.
+            by name, [B] each; NaN where an image has none. Or a :class:`RegionScore`, which is
+            several times cheaper.
         centers: how much of the offsets to subtract from every map, the controls' included: one
             table for each.
         seed: of the random controls.
@@ -142,52 +202,67 @@ def quality_tables(
 
     Source: paper, Table 1.
     """
-    network = explainer.network
-    embedded = embed_all(
-        network,
-        train_loader,
-        l2_normalize=explainer.settings.l2_normalize,
-        keep_pooled=True,
-        progress=progress,
-        channels=CONTROL_CHANNELS,
-    )
-    if embedded.head is None:
-        raise UnsupportedModelError(
-            "the table needs a head that averages the activations and maps them affinely"
-        )
-    variants = {
-        name: rows_from_spool(embedded, settings, progress=progress)
-        for name, settings in _variants(explainer.settings)
-    }
-    main = variants[MAIN_ROW]
-    database = assemble(network, embedded, main, main.settings, None)
-    sources = {name: rows.tensors()[0] for name, rows in variants.items()}
+    trained = Trained(explainer, train_loader, progress)
+    return tables_from(trained, test_batches, score, centers=centers, seed=seed, progress=progress)
+
+
+Watch = Callable[[Tensor, Any, Query, Sequence[Way], Sequence[Tensor]], None]
+
+
+def tables_from(
+    trained: Trained,
+    test_batches: Iterable[tuple[Tensor, Any]],
+    score: Score | RegionScore,
+    *,
+    centers: Sequence[float],
+    seed: int = 0,
+    progress: bool = False,
+    further: Sequence[Ways] = (),
+    watch: Watch | None = None,
+) -> list[QualityTable]:
+    """The tables from one pass over the test images.
+
+    Args:
+        trained: the training images after their pass.
+        test_batches: as for :func:`quality_tables`.
+        score: as for :func:`quality_tables`.
+        centers: as for :func:`quality_tables`.
+        seed: as for :func:`quality_tables`.
+        progress: as for :func:`quality_tables`.
+        further: more ways to score besides the rows; they become ``extra``.
+        watch: called with each batch's images, truth, query, ways and maps [B, V, H, W] a centre.
+    """
     generator = torch.Generator().manual_seed(seed)
     collected = [_Collected() for _ in centers]
+    rows: list[str] = []
     for images, truth in tqdm(test_batches, desc="test images", disable=not progress, leave=False):
-        captured = network.embed(images)
-        embeddings = normalized(captured.output, explainer.settings.l2_normalize)
-        _, nearest = ops.knn(embeddings, database.embeddings.to(images.device), 1)
-        nearest = nearest[:, 0]
-        labels = database.labels[nearest.cpu()].tolist()
-        names = [database.label_name(label) for label in labels]
-        makers = _makers(
-            embedded,
-            embedded.head,
-            sources,
-            captured.activations,
-            embeddings,
-            nearest,
-            generator,
-        )
-        for name, chosen in makers:
-            taken = None if chosen is None else _Weights(*(t.to(images.device) for t in chosen))
-            for center, scores in zip(centers, collected, strict=True):
-                maps = _maps(captured.activations, taken, center, images.shape)
-                scores.add(name, score(maps, truth, names))
+        query = trained.query(images)
+        names = trained.label_names(query.nearest)
+        ways = list(table_ways(trained, query, generator))
+        rows = [way.name for way in ways]
+        ways += [way for more in further for way in more(trained, query)]
+        maps = low_resolution_maps(trained, query, ways, centers)
+        keys = [way.name for way in ways]
+        if isinstance(score, RegionScore):
+            regions = score.regions(truth).to(images.device)
+            for low, scores in zip(maps, collected, strict=True):
+                scores.add(keys, score.scores(region_sums(low, regions), truth, names))
+        else:
+            size = (images.shape[2], images.shape[3])
+            for v, key in enumerate(keys):
+                for low, scores in zip(maps, collected, strict=True):
+                    one = score(upsampled(low[:, v : v + 1], size)[:, 0], truth, names)
+                    scores.add([key], {column: x[:, None] for column, x in one.items()})
+        if watch is not None:
+            watch(images, truth, query, ways, maps)
     if not all(scores.parts for scores in collected):
         raise ValueError("`test_batches` must give images, got none")
-    return [scores.table(database) for scores in collected]
+    return [scores.table(trained.database, rows) for scores in collected]
+
+
+def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [B, V, H, W] at the size (h, w) of the images."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 class _Collected:
@@ -196,106 +271,20 @@ class _Collected:
     def __init__(self) -> None:
         self.parts: dict[str, dict[str, list[Tensor]]] = {}
 
-    def add(self, name: str, scores: dict[str, Tensor]) -> None:
-        columns = self.parts.setdefault(name, {})
+    def add(self, names: Sequence[str], scores: dict[str, Tensor]) -> None:
+        """Scores [B, V] by column, of V ways."""
         for column, values in scores.items():
-            columns.setdefault(column, []).append(values.cpu())
+            for name, one in zip(names, values.cpu().unbind(1), strict=True):
+                self.parts.setdefault(name, {}).setdefault(column, []).append(one)
 
-    def table(self, database: Database) -> QualityTable:
+    def table(self, database: Database, rows: Sequence[str]) -> QualityTable:
         scores = {
             name: {column: torch.cat(values) for column, values in columns.items()}
             for name, columns in self.parts.items()
         }
-        return QualityTable(list(next(iter(scores.values()))), scores, database)
-
-
-def _maps(
-    activations: Tensor, weights: _Weights | None, center: float, images: torch.Size
-) -> Tensor:
-    """Maps [B, h, w] at the size of the images; uniform ones without weights."""
-    if weights is None:
-        return torch.ones((images[0], *images[2:]), device=activations.device)
-    return ops.sparse_cam(
-        activations,
-        weights.rows[:, None],
-        weights.channels,
-        weights.weights,
-        size=(images[2], images[3]),
-        offsets=weights.offsets,
-        center=center,
-    )
-
-
-def _variants(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """The twelve settings of the paper's method."""
-    for method, shown in METHOD_NAMES.items():
-        for evidence in ("for", "against"):
-            base = replace(settings, method=method, evidence=evidence)
-            head = f"{shown}, {evidence}"
-            yield f"{head}, one triplet", replace(base, triplets=1, channels="all")
-            yield f"{head}, all channels", replace(base, triplets=50, channels="all")
-            yield f"{head}, top-50", replace(base, triplets=50, channels=50)
-
-
-def _makers(
-    embedded: Embedded,
-    head: AffineHead,
-    sources: dict[str, dict[str, Tensor]],
-    activations: Tensor,
-    embeddings: Tensor,
-    nearest: Tensor,
-    generator: torch.Generator,
-) -> Iterator[tuple[str, _Weights | None]]:
-    """(row name, weights) in the order of the table; None is the uniform map."""
-    B, C = activations.shape[:2]
-    device = activations.device
-    own = torch.arange(B, device=device)
-    mean = embedded.mean_activation.float()
-    every = torch.arange(C)[None]
-
-    yield "uniform", None
-    yield (
-        "channel sum",
-        _Weights(every, torch.ones(1, C), mean.sum()[None], torch.zeros_like(own)),
-    )
-    channels = torch.rand((B, C), generator=generator).argsort(1)[:, :CONTROL_CHANNELS]
-    yield (
-        "random channels",
-        _Weights(channels, torch.ones(channels.shape), mean[channels].sum(1), own),
-    )
-    main = sources[MAIN_ROW]
-    random_rows = torch.randint(len(main["labels"]), (B,), generator=generator).to(device)
-    yield "random neighbour", _from_table(main, random_rows)
-
-    # EmbeddingCAM: the similarity <f, p> to the proxy, differentiated at the image itself; growing
-    # channels raise it, so its sign is that of evidence for.
-    train_labels = embedded.labels
-    proxies = torch.stack(
-        [
-            embedded.embeddings[train_labels == label].mean(0)
-            for label in main["labels"][nearest.cpu()]
-        ]
-    ).to(device)
-    pooled = activations.float().mean((2, 3))
-    weights = ops.head_grad_weights(
-        proxies[:, None],
-        head.weight,
-        pixels=activations.shape[2] * activations.shape[3],
-        embeddings=embeddings if head.unit else None,
-        norms=head.project(pooled)[1] if head.unit else None,
-    ).cpu()
-    yield "EmbeddingCAM", _Weights(every.expand(B, C), weights, weights @ mean, own)
-
-    for name, source in sources.items():
-        yield name, _from_table(source, nearest)
-
-
-def _from_table(source: dict[str, Tensor], rows: Tensor) -> _Weights:
-    """Only the rows that are taken travel to the device."""
-    taken = rows.cpu()
-    return _Weights(
-        source["channels"][taken],
-        source["weights"][taken],
-        source["offsets"][taken],
-        torch.arange(len(rows), device=rows.device),
-    )
+        return QualityTable(
+            columns=list(next(iter(scores.values()))),
+            scores={name: scores[name] for name in rows},
+            database=database,
+            extra={name: values for name, values in scores.items() if name not in rows},
+        )

@@ -107,9 +107,10 @@ class Values:
             out.append(float(item))
         return out
 
-    def add(self, labels: list[float]) -> None:
-        """Append labels."""
+    def add(self, labels: list[float]) -> Tensor:
+        """Append labels; gives them as they are stored, [B] float64."""
         self._values += labels
+        return torch.tensor(labels, dtype=torch.float64)
 
     def distinct(self) -> int:
         """How many different labels there are."""

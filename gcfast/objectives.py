@@ -193,9 +193,9 @@ class RankLoss(Objective):
 
     All gradients thus lie on one line, and the mean over the pairs of an anchor is the share that
     the network puts below it less the share that is: the more the network has learnt, the more
-    what remains is the anchor's residual, whose sign says little. ``partners="lower"`` asks what
-    puts an image above those that it is above (evidence for: what raises its score), "higher" what
-    keeps it below the others.
+    what remains is the anchor's residual, whose sign need not be that of what the image shows.
+    ``partners="lower"`` asks what puts an image above those that it is above (evidence for: what
+    raises its score), "higher" what keeps it below the others.
 
     The network is meant to be explained as it was trained, ``Explainer(model,
     objective=RankLoss(linear), l2_normalize=False)``; loaders give one finite number an image as

@@ -55,11 +55,12 @@ def _table() -> NDArray[np.uint8]:
 _INFERNO_256 = _table()
 
 
-def colorize(heat: NDArray[Any]) -> NDArray[np.uint8]:
+def colorize(heat: NDArray[Any], table: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
     """Colours of a heat map: 0 is near black, 1 is pale yellow.
 
     Args:
         heat: Floating-point [H, W] in [0, 1].
+        table: uint8 [256, 3], another colour map.
 
     Returns:
         uint8 [H, W, 3], a new array.
@@ -72,12 +73,16 @@ def colorize(heat: NDArray[Any]) -> NDArray[np.uint8]:
     """
     _check_heat(heat)
     index = np.rint(np.clip(heat, 0.0, 1.0) * 255.0).astype(np.uint8)
-    colors: NDArray[np.uint8] = _INFERNO_256[index]
+    colors: NDArray[np.uint8] = (_INFERNO_256 if table is None else table)[index]
     return colors
 
 
 def overlay(
-    image: NDArray[np.uint8], heat: NDArray[Any], *, alpha: float = 0.55
+    image: NDArray[np.uint8],
+    heat: NDArray[Any],
+    *,
+    alpha: float = 0.55,
+    table: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Lays a heat map over a photograph; cold areas keep the photograph.
 
@@ -89,6 +94,7 @@ def overlay(
         image: uint8 [H, W, 3], RGB.
         heat: Floating-point [H, W] in [0, 1].
         alpha: Opacity of the heat where it is 1, in [0, 1].
+        table: uint8 [256, 3], another colour map.
 
     Returns:
         uint8 [H, W, 3], a new array. Where `heat` is 0 it equals `image`.
@@ -114,7 +120,7 @@ def overlay(
     photo = image.astype(np.float32)
     luma = photo @ np.array([0.299, 0.587, 0.114], np.float32)  # [H, W], ITU-R BT.601
     photo += (luma[..., None] - photo) * (strength * alpha)
-    photo += (colorize(heat).astype(np.float32) - photo) * (strength * alpha)
+    photo += (colorize(heat, table).astype(np.float32) - photo) * (strength * alpha)
     return np.rint(photo).astype(np.uint8)
 
 

@@ -11,7 +11,9 @@ from networks import common, loader, other, pictures
 from torch import Tensor
 
 import gcfast
-from gcfast.evaluation import MAIN_ROW, quality_table, quality_tables
+from gcfast.evaluation import MAIN_ROW, quality_table, quality_tables, statistics
+from gcfast.metrics import RegionSums, mask_score
+from gcfast.ways import Trained, from_database, strongest
 
 CHANNELS = 52
 ROWS = [
@@ -150,3 +152,105 @@ def test_what_cannot_be_tabled_is_refused() -> None:
         quality_table(one, [(images, labels)], [], Kept())
     with pytest.raises(ValueError, match="`channels` must be at most the layer's C = 12, got 50"):
         quality_table(gcfast.Explainer(common(), "backbone"), [(images, labels)], batches, Kept())
+
+
+class Halves:
+    """The share of heat on the left and on the right half, by regions."""
+
+    def regions(self, truth: Tensor) -> Tensor:
+        masks = torch.zeros(len(truth), 2, 8, 8, dtype=torch.bool)
+        masks[:, 0, :, :4] = masks[:, 1, :, 4:] = True
+        return masks
+
+    def scores(self, sums: RegionSums, truth: Tensor, _names: list[str]) -> dict[str, Tensor]:
+        left, right = sums.shares().unbind(2)
+        return {"left": left, "right": torch.where(truth[:, None] > 0, right, float("nan"))}
+
+
+def by_maps(maps: Tensor, truth: Tensor, _names: list[str]) -> dict[str, Tensor]:
+    masks = Halves().regions(truth)
+    right = mask_score(maps, masks[:, 1])
+    return {
+        "left": mask_score(maps, masks[:, 0]),
+        "right": torch.where(truth > 0, right, float("nan")),
+    }
+
+
+def test_regions_and_whole_maps_score_alike() -> None:
+    images, labels = pictures(12)
+    test, truth = pictures(5)[0], torch.tensor([1, 0, 1, 0, 1])
+    batches = [(test[:3], truth[:3]), (test[3:], truth[3:])]
+    one = gcfast.Explainer(common(CHANNELS), "backbone", channels=50)
+    fast, slow = (
+        quality_tables(one, loader(images, labels), batches, score) for score in (Halves(), by_maps)
+    )
+    for a, b in zip(fast, slow, strict=True):
+        assert a.columns == b.columns == ["left", "right"]
+        for name in ROWS:
+            for column in a.columns:
+                torch.testing.assert_close(
+                    a.scores[name][column],
+                    b.scores[name][column],
+                    rtol=1e-5,
+                    atol=1e-6,
+                    equal_nan=True,
+                )
+
+
+def test_rows_weights_are_those_of_a_build() -> None:
+    """Made for the asked rows alone, dense, they are what the database of the variant holds."""
+    images, labels = pictures(20)
+    model = common(CHANNELS)
+    trained = Trained(gcfast.Explainer(model, "backbone"), loader(images, labels), False)
+    rows = torch.tensor([7, 2, 19])
+    for triplets in (1, 50, "all"):
+        part = trained.cotangents(rows, triplets)
+        for method in ("gradcam", "gradcam++"):
+            if (method, triplets) == ("gradcam++", "all"):
+                continue  # the mean cotangent is not enough there
+            for evidence in ("for", "against"):
+                one = gcfast.Explainer(
+                    model,
+                    "backbone",
+                    method=method,
+                    evidence=evidence,
+                    triplets=triplets,
+                    channels="all",
+                )
+                database = one.build(loader(images, labels))
+                wanted = from_database(database, rows, CHANNELS, torch.device("cpu"))
+                got = trained.weights(rows, part, method, evidence)
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
+                (top,) = strongest(got, [5])
+                channels, values = gcfast.ops.top_m(got, 5)
+                again = torch.zeros_like(got).scatter_(1, channels, values)
+                assert torch.equal(top, again)
+
+
+def test_strongest_ties_go_to_the_lower_channel() -> None:
+    weights = torch.tensor([[1.0, 3.0, 1.0, 3.0, -1.0]])
+    one, three, every = strongest(weights, [1, 3, 5])
+    assert one.tolist() == [[0, 3, 0, 0, 0]]
+    assert three.tolist() == [[1, 3, 0, 3, 0]]
+    assert torch.equal(every, weights)
+
+
+def test_statistics_by_hand() -> None:
+    nan = float("nan")
+    values = torch.tensor([[1.0, 0.5], [nan, nan], [3.0, 0.5], [2.0, 0.5]])
+    first, second = statistics(values)
+    assert (first.images, first.mean, first.deviation) == (3, 2.0, 1.0)
+    assert second == (3, 0.5, 0.0, 0.5, 0.5)
+    (empty,) = statistics(values[1:2, :1])
+    assert empty.images == 0
+    assert empty.mean != empty.mean
+
+
+def test_the_bootstrap_interval_covers_what_theory_says() -> None:
+    values = torch.randn(2000, 1, generator=torch.Generator().manual_seed(1)).double()
+    (one,) = statistics(values, seed=3)
+    half = 1.96 * one.deviation / 2000**0.5
+    assert one.low == pytest.approx(one.mean - half, abs=0.15 * half)
+    assert one.high == pytest.approx(one.mean + half, abs=0.15 * half)
+    assert statistics(values, seed=3) == [one]
+    assert statistics(values, seed=4) != [one]

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from gcfast.metrics import box_score, mask_score, region_sums, two_object_scores
+
 BENCH = Path(__file__).parent.parent / "bench"
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 
@@ -165,22 +167,31 @@ def test_objects_that_cannot_be_kept_apart(compose: ModuleType) -> None:
         compose.compose(crowd, photographs(), np.random.default_rng(0), size=32)
 
 
-def test_two_object_scores_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_one_and_two_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
-    scenes = importlib.import_module("scenes")
-    masks = torch.zeros(4, 2, 2, 4, dtype=torch.bool)
-    masks[:, 0, :, :1] = True  # two pixels
-    masks[:, 1, :, 2:] = True  # four pixels
-    maps = torch.tensor([[0.6, 1.0, 0.3, 0.3], [0.6, 1.0, 0.3, 0.3]]).repeat(4, 1, 1)
-    maps[3] = 0
-    names = [("a", "b")] * 4
-    share, right = scenes.two_object_scores(maps, masks, names, ["a", "b", "c", "a"])
-    # 1.2 on the first object, 1.2 on the second: equal heat, twice as hot on the first.
-    assert share.tolist()[:2] == pytest.approx([0.5, 0.5])
-    assert right.tolist()[:2] == [1.0, 0.0]
-    assert share[2].isnan()
-    assert right[2].isnan()
-    assert (share[3], right[3]) == (0.0, 0.0)  # a flat map
+    scenes = importlib.import_module("scenes_quality")
+    names = [("a", "b"), ("a", "b"), ("a", "b")]
+    assert scenes.matches(names, ["a", "b", "c"]).tolist() == [0, 1, -1]
+    masks = torch.zeros(3, 2, 4, 8, dtype=torch.bool)
+    masks[:, 0, :, :2] = True
+    masks[:, 1, :, 4:] = True
+    maps = torch.tensor([[0.6, 1.0, 0.3, 0.3], [0.6, 1.0, 0.3, 0.3]]).repeat(3, 1, 1)[:, None]
+    large = torch.nn.functional.interpolate(maps, (4, 8), mode="bilinear")[:, 0]
+    score = scenes.SceneScore()
+    two = scenes.Truth(masks, torch.zeros(3, 2, 4), names)
+    sums = region_sums(maps, score.regions(two))
+    got = score.scores(sums, two, ["a", "b", "c"])
+    share, right = two_object_scores(large, masks, torch.tensor([0, 1, -1]))
+    torch.testing.assert_close(got["share"][:, 0], share, equal_nan=True)
+    torch.testing.assert_close(got["right"][:, 0], right, equal_nan=True)
+    assert got["mask"].isnan().all()
+
+    one = scenes.Truth(masks[:, :1], torch.tensor([[[0, 0, 3, 2]]] * 3), [("a",)] * 3)
+    got = score.scores(region_sums(maps, score.regions(one)), one, ["a"] * 3)
+    torch.testing.assert_close(got["mask"][:, 0], mask_score(large, masks[:, 0]))
+    torch.testing.assert_close(got["box"][:, 0], box_score(large, one.boxes[:, 0]))
+    assert got["share"].isnan().all()
+    assert scenes.localised(two) is scenes.labels(two) is None
 
 
 def test_quick_run(tmp_path: Path) -> None:

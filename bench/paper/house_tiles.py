@@ -308,7 +308,8 @@ def finished(canvas: Canvas, pixels: int) -> tuple[NDArray[np.uint8], NDArray[np
     values += rng.normal(0, 3.5, values.shape)
     shown = np.asarray(canvas.parts)
     full = [Image.fromarray((shown == _number(part)).view(np.uint8) * 255) for part in PARTS]
-    masks = np.stack([np.asarray(mask.reduce(FINER)) > 127 for mask in full])
+    # More than half of a pixel: never two parts.
+    masks = np.stack([np.asarray(mask.reduce(FINER)) > 128 for mask in full])
     turns = int(rng.integers(4))
     image = np.rot90(values.clip(0, 255).astype(np.uint8), turns)
     masks = np.rot90(masks, turns, (1, 2))
