@@ -10,19 +10,25 @@ from torch import Tensor
 
 
 class Labels:
-    """A growing column of labels, all numbers or all names.
+    """Numbers for labels that come one after another, all numbers or all names.
 
     Numbers are kept as they are; names become 0, 1, … in the order in which they first came.
+
+    Args:
+        names: names that came before, by number.
+        seen: numbers that came before.
 
     Attributes:
         names: the names by number; empty where labels are numbers.
     """
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._numbers: dict[str, int] = {}
-        self._values: list[int] = []
+    def __init__(self, names: Iterable[str] = (), seen: Iterable[int] = ()) -> None:
+        self.names: list[str] = list(names)
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+        self._seen = set(seen)
         self._kind: type | None = None
+        if self._seen or self.names:
+            self._kind = str if self.names else int
 
     @staticmethod
     def listed(labels: Any, count: int) -> list[int] | list[str]:
@@ -55,12 +61,13 @@ class Labels:
             out.append(item)
         return out
 
-    def add(self, labels: list[int] | list[str]) -> None:
-        """Append labels.
+    def add(self, labels: list[int] | list[str]) -> Tensor:
+        """The numbers of further labels, [B] int64.
 
         Raises:
             TypeError: names after numbers, or numbers after names.
         """
+        numbers = []
         for label in labels:
             if self._kind is None:
                 self._kind = type(label)
@@ -74,15 +81,13 @@ class Labels:
                     self._numbers[label] = len(self.names)
                     self.names.append(label)
                 label = self._numbers[label]
-            self._values.append(label)
+            numbers.append(label)
+        self._seen.update(numbers)
+        return torch.tensor(numbers, dtype=torch.int64)
 
     def distinct(self) -> int:
         """How many different labels there are."""
-        return len(set(self._values))
-
-    def tensor(self) -> Tensor:
-        """The column, [N] int64."""
-        return torch.tensor(self._values, dtype=torch.int64)
+        return len(self._seen)
 
 
 def numbers_for(labels: list[int] | list[str], names: list[str]) -> Tensor:
