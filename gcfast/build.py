@@ -9,19 +9,20 @@ closed form, with a second pass over the loader where it does not.
 from __future__ import annotations
 
 import json
-from collections import Counter
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
-
+from gcfast._checks import require_choice
 from gcfast.database import Database
 from gcfast.embedding import Embedded, embed_all
-from gcfast.fingerprint import fingerprint
-from gcfast.manifest import FORMAT, FORMAT_VERSION
+from gcfast.manifest import STORAGES
 from gcfast.network import Network
+from gcfast.provenance import describe, identity, report_of
 from gcfast.rows import Rows, rows_from_second_pass, rows_from_spool
 from gcfast.settings import Settings
+from gcfast.streaming import build_into
 
 
 def build(
@@ -32,12 +33,31 @@ def build(
     progress: bool = False,
     preprocessing: dict[str, Any] | None = None,
     spool_bytes: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    storage: str = "float32",
 ) -> Database:
     """Both stages; see :meth:`gcfast.Explainer.build`."""
+    require_choice("storage", storage, STORAGES)
     try:
         json.dumps(preprocessing)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`preprocessing` must be what JSON can hold: {error}") from None
+    if out is not None:
+        return build_into(
+            Path(out).absolute(),
+            network,
+            loader,
+            settings,
+            identity(network, settings, preprocessing, storage),
+            progress=progress,
+            resume=resume,
+            overwrite=overwrite,
+        )
+    for name, value in (("resume", resume), ("overwrite", overwrite)):
+        if value:
+            raise ValueError(f"`{name}` must be False without `out`, got {value!r}")
     embedded = embed_all(
         network,
         loader,
@@ -53,7 +73,7 @@ def build(
         rows = rows_from_spool(embedded, settings, progress=progress)
     else:
         rows = rows_from_second_pass(network, loader, embedded, settings, progress=progress)
-    return assemble(network, embedded, rows, settings, preprocessing)
+    return assemble(network, embedded, rows, settings, preprocessing).in_storage(storage)
 
 
 def assemble(
@@ -69,40 +89,9 @@ def assemble(
         ValueError: no row has a triplet.
     """
     tensors, kept = rows.tensors()
-    seen = Counter(embedded.labels.tolist())
-    needs_positive = settings.objective.pairs in ("triplet", "positive")
-    single = torch.tensor(
-        [needs_positive and seen[label] == 1 for label in embedded.labels.tolist()]
-    )
-    dropped = torch.ones(len(embedded.ids), dtype=torch.bool)
-    dropped[kept] = False
-    report = {
-        "images": len(embedded.ids),
-        "rows": len(kept),
-        "skipped_single": int((single & dropped).sum()),
-        "skipped_no_triplet": int((dropped & ~single).sum()),
-        "hardest_triplet": rows.fallbacks,
-    }
-    if len(kept) == 0:
-        raise ValueError(
-            f"`loader` must give images with valid triplets, got none: {report['skipped_single']} "
-            f"of {report['images']} labels were seen once, {report['skipped_no_triplet']} images "
-            "had no valid triplet"
-        )
-    manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint(network.model),
-        "layer": network.layer_name,
-        "settings": {**settings.describe(), "output_key": network.output_key},
-        "closed_form": embedded.head is not None,
-        "storage": "float32",
-        "channels_last": network.channels_last,
-        "embedding_dim": tensors["embeddings"].shape[1],
-        "layer_channels": len(embedded.mean_activation),
-        "class_names": embedded.class_names,
-        "report": report,
-        "preprocessing": preprocessing,
-        "mean_activation": embedded.mean_activation.tolist(),
-    }
-    return Database(tensors, [embedded.ids[i] for i in kept.tolist()], manifest)
+    hardest = int((tensors["triplet_counts"] == 0).sum())
+    report = report_of(embedded.labels, len(kept), hardest, settings)
+    same = identity(network, settings, preprocessing, "float32")
+    everything = len(kept) == len(embedded.ids)
+    ids = list(embedded.ids) if everything else [embedded.ids[i] for i in kept.tolist()]
+    return Database(tensors, ids, describe(network, embedded, same, report))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gcfast._checks import require_finite_rows, require_shape
 from gcfast.errors import DamagedDatabaseError
-from gcfast.loading import batches
+from gcfast.loading import batches, on_device
 from gcfast.metrics import cosine, flat_maps, spearman
 
 if TYPE_CHECKING:
@@ -178,12 +178,13 @@ def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
     cosines: list[Tensor] = []
     ranks: list[Tensor] = []
     flat = unknown = 0
-    for batch in batches(loader, explainer.network):
-        known = [label in (names or numbers) for label in batch.labels]
+    real_labels = explainer.settings.objective.real_labels
+    for batch in batches(loader, real_labels=real_labels):
+        known = [real_labels or label in (names or numbers) for label in batch.labels]
         unknown += known.count(False)
         if not any(known):
             continue
-        images = batch.images[torch.tensor(known, device=batch.images.device)]
+        images = on_device(batch.images[torch.tensor(known)], explainer.network)
         labels = [label for label, kept in zip(batch.labels, known, strict=True) if kept]
         why = explainer.explain_batch(images, details=True)
         own = explainer.explain_labelled(images, labels)

@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return int(options.run(options))
-    except KeyboardInterrupt:
-        print("gcfast: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["gcfast: stopped", *_notes(stop)]), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (`gcfast info DB | head`) has seen enough. Python would complain
@@ -45,8 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (GcfastError, ValueError, TypeError, OSError) as error:
-        print(f"gcfast: {_one_line(error)}", file=sys.stderr)
+        print("; ".join([f"gcfast: {_one_line(error)}", *_notes(error)]), file=sys.stderr)
         return 2
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
 
 
 def _one_line(error: BaseException) -> str:
@@ -122,6 +126,15 @@ def _add_build(commands: Any) -> None:
         help="columns path and label, instead of class folders",
     )
     build.add_argument("--force", action="store_true", help="replace an existing database")
+    build.add_argument(
+        "--resume", action="store_true", help="go on where a build that was stopped had come to"
+    )
+    build.add_argument(
+        "--storage",
+        choices=["float32", "float16"],
+        default="float32",
+        help="of embeddings and weights on the disk",
+    )
     _add_model(build)
 
     method = build.add_argument_group("method")

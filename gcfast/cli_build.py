@@ -14,6 +14,7 @@ from gcfast.images import ImageFolder, ImageLoader
 from gcfast.manifest import check_target
 from gcfast.models import LoadedModel, load_model
 from gcfast.preprocessing import Preprocessing
+from gcfast.streaming import check_unfinished
 
 # What the counts of a build mean.
 _COUNTS = {
@@ -30,7 +31,7 @@ def build_database(options: argparse.Namespace) -> int:
         The exit status.
 
     Raises:
-        FileExistsError: As `gcfast.manifest.check_target`.
+        FileExistsError: As `gcfast.manifest.check_target`, or for an unfinished build.
         ValueError: If the options or the pictures do not fit each other or the model.
         GcfastError: If the model cannot be used, or (`--strict`) a picture not read.
     """
@@ -40,6 +41,7 @@ def build_database(options: argparse.Namespace) -> int:
         )
     # Before hours of work, not after.
     check_target(options.out, options.force, name="--out", remedy="--force")
+    check_unfinished(options.out, options.resume, name="--out", remedy="--resume")
 
     images = ImageFolder(options.images, options.labels)
     loaded, _, output_key = load_network(options)
@@ -74,11 +76,18 @@ def build_database(options: argparse.Namespace) -> int:
     # output is read, which the database itself does not keep.
     kept = preprocessing.to_dict() | {"images": os.fspath(images.root), "tokens": options.tokens}
     try:
-        database = explainer.build(loader, progress=sys.stderr.isatty(), preprocessing=kept)
+        database = explainer.build(
+            loader,
+            progress=sys.stderr.isatty(),
+            preprocessing=kept,
+            out=options.out,
+            resume=options.resume,
+            overwrite=options.force,
+            storage=options.storage,
+        )
     finally:
         # Also when the build fails: what was skipped may be why (one class left, say).
         tell_unreadable(loader)
-    database.save(options.out, overwrite=options.force)
     for name, count in database.report.items():
         if count and name not in ("images", "rows"):
             print(f"pictures {_COUNTS.get(name, name)}: {count}", file=sys.stderr)

@@ -17,11 +17,12 @@ from torch import Tensor
 import gcfast
 from gcfast.cli_build import load_network
 from gcfast.cli_explain import check_folder, prepared
-from gcfast.database import Database, read_manifest
+from gcfast.database import Database
 from gcfast.datasets import ScoredLoader, ScoredSet, Truth, labelled_loader, open_dataset
 from gcfast.evaluate import AnnotationScore, Evaluation, evaluate
 from gcfast.evaluation_report import OUTPUTS, draw, write_tables
 from gcfast.images import ImageLoader
+from gcfast.manifest import read_manifest
 from gcfast.preprocessing import Preprocessing
 from gcfast.ways import Trained
 

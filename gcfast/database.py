@@ -208,6 +208,34 @@ class Database:
             return pieces[0]
         return Shard(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
+    def in_storage(self, storage: str) -> Database:
+        """This database with embeddings and weights in float32 or float16, in memory.
+
+        Itself where it is in that storage already. The offsets are made anew of rounded weights.
+
+        Raises:
+            ValueError: another ``storage``, or weights that float16 cannot hold, with the row.
+        """
+        require_choice("storage", storage, STORAGES)
+        if storage == self.storage:
+            return self
+        scale = self._scale_in(storage)
+        rows = self._converted(0, len(self), storage, scale)
+        manifest = self.manifest | {"storage": storage, "weight_scale": scale}
+        return Database(rows._asdict(), self.ids, manifest)
+
+    def _scale_in(self, storage: str) -> float:
+        if storage == self.storage:
+            return self.weight_scale
+        first = self.rows(0, shards.SHARD_ROWS).weights.float() / self.weight_scale
+        return scale_for(first, storage)
+
+    def _converted(self, start: int, stop: int, storage: str, scale: float) -> Shard:
+        rows = self.rows(start, stop)
+        if storage == self.storage:
+            return rows
+        return in_storage(rows, storage, scale / self.weight_scale, self._exact_mean, first=start)
+
     def save(
         self, path: str | os.PathLike[str], *, overwrite: bool = False, storage: str | None = None
     ) -> None:
@@ -234,10 +262,8 @@ class Database:
         check_target(target, overwrite)
         _ = self.shards  # compares checksums before damage is copied
         manifest = {key: value for key, value in self.manifest.items() if key != "index"}
-        scale = self.weight_scale
+        scale = self._scale_in(storage)
         if storage != self.storage:
-            first = self.rows(0, shards.SHARD_ROWS).weights.float() / self.weight_scale
-            scale = scale_for(first, storage)
             manifest |= {"storage": storage, "weight_scale": scale}
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -246,11 +272,7 @@ class Database:
             entries = []
             for number, start in enumerate(range(0, len(self), shards.SHARD_ROWS)):
                 stop = start + shards.SHARD_ROWS
-                rows = self.rows(start, stop)
-                if storage != self.storage:
-                    rows = in_storage(
-                        rows, storage, scale / self.weight_scale, self._exact_mean, first=start
-                    )
+                rows = self._converted(start, stop, storage, scale)
                 entries.append(write_shard(folder, number, rows, self.ids[start:stop]))
             manifest["shards"] = entries
             durable.write(folder / MANIFEST, encoded(manifest))
@@ -286,7 +308,7 @@ class Database:
         files = [ShardFile(folder, entry) for entry in manifest["shards"]]
         one = cls.__new__(cls)
         one._shards = [file.tensors for file in files]
-        one.ids, one.manifest, one.path = Ids(files), manifest, folder
+        one.ids, one.manifest, one.path = Ids([file.ids for file in files]), manifest, folder
         one._prepare(files, verify=verify is not False)
         if verify or (verify is None and sum(file.bytes for file in files) <= VERIFY_BYTES):
             _ = one.shards

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gcfast.capture import Captured
 from gcfast.head import AffineHead, normalized, probe
 from gcfast.labels import Labels, Values
-from gcfast.loading import batches, check_embeddings
+from gcfast.loading import Batch, batches, check_embeddings, on_device
 from gcfast.network import Network
 from gcfast.settings import Settings
+from gcfast.shards import Ids, IdTable
 from gcfast.spool import Spool
 from gcfast.triplets import PairSource
+
+SAME_IMAGE_TOLERANCE = 1e-2  # distance by which an embedding may move between two passes
+CLOSED_FORM = ("norms", "pixels", "pooled")  # columns that only the closed form needs
 
 
 class Embedded(NamedTuple):
@@ -24,7 +30,7 @@ class Embedded(NamedTuple):
 
     embeddings: Tensor  # [N, D] float32
     labels: Tensor  # [N] int64; float64 where they are real numbers
-    ids: list[str]
+    ids: Sequence[str]
     class_names: list[str]
     norms: Tensor | None  # [N] float32: closed form only
     pixels: Tensor | None  # [N] int64
@@ -39,6 +45,76 @@ class Embedded(NamedTuple):
             self.embeddings,
             self.labels,
             hardest=settings.on_no_triplet == "hardest",
+        )
+
+    def check_same(self, batch: Batch, start: int, before: str) -> int:
+        """Refuse a batch of labels or ids other than these rows', from ``start`` on.
+
+        Args:
+            batch: what the loader gave.
+            start: number of its first image.
+            before: when the rows were made, for the error: "the first time", …
+
+        Returns:
+            The number behind its last image.
+
+        Raises:
+            ValueError: it is another batch.
+        """
+        stop = start + len(batch.images)
+        if stop > len(self.ids):
+            raise other_images(f"it gave {len(self.ids)} images {before} and more now")
+        labels = self.labels[start:stop].tolist()
+        known = [self.class_names[label] for label in labels] if self.class_names else labels
+        if known != batch.labels:
+            raise other_images(f"labels differ in rows {start} to {stop - 1}")
+        if batch.ids is not None and batch.ids != self.ids[start:stop]:
+            raise other_images(f"ids differ in rows {start} to {stop - 1}")
+        return stop
+
+    def check_embeddings(self, embeddings: Tensor, start: int) -> None:
+        """Refuse embeddings [B, D] that moved from these rows', from ``start`` on."""
+        before = self.embeddings[start : start + len(embeddings)]
+        moved = (embeddings.detach().cpu() - before).norm(dim=1)
+        if bool((moved > SAME_IMAGE_TOLERANCE * before.norm(dim=1).clamp(min=1e-12)).any()):
+            raise other_images(f"the embedding of row {start + int(moved.argmax())} differs")
+
+
+def other_images(how: str) -> ValueError:
+    """The error of a loader that gives other images than it gave before."""
+    return ValueError(
+        "`loader` must give the same images in the same order each time "
+        f"(shuffling and random augmentation off): {how}"
+    )
+
+
+@dataclass
+class Totals:
+    """What stage 1 carries from batch to batch, besides the spool."""
+
+    rows: int = 0
+    head: AffineHead | None = None
+    channel_sum: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    pixel_count: int = 0
+    id_bytes: int = 0
+    labels: Labels | Values = field(default_factory=Labels)
+
+    def embedded(self, spool: Spool) -> Embedded:
+        """The spooled rows so far."""
+
+        def column(name: str) -> Tensor | None:
+            return spool.column(name) if self.head is not None and spool.has(name) else None
+
+        return Embedded(
+            embeddings=spool.column("embeddings"),
+            labels=spool.column("labels"),
+            ids=Ids([IdTable(spool.column("id_ends"), spool.column("id_bytes"))]),
+            class_names=self.labels.names,
+            norms=column("norms"),
+            pixels=column("pixels"),
+            pooled=column("pooled"),
+            mean_activation=self.channel_sum / max(self.pixel_count, 1),
+            head=self.head,
         )
 
 
@@ -72,74 +148,130 @@ def embed_all(
             more channels than the layer has; one pass only, and a head that needs two.
     """
     spool = Spool(spool_bytes)
-    labels: Any = Values() if real_labels else Labels()
-    ids: list[str] = []
-    head: AffineHead | None = None
-    channel_sum = torch.zeros(0, dtype=torch.float64)
-    pixel_count = 0
+    totals = Totals(labels=Values() if real_labels else Labels())
+    stage = EmbeddingStage(
+        network, l2_normalize=l2_normalize, keep_pooled=keep_pooled, channels=channels
+    )
     try:
+        stage.run(loader, spool, totals, progress=progress, one_pass=one_pass)
+        totals.labels.require_two()
+        return totals.embedded(spool)
+    finally:
+        spool.close()
+
+
+class EmbeddingStage:
+    """Stage 1 with its settings; arguments as for :func:`embed_all`."""
+
+    def __init__(
+        self, network: Network, *, l2_normalize: bool, keep_pooled: bool, channels: int | str
+    ) -> None:
+        self.network = network
+        self.l2_normalize = l2_normalize
+        self.keep_pooled = keep_pooled
+        self.channels = channels
+
+    def run(
+        self,
+        loader: Iterable[Any],
+        spool: Spool,
+        totals: Totals,
+        *,
+        progress: bool,
+        one_pass: bool,
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Go through the loader from where the totals are; ``after_batch`` may store them.
+
+        Batches that the spool holds already are compared with it, without a forward pass but for
+        the last of them.
+
+        Raises:
+            ValueError: as :func:`embed_all`; a loader that gives other images than are spooled.
+        """
+        done = totals.rows
+        before = totals.embedded(spool) if done else None
+        row = 0
         bar = tqdm(desc="embedding", unit=" images", disable=not progress, leave=False)
-        for batch in batches(loader, network, real_labels=real_labels):
-            row = len(ids)
-            if row == 0:
-                head = probe(network, batch.images, l2_normalize)
-            captured = network.embed(batch.images)
-            embeddings = normalized(captured.output, l2_normalize)
-            check_embeddings(embeddings, batch.images, first=row)
-            if row == 0:
-                C = captured.activations.shape[1]
-                if channels != "all" and int(channels) > C:
-                    raise ValueError(
-                        f"`channels` must be at most the layer's C = {C}, got {channels}"
-                    )
-            pooled = captured.activations.float().mean((2, 3))  # [B, C]
-            pixels = math.prod(captured.activations.shape[2:])
-            totals = pooled.sum(0, dtype=torch.float64).cpu() * pixels
-            channel_sum = totals if row == 0 else channel_sum + totals
-            pixel_count += pixels * len(pooled)
-            columns = {"embeddings": embeddings}
-            if head is not None:
-                if head.agrees(pooled, embeddings, captured.output.dtype):
-                    columns["norms"] = head.project(pooled)[1]
-                    columns["pixels"] = torch.full((len(pooled),), pixels)
-                    if keep_pooled:
-                        columns["pooled"] = pooled
-                else:
-                    head = None  # affine as far as the probe saw; autograd takes all the rows
-                    spool.drop("norms", "pixels", "pooled")
-            if head is None and one_pass:
+        real = isinstance(totals.labels, Values)
+        for batch in batches(loader, real_labels=real):
+            if before is not None and row < done:
+                self._compare(batch, before, row)
+            else:
+                self._add(batch, spool, totals, one_pass, loader)
+                after_batch()
+            row += len(batch.images)
+            bar.update(len(batch.images))
+        bar.close()
+        if row < done:
+            raise other_images(f"it gave {done} images or more before and {row} now")
+        if not totals.rows:
+            raise ValueError("`loader` must give images, got none")
+
+    def _compare(self, batch: Batch, before: Embedded, row: int) -> None:
+        stop = row + len(batch.images)
+        done = len(before.ids)
+        if stop > done:
+            raise other_images(f"its batches ended at image {done} before, and at {stop} now")
+        before.check_same(batch, row, "before")
+        if stop == done:
+            captured = self.network.embed(on_device(batch.images, self.network))
+            before.check_embeddings(normalized(captured.output, self.l2_normalize), row)
+
+    def _add(
+        self, batch: Batch, spool: Spool, totals: Totals, one_pass: bool, loader: Iterable[Any]
+    ) -> None:
+        row = totals.rows
+        images = on_device(batch.images, self.network)
+        if row == 0:
+            totals.head = probe(self.network, images, self.l2_normalize)
+        captured = self.network.embed(images)
+        embeddings = normalized(captured.output, self.l2_normalize)
+        check_embeddings(embeddings, images, first=row)
+        if row == 0:
+            C = captured.activations.shape[1]
+            if self.channels != "all" and int(self.channels) > C:
+                raise ValueError(
+                    f"`channels` must be at most the layer's C = {C}, got {self.channels}"
+                )
+        columns = {"embeddings": embeddings, **self._activations(captured, embeddings, totals)}
+        if totals.head is None:
+            spool.drop(*CLOSED_FORM)  # affine as far as the probe saw; autograd takes all the rows
+            if one_pass:
                 raise ValueError(
                     "`loader` must be one that can be gone through twice, got a one-shot iterator "
                     f"({type(loader).__name__}): this model's head needs a second pass over the "
                     "images"
                 )
-            spool.add(**{name: column.cpu() for name, column in columns.items()})
-            labels.add(batch.labels)
-            ids += batch.ids or [str(i) for i in range(row, row + len(batch.images))]
-            bar.update(len(batch.images))
-        bar.close()
-        if not ids:
-            raise ValueError("`loader` must give images, got none")
-        if labels.distinct() < 2 and real_labels:
-            raise ValueError(
-                "`loader` must give at least two different labels, since a RankLoss compares "
-                "them; got one"
-            )
-        if labels.distinct() < 2:
-            raise ValueError(
-                "`loader` must give at least two classes, since triplets need negatives; got one"
-            )
-        closed = head is not None
-        return Embedded(
-            embeddings=spool.column("embeddings"),
-            labels=labels.tensor(),
-            ids=ids,
-            class_names=labels.names,
-            norms=spool.column("norms") if closed else None,
-            pixels=spool.column("pixels") if closed else None,
-            pooled=spool.column("pooled") if closed and keep_pooled else None,
-            mean_activation=channel_sum / max(pixel_count, 1),
-            head=head,
+        ids = IdTable.encoded(batch.ids or [str(row + i) for i in range(len(images))])
+        spool.add(
+            **_on_host(columns),
+            labels=totals.labels.add(batch.labels),
+            id_ends=ids.ends + totals.id_bytes,
+            id_bytes=ids.content,
         )
-    finally:
-        spool.close()
+        totals.id_bytes += len(ids.content)
+        totals.rows += len(images)
+
+    def _activations(
+        self, captured: Captured, embeddings: Tensor, totals: Totals
+    ) -> dict[str, Tensor]:
+        """Add to the sums; returns the columns of the closed form, while it holds."""
+        pooled = captured.activations.float().mean((2, 3))  # [B, C]
+        pixels = math.prod(captured.activations.shape[2:])
+        sums = pooled.sum(0, dtype=torch.float64).cpu() * pixels
+        totals.channel_sum = totals.channel_sum + sums if totals.rows else sums
+        totals.pixel_count += pixels * len(pooled)
+        if totals.head is None:
+            return {}
+        norms = totals.head.norms_if_agreed(pooled, embeddings, captured.output.dtype)
+        if norms is None:
+            totals.head = None
+            return {}
+        columns = {"norms": norms, "pixels": torch.full((len(pooled),), pixels)}
+        return columns | {"pooled": pooled} if self.keep_pooled else columns
+
+
+def _on_host(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The columns of a batch in the memory of the host."""
+    return {name: column.cpu() for name, column in columns.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -199,6 +200,10 @@ class Explainer:
         *,
         progress: bool = False,
         preprocessing: dict[str, Any] | None = None,
+        out: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        storage: str = "float32",
     ) -> Database:
         """Build the database from labelled images, and explain from it from now on.
 
@@ -207,6 +212,12 @@ class Explainer:
         vector-Jacobian products from the layer on. Memory: O(N D), for Grad-CAM++ O(N (D + C)),
         spilled to temporary files above gcfast.spool.SPOOL_MEMORY_BYTES.
 
+        With ``out`` the spool and the rows are written as they are made, in ``out.partial``, which
+        becomes ``out`` at the end: a build that is killed goes on with ``resume``, at the last
+        images or the last shard of rows that were whole, and gives the same rows. Batches that are
+        done are not put through the model again, but for one, which has to give the embeddings
+        it gave before.
+
         Args:
             loader: any iterable of (images, labels) or (images, labels, ids), a list included:
                 images [B, 3, h, w] floating point, moved to the model's device and dtype; labels
@@ -214,16 +225,34 @@ class Explainer:
                 must give the same images in the same order each time it is gone through.
             progress: show bars on stderr.
             preprocessing: anything that JSON can hold, kept in the manifest.
+            out: the folder to write the database to as it is made; None keeps it in memory.
+            resume: go on with the unfinished build of ``out``, if there is one.
+            overwrite: replace a gcfast database at ``out``, once the new one is whole.
+            storage: "float32" or "float16" for the rows' embeddings and weights.
 
         Returns:
             The database, its rows in the loader's order.
 
         Raises:
             TypeError, ValueError: a loader that gives something else, no labels, one class only,
-                or other images the second time; NaN, with the row; more channels than C.
+                or other images the second time; NaN, with the row; more channels than C; an
+                unfinished build with other settings; weights that float16 cannot hold.
+            ModelMismatchError: the unfinished build is of another model.
+            FileExistsError: something is at ``out``, or an unfinished build that is not resumed.
+            DamagedDatabaseError: a file of the unfinished build is missing or cut off.
+            GcfastError: another process is building there.
+            OSError: the disk is full, or another failure to write; ``resume`` goes on later.
         """
         database = build(
-            self.network, loader, self.settings, progress=progress, preprocessing=preprocessing
+            self.network,
+            loader,
+            self.settings,
+            progress=progress,
+            preprocessing=preprocessing,
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            storage=storage,
         )
         self._set_database(database)
         return database

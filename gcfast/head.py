@@ -58,15 +58,25 @@ class AffineHead(NamedTuple):
         norms = raw.norm(dim=1).clamp(min=1e-12)
         return raw / norms[:, None], norms
 
-    def agrees(self, pooled: Tensor, embeddings: Tensor, precision: torch.dtype) -> bool:
-        """Whether the embeddings [B, D] are what this head makes of the pooled activations."""
+    def norms_if_agreed(
+        self, pooled: Tensor, embeddings: Tensor, precision: torch.dtype
+    ) -> Tensor | None:
+        """|u| [B] where the embeddings [B, D] are what this head makes of the pooled activations.
+
+        None where they are not.
+        """
+        projected, norms = self.project(pooled)
         wanted = embeddings.double()
-        missed = (self.project(pooled)[0].double() - wanted).norm(dim=1)
+        missed = (projected.double() - wanted).norm(dim=1)
         sizes = wanted.norm(dim=1)
         # Each row by itself, so that one stranger does not hide in a large batch; a row near zero
         # is measured against the others.
         scale = sizes.clamp(min=max(float(sizes.square().mean().sqrt()), 1e-30))
-        return bool((missed <= TOLERANCES[precision] * scale).all())
+        return norms if bool((missed <= TOLERANCES[precision] * scale).all()) else None
+
+    def agrees(self, pooled: Tensor, embeddings: Tensor, precision: torch.dtype) -> bool:
+        """Whether the embeddings [B, D] are what this head makes of the pooled activations."""
+        return self.norms_if_agreed(pooled, embeddings, precision) is not None
 
     def grad_weights(
         self,

@@ -15,19 +15,25 @@ from torch import Tensor
 
 
 class Labels:
-    """A growing column of labels, all numbers or all names.
+    """Numbers for labels that come one after another, all numbers or all names.
 
     Numbers are kept as they are; names become 0, 1, … in the order in which they first came.
+
+    Args:
+        names: names that came before, by number.
+        seen: numbers that came before.
 
     Attributes:
         names: the names by number; empty where labels are numbers.
     """
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._numbers: dict[str, int] = {}
-        self._values: list[int] = []
+    def __init__(self, names: Iterable[str] = (), seen: Iterable[int] = ()) -> None:
+        self.names: list[str] = list(names)
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+        self._seen = set(seen)
         self._kind: type | None = None
+        if self._seen or self.names:
+            self._kind = str if self.names else int
 
     @staticmethod
     def listed(labels: Any, count: int) -> list[int] | list[str]:
@@ -52,12 +58,13 @@ class Labels:
             out.append(item)
         return out
 
-    def add(self, labels: list[int] | list[str]) -> None:
-        """Append labels.
+    def add(self, labels: list[int] | list[str]) -> Tensor:
+        """The numbers of further labels, [B] int64.
 
         Raises:
             TypeError: names after numbers, or numbers after names.
         """
+        numbers = []
         for label in labels:
             if self._kind is None:
                 self._kind = type(label)
@@ -71,23 +78,28 @@ class Labels:
                     self._numbers[label] = len(self.names)
                     self.names.append(label)
                 label = self._numbers[label]
-            self._values.append(label)
+            numbers.append(label)
+        self._seen.update(numbers)
+        return torch.tensor(numbers, dtype=torch.int64)
 
     def distinct(self) -> int:
         """How many different labels there are."""
-        return len(set(self._values))
+        return len(self._seen)
 
-    def tensor(self) -> Tensor:
-        """The column, [N] int64."""
-        return torch.tensor(self._values, dtype=torch.int64)
+    def require_two(self) -> None:
+        """Raise ValueError where a build has no two classes."""
+        if self.distinct() < 2:
+            raise ValueError(
+                "`loader` must give at least two classes, since triplets need negatives; got one"
+            )
 
 
 class Values:
-    """A growing column of real-valued labels; as :class:`Labels`, without names."""
+    """Real-valued labels that come one after another; as :class:`Labels`, without names."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: Iterable[float] = ()) -> None:
         self.names: list[str] = []
-        self._values: list[float] = []
+        self._seen = set(seen)
 
     @staticmethod
     def listed(labels: Any, count: int) -> list[float]:
@@ -108,17 +120,17 @@ class Values:
         return out
 
     def add(self, labels: list[float]) -> Tensor:
-        """Append labels; gives them as they are stored, [B] float64."""
-        self._values += labels
+        """Further labels as they are stored, [B] float64."""
+        self._seen.update(labels)
         return torch.tensor(labels, dtype=torch.float64)
 
-    def distinct(self) -> int:
-        """How many different labels there are."""
-        return len(set(self._values))
-
-    def tensor(self) -> Tensor:
-        """The column, [N] float64."""
-        return torch.tensor(self._values, dtype=torch.float64)
+    def require_two(self) -> None:
+        """Raise ValueError where a build has nothing to compare."""
+        if len(self._seen) < 2:
+            raise ValueError(
+                "`loader` must give at least two different labels, since a RankLoss compares "
+                "them; got one"
+            )
 
 
 def _elements(labels: Any, count: int) -> Sequence[Any]:

@@ -16,15 +16,13 @@ from gcfast.network import Network
 class Batch(NamedTuple):
     """One element of a loader, checked."""
 
-    images: Tensor  # [B, 3, h, w] on the model's device, in its dtype
-    labels: list[int] | list[str] | list[float]
+    images: Tensor  # [B, 3, h, w]
+    labels: Any  # list[int] or list[str]; list[float] where they are real numbers
     ids: list[str] | None
 
 
-def batches(
-    loader: Iterable[Any], network: Network, *, real_labels: bool = False
-) -> Iterator[Batch]:
-    """The elements of a loader, checked and moved to the model's device and dtype."""
+def batches(loader: Iterable[Any], *, real_labels: bool = False) -> Iterator[Batch]:
+    """The elements of a loader, checked, as they come; empty ones are left out."""
     if not isinstance(loader, Iterable):
         raise TypeError(
             f"`loader` must be an iterable of (images, labels), got {type(loader).__name__}"
@@ -39,16 +37,20 @@ def batches(
                 f"batch {number}: a database needs labels"
             )
         images = require_images("images", element[0])
-        device = network.device(images.device)
-        dtype = images.dtype if torch.is_autocast_enabled(device.type) else network.dtype()
-        images = images.to(device, dtype)
         listed = Values.listed if real_labels else Labels.listed
-        labels: Any = listed(element[1], len(images))
+        labels = listed(element[1], len(images))
         ids = None
         if len(element) == 3:
             ids = listed_ids(element[2], len(images))
         if len(images):
             yield Batch(images, labels, ids)
+
+
+def on_device(images: Tensor, network: Network) -> Tensor:
+    """The images on the model's device and in its dtype."""
+    device = network.device(images.device)
+    dtype = images.dtype if torch.is_autocast_enabled(device.type) else network.dtype()
+    return images.to(device, dtype)
 
 
 def listed_ids(ids: Any, count: int) -> list[str]:

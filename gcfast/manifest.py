@@ -37,6 +37,11 @@ def encoded(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest, indent=1).encode()
 
 
+def partial_folder(target: Path) -> Path:
+    """Where a database is built that will be at ``target``."""
+    return target.with_name(f"{target.name}.partial")
+
+
 def check_target(
     target: Path, overwrite: bool, *, name: str = "path", remedy: str = "overwrite=True"
 ) -> None:
@@ -76,7 +81,11 @@ def check_target(
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a database folder; raises as :meth:`gcfast.Database.open`."""
     if not folder.is_dir():
-        raise NoDatabaseError(f"there is no database at {folder}: it is not a folder")
+        partial = partial_folder(folder)
+        unfinished = ""
+        if partial.is_dir():
+            unfinished = f"; an unfinished build is in {partial}, which resume=True goes on with"
+        raise NoDatabaseError(f"there is no database at {folder}: it is not a folder{unfinished}")
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:

@@ -99,7 +99,7 @@ class ShardFile:
             }
         except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
             raise DamagedDatabaseError(f"the shard {self.path} cannot be read: {error}") from error
-        self.id_ends, self.id_bytes = tensors["id_ends"], tensors.pop("id_bytes")
+        self.ids = IdTable(tensors["id_ends"], tensors.pop("id_bytes"))
         lengths = {len(tensor) for tensor in tensors.values()}
         if lengths != {self.rows}:
             raise DamagedDatabaseError(
@@ -137,27 +137,43 @@ class ShardFile:
             self._content.madvise(mmap.MADV_DONTNEED)
             self.verified = True
 
-    def ids(self, start: int, stop: int) -> list[str]:
-        """The ids of these rows of the shard."""
+
+class IdTable(NamedTuple):
+    """Ids as bytes one after another."""
+
+    ends: Tensor  # [n] int64: where each id ends
+    content: Tensor  # uint8
+
+    def decoded(self, start: int, stop: int) -> list[str]:
+        """These ids as strings."""
         if start >= stop:
             return []
-        first = int(self.id_ends[start - 1]) if start else 0
-        ends = [first, *self.id_ends[start:stop].tolist()]
-        content = self.id_bytes[first : ends[-1]].numpy().tobytes()
+        first = int(self.ends[start - 1]) if start else 0
+        ends = [first, *self.ends[start:stop].tolist()]
+        content = self.content[first : ends[-1]].numpy().tobytes()
+        # A file name that is not UTF-8 comes as surrogates and keeps its bytes.
         return [
             content[a - first : b - first].decode(errors="surrogateescape")
             for a, b in pairwise(ends)
         ]
 
+    @classmethod
+    def encoded(cls, ids: Sequence[str]) -> IdTable:
+        """A table of these ids."""
+        encoded = [i.encode(errors="surrogateescape") for i in ids]
+        ends = np.cumsum([len(i) for i in encoded], dtype=np.int64)
+        content = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
+        return cls(torch.from_numpy(ends), torch.from_numpy(content))
+
 
 class Ids(Sequence[str]):
-    """The ids of an opened database: a sequence that is decoded where it is read."""
+    """Ids in tables: a sequence that is decoded where it is read."""
 
-    def __init__(self, files: list[ShardFile]) -> None:
-        self._files = files
+    def __init__(self, tables: list[IdTable]) -> None:
+        self._tables = tables
         self._starts = [0]
-        for file in files:
-            self._starts.append(self._starts[-1] + file.rows)
+        for table in tables:
+            self._starts.append(self._starts[-1] + len(table.ends))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -184,13 +200,13 @@ class Ids(Sequence[str]):
         number = bisect_right(self._starts, start) - 1
         while start < stop:
             first, end = self._starts[number : number + 2]
-            out += self._files[number].ids(start - first, min(stop, end) - first)
+            out += self._tables[number].decoded(start - first, min(stop, end) - first)
             start, number = end, number + 1
         return out
 
     def __iter__(self) -> Iterator[str]:
-        for file in self._files:
-            yield from file.ids(0, file.rows)
+        for table in self._tables:
+            yield from table.decoded(0, len(table.ends))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, (Ids, list, tuple)):
@@ -204,15 +220,6 @@ class Ids(Sequence[str]):
         return f"Ids({len(self)}: {shown}{', …' if len(self) > 3 else ''})"
 
 
-def encode_ids(ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(ends [n] int64, bytes uint8) of ids, as a shard holds them."""
-    # A file name that is not UTF-8 comes as surrogates and keeps its bytes.
-    encoded = [i.encode(errors="surrogateescape") for i in ids]
-    ends = np.cumsum([len(i) for i in encoded], dtype=np.int64)
-    content = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
-    return torch.from_numpy(ends), torch.from_numpy(content)
-
-
 def shard_name(number: int) -> str:
     """The file name of a shard."""
     return f"rows-{number:05d}.safetensors"
@@ -224,7 +231,8 @@ def write_shard(folder: Path, number: int, rows: Shard, ids: Sequence[str]) -> d
     Nothing refers to it before a manifest does, so a part of one that a crash leaves does no harm.
     """
     tensors = {name: value.contiguous() for name, value in rows._asdict().items()}
-    tensors["id_ends"], tensors["id_bytes"] = encode_ids(ids)
+    table = IdTable.encoded(ids)
+    tensors |= {"id_ends": table.ends, "id_bytes": table.content}
     content = safetensors.torch.save(tensors)
     name = shard_name(number)
     durable.write(folder / name, content)

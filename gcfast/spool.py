@@ -1,18 +1,22 @@
-"""Columns that grow row by row, in memory up to a limit and in temporary files beyond it."""
+"""Columns that grow row by row, in memory up to a limit and in files beyond it."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from gcfast.errors import DamagedDatabaseError
 
 SPOOL_MEMORY_BYTES = 2 * 2**30
 
 
 class Spool:
-    """What the forward pass leaves for the rows: named columns of equal length.
+    """What the forward pass leaves for the rows: named columns.
 
     Args:
         memory_bytes: how much is held in memory, None for SPOOL_MEMORY_BYTES; what comes after goes
@@ -30,7 +34,7 @@ class Spool:
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     def add(self, **columns: Tensor) -> None:
-        """Append rows: CPU tensors whose first sizes are equal."""
+        """Append rows: CPU tensors."""
         for name, rows in columns.items():
             rows = rows.detach().contiguous()
             self._shapes.setdefault(name, (rows.dtype, rows.shape[1:]))
@@ -45,12 +49,18 @@ class Spool:
         """Whether anything went to the disk."""
         return self._directory is not None
 
+    def has(self, name: str) -> bool:
+        """Whether there is a column of this name."""
+        return name in self._shapes
+
     def column(self, name: str) -> Tensor:
         """One whole column; the parts held so far are joined once."""
-        if self._directory is not None:
+        if self.spilled:
             self._spill()
             dtype, shape = self._shapes[name]
             count = self._rows[name] * shape.numel()
+            if count == 0:
+                return torch.empty((self._rows[name], *shape), dtype=dtype)
             flat = torch.from_file(str(self._file(name)), shared=False, size=count, dtype=dtype)
             return flat.view(self._rows[name], *shape)
         parts = self._parts[name]
@@ -62,7 +72,7 @@ class Spool:
         """Forget columns that are no longer needed."""
         for name in names:
             self.held -= sum(part.nbytes for part in self._parts.pop(name, []))
-            if self._directory is not None and name in self._rows:
+            if self.spilled and name in self._rows:
                 self._file(name).unlink(missing_ok=True)
             self._rows.pop(name, None)
             self._shapes.pop(name, None)
@@ -87,7 +97,12 @@ class Spool:
     def _write(self) -> None:
         if self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="gcfast-spool-", dir=self.folder)
+        self._append()
+
+    def _append(self) -> None:
         for name, parts in self._parts.items():
+            if not parts:
+                continue
             with self._file(name).open("ab") as file:
                 for part in parts:
                     file.write(part.view(-1).view(torch.uint8).numpy().data)
@@ -97,3 +112,82 @@ class Spool:
     def _file(self, name: str) -> Path:
         assert self._directory is not None
         return Path(self._directory.name) / name
+
+
+class KeptSpool(Spool):
+    """A spool in files of a given folder, which outlast the process.
+
+    What was added counts once :meth:`commit` has flushed it and its result is stored; whatever a
+    killed process wrote after that is cut off when the spool is opened again.
+
+    Args:
+        folder: where the files are, one a column.
+        columns: what ``commit`` returned last; None where nothing was committed.
+
+    Raises:
+        DamagedDatabaseError: a file is missing, or shorter than was committed.
+    """
+
+    PREFIX = "spool-"
+
+    def __init__(self, folder: Path, columns: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self._home = folder
+        for name, column in (columns or {}).items():
+            dtype, shape = getattr(torch, column["dtype"]), torch.Size(column["shape"])
+            self._shapes[name], self._rows[name] = (dtype, shape), column["rows"]
+        for file in folder.glob(f"{self.PREFIX}*"):
+            if file.name.removeprefix(self.PREFIX) not in self._rows:
+                file.unlink()
+        for name, (dtype, shape) in self._shapes.items():
+            size = self._rows[name] * shape.numel() * dtype.itemsize
+            file = self._file(name)
+            found = file.stat().st_size if file.exists() else 0
+            if found < size:
+                raise DamagedDatabaseError(
+                    f"{file} is truncated: {size} bytes were written, it has {found}"
+                )
+            if found > size:
+                os.truncate(file, size)
+
+    @property
+    def spilled(self) -> bool:
+        """Always: nothing is held beyond a commit."""
+        return True
+
+    def commit(self) -> dict[str, Any]:
+        """Flush everything to the disk; returns what a later process needs to go on from here."""
+        self._append()
+        for name in self._shapes:
+            with self._file(name).open("ab") as file:
+                os.fsync(file.fileno())
+        return {
+            name: {
+                "rows": self._rows[name],
+                "dtype": str(dtype).removeprefix("torch."),
+                "shape": list(shape),
+            }
+            for name, (dtype, shape) in self._shapes.items()
+        }
+
+    def drop(self, *names: str) -> None:
+        """Forget columns; their files go when the spool is opened again without them."""
+        for name in names:
+            self.held -= sum(part.nbytes for part in self._parts.pop(name, []))
+            self._rows.pop(name, None)
+            self._shapes.pop(name, None)
+
+    def close(self) -> None:
+        """Leave the files; columns taken before stay usable."""
+        self._parts.clear()
+
+    def remove(self) -> None:
+        """Delete the files; columns taken before stay usable."""
+        for file in sorted(self._home.glob(f"{self.PREFIX}*")):
+            file.unlink()
+
+    def _write(self) -> None:
+        self._append()
+
+    def _file(self, name: str) -> Path:
+        return self._home / f"{self.PREFIX}{name}"

@@ -366,9 +366,9 @@ def test_other_images_the_second_time_are_refused(how: str) -> None:
         "order": ([(images.flip(0), labels.flip(0), ids)], "labels differ in rows 0 to 8"),
         "labels": ([(images, labels.roll(1), ids)], "labels differ in rows 0 to 8"),
         "ids": ([(images, labels, ids[::-1])], "ids differ in rows 0 to 8"),
-        "fewer": ([(images[:5], labels[:5], ids[:5])], "gave 9 images first and 5 the second"),
-        "more": (first + first, "gave 9 images first and more the second time"),
-        "none": ([], "gave 9 images first and 0 the second time"),
+        "fewer": ([(images[:5], labels[:5], ids[:5])], "gave 9 images first and 5 now"),
+        "more": (first + first, "gave 9 images first and more now"),
+        "none": ([], "gave 9 images first and 0 now"),
     }[how]
     with pytest.raises(ValueError, match=f"same images in the same order .*{words}"):
         explainer(other()).build(Changing(first, again))

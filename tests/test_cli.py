@@ -123,6 +123,40 @@ def test_databases_are_replaced_only_by_force_and_nothing_else_ever(capsys, tmp_
 
 
 @pytest.mark.usefixtures("here")
+def test_a_build_that_was_stopped_is_resumed(capsys, monkeypatch, tmp_path):
+    from gcfast import shards, streaming
+
+    monkeypatch.setattr(streaming, "COMMIT_ROWS", 6)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 8)
+
+    def arguments(*more, out="db"):
+        where = ("--images", "pictures", "--out", tmp_path / out, "--storage", "float16")
+        return ("build", *where, *SETTINGS, *VIEW, "--batch-size", "4", *more)
+
+    assert run(capsys, *arguments(out="wanted"))[0] == 0
+    write = streaming.write_shard
+
+    def stop(folder, number, *rest):
+        if number == 1:
+            raise KeyboardInterrupt
+        return write(folder, number, *rest)
+
+    monkeypatch.setattr(streaming, "write_shard", stop)
+    status, _, err = run(capsys, *arguments())
+    assert status == 130
+    assert f"stopped; what was done is kept in {tmp_path / 'db.partial'}: resume=True" in err
+    monkeypatch.setattr(streaming, "write_shard", write)
+    assert "must not be an unfinished build, got" in fails(capsys, *arguments())
+    assert "--resume continues it" in fails(capsys, *arguments())
+    assert "seed was 0, is 1" in fails(capsys, *arguments("--resume", "--seed", "1"))
+    status, out, _ = run(capsys, *arguments("--resume"))
+    assert (status, out) == (0, f"{tmp_path / 'db'}: 18 rows, 3 classes, layer features\n")
+    for file in (tmp_path / "wanted").iterdir():
+        assert file.read_bytes() == (tmp_path / "db" / file.name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["db", "wanted"]
+
+
+@pytest.mark.usefixtures("here")
 def test_info(capsys):
     status, out, err = run(capsys, "info", "db")
     assert (status, err) == (0, "")

@@ -62,19 +62,28 @@ def test_what_is_no_label_is_refused(labels: Any, error: type[Exception], words:
 
 def test_names_are_numbered_as_they_come() -> None:
     column = Labels()
-    column.add(["wren", "robin"])
-    column.add(["robin", "tit"])
-    assert column.tensor().tolist() == [0, 1, 1, 2]
+    assert column.add(["wren", "robin"]).tolist() == [0, 1]
+    assert column.add(["robin", "tit"]).tolist() == [1, 2]
     assert column.names == ["wren", "robin", "tit"]
     assert column.distinct() == 3
 
 
 def test_numbers_stay_as_they_are() -> None:
     column = Labels()
-    column.add([7, -2, 7])
-    assert column.tensor().tolist() == [7, -2, 7]
+    assert column.add([7, -2, 7]).tolist() == [7, -2, 7]
     assert column.names == []
     assert column.distinct() == 2
+
+
+def test_a_column_goes_on_from_what_came_before() -> None:
+    named = Labels(["wren", "robin"], [0, 1])
+    assert named.add(["tit", "robin"]).tolist() == [2, 1]
+    assert named.distinct() == 3
+    with pytest.raises(TypeError, match="got both: 5 after str labels"):
+        named.add([5])
+    numbered = Labels([], [4])
+    with pytest.raises(TypeError, match="got both: 'a' after int labels"):
+        numbered.add(["a"])
 
 
 @pytest.mark.parametrize(("first", "then"), [([1], ["a"]), (["a"], [1])], ids=["names", "numbers"])

@@ -1,0 +1,406 @@
+"""A build that writes as it goes, and goes on where a killed one stopped.
+
+The work is done in a folder beside the database's, ``NAME.partial``: the spool of stage 1, a file a
+column; the shards of stage 2, as the database will have them; and ``build.json``, which says how
+much of each is whole. A part is flushed to the disk first and then counted there, by a rename, so
+that at any moment the folder holds a whole build of so many images or rows, and perhaps bytes
+behind it that do not count. At the end the manifest is written and the folder gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from gcfast import durable, shards
+from gcfast.database import Database
+from gcfast.embedding import Embedded, EmbeddingStage, Totals
+from gcfast.errors import DamagedDatabaseError, GcfastError, ModelMismatchError
+from gcfast.fingerprint import difference
+from gcfast.head import AffineHead
+from gcfast.labels import Labels, Values
+from gcfast.manifest import MANIFEST, OWN_FILES, check_target, encoded, partial_folder
+from gcfast.network import Network
+from gcfast.provenance import describe, report_of
+from gcfast.rows import Rows, RowTable, fill_from_second_pass, fill_from_spool
+from gcfast.settings import Settings
+from gcfast.shards import ShardFile, write_shard
+from gcfast.spool import KeptSpool
+from gcfast.storage import in_storage, scale_for
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two builds into one folder are the user's to avoid
+    fcntl = None  # type: ignore[assignment]
+
+STATE = "build.json"
+STATE_FORMAT = "gcfast-build"
+HEAD = "head.safetensors"
+# How much of stage 1 a killed build loses at most: images, or seconds where they are slow.
+COMMIT_ROWS = 8_192
+COMMIT_SECONDS = 30.0
+
+
+def check_unfinished(
+    target: Path, resume: bool, *, name: str = "out", remedy: str = "resume=True"
+) -> None:
+    """Refuse an unfinished build at ``target`` that is not to be resumed.
+
+    Raises:
+        FileExistsError: there is one; or a folder in its place that is none.
+    """
+    folder = partial_folder(target)
+    if not folder.exists():
+        return
+    if not folder.is_dir() or not all(_ours(p.name) for p in folder.iterdir()):
+        raise FileExistsError(
+            f"`{name}` must leave {folder} to the build, got something else there"
+        )
+    if not resume:
+        raise FileExistsError(
+            f"`{name}` must not be an unfinished build, got {folder}; {remedy} continues it"
+        )
+
+
+def build_into(
+    target: Path,
+    network: Network,
+    loader: Iterable[Any],
+    settings: Settings,
+    same: dict[str, Any],
+    *,
+    progress: bool,
+    resume: bool,
+    overwrite: bool,
+) -> Database:
+    """Build a database at ``target``; see :meth:`gcfast.Explainer.build`.
+
+    Args:
+        target: the database's folder.
+        network: the model and its layer.
+        loader: the images.
+        settings: of the rows.
+        same: of :func:`gcfast.provenance.identity`; an unfinished build of others is not resumed.
+        progress: show bars on stderr.
+        resume: go on where an unfinished build stopped.
+        overwrite: replace a database that is there.
+    """
+    check_target(target, overwrite, name="out")
+    check_unfinished(target, resume)
+    with _Unfinished.opened(target, same) as work:
+        if not work.finished:
+            embedded = work.embed(network, loader, settings, progress=progress)
+            work.make_rows(network, loader, embedded, settings, progress=progress)
+        work.finish()
+    return Database.open(target, verify=False)
+
+
+class _Unfinished:
+    """The folder of a build under way, held by this process alone."""
+
+    def __init__(self, target: Path, same: dict[str, Any]) -> None:
+        self.target = target
+        self.folder = partial_folder(target)
+        self.state: dict[str, Any] = {
+            "format": STATE_FORMAT,
+            "format_version": 1,
+            # As JSON has it, so that it compares with what is read back.
+            **json.loads(json.dumps(same)),
+            "stage": "embedding",
+            "channels_last": None,
+            "head": False,
+            "spool": None,
+            "totals": None,
+            "weight_scale": None,
+            "shards": [],
+        }
+        self.finished = False
+
+    @classmethod
+    @contextmanager
+    def opened(cls, target: Path, same: dict[str, Any]) -> Iterator[_Unfinished]:
+        """A new or an unfinished build; one that fails with nothing whole leaves nothing."""
+        one = cls(target, same)
+        with one._writing():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            one.folder.mkdir(exist_ok=True)
+        with one._locked():
+            one._read()
+            try:
+                yield one
+            except BaseException as error:
+                if one.state["totals"] is None:
+                    shutil.rmtree(one.folder, ignore_errors=True)
+                elif one.folder.exists():
+                    error.add_note(
+                        f"what was done is kept in {one.folder}: resume=True (--resume) continues"
+                    )
+                raise
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise GcfastError(f"another process is building in {self.folder}") from None
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write the database {self.target}: {error.strerror or error}",
+            ) from error
+
+    def _read(self) -> None:
+        """Take over what a former process left, if it was building the same."""
+        stored = _json(self.folder / STATE)
+        if (self.folder / MANIFEST).exists():
+            # Only cleaning up and the new name were missing.
+            self._refuse_others(stored or _json(self.folder / MANIFEST) or {})
+            self.finished = True
+            self.state["totals"] = {}
+        elif stored is None:
+            if (self.folder / STATE).exists():
+                raise DamagedDatabaseError(f"{self.folder / STATE} is damaged: it is not JSON")
+            with self._writing():
+                self._commit()
+        else:
+            if stored.get("format") != STATE_FORMAT or stored.get("format_version") != 1:
+                raise GcfastError(
+                    f"{self.folder / STATE} is of another gcfast: finish it there, or remove it"
+                )
+            self._refuse_others(stored)
+            self.state = stored
+
+    def _refuse_others(self, stored: dict[str, Any]) -> None:
+        """Raise where the unfinished build is of another model, layer or settings."""
+        now = self.state
+        other = difference(stored.get("fingerprint", {}), now["fingerprint"])
+        if other:
+            raise ModelMismatchError(
+                f"the unfinished build {self.folder} is of another model than this one: {other}"
+            )
+        changed = [
+            f"{key} was {was!r}, is {now['settings'].get(key)!r}"
+            for key, was in stored["settings"].items()
+            if was != now["settings"].get(key)
+        ]
+        for key in ("storage", "preprocessing"):
+            if stored[key] != now[key]:
+                changed.append(f"{key} was {stored[key]!r}, is {now[key]!r}")
+        if None not in (stored["layer"], now["layer"]) and stored["layer"] != now["layer"]:
+            changed.append(f"layer was {stored['layer']!r}, is {now['layer']!r}")
+        if changed:
+            raise ValueError(
+                f"`resume` must have the settings that {self.folder} was begun with: "
+                + "; ".join(changed)
+            )
+
+    def _commit(self) -> None:
+        durable.replace(self.folder / STATE, json.dumps(self.state, indent=1).encode())
+
+    # Stage 1
+
+    def embed(
+        self, network: Network, loader: Iterable[Any], settings: Settings, *, progress: bool
+    ) -> Embedded:
+        """Stage 1, from the last commit on."""
+        state = self.state
+        with self._writing():
+            spool = KeptSpool(self.folder, state["spool"])
+        real_labels = settings.objective.real_labels
+        totals = Totals(labels=Values() if real_labels else Labels())
+        if state["totals"] is not None:
+            totals = self._totals(network, spool, real_labels)
+            if network.layer_name is None:
+                network.set_layer(state["layer"])
+            network.channels_last = state["channels_last"]
+        if state["stage"] == "embedding":
+            last_rows, last_time = totals.rows, time.monotonic()
+
+            def after_batch() -> None:
+                nonlocal last_rows, last_time
+                late = time.monotonic() - last_time > COMMIT_SECONDS
+                if totals.rows - last_rows >= COMMIT_ROWS or late:
+                    self._commit_totals(network, spool, totals)
+                    last_rows, last_time = totals.rows, time.monotonic()
+
+            stage = EmbeddingStage(
+                network,
+                l2_normalize=settings.l2_normalize,
+                keep_pooled=settings.method == "gradcam++",
+                channels=settings.channels,
+            )
+            stage.run(
+                loader,
+                spool,
+                totals,
+                progress=progress,
+                one_pass=isinstance(loader, Iterator),
+                after_batch=after_batch,
+            )
+            totals.labels.require_two()
+            state["stage"] = "rows"
+            self._commit_totals(network, spool, totals)
+        return totals.embedded(spool)
+
+    def _commit_totals(self, network: Network, spool: KeptSpool, totals: Totals) -> None:
+        state = self.state
+        with self._writing():
+            if totals.head is not None and not state["head"]:
+                head = {"weight": totals.head.weight.cpu(), "bias": totals.head.bias.cpu()}
+                content = safetensors.torch.save(head, {"unit": str(int(totals.head.unit))})
+                durable.replace(self.folder / HEAD, content)
+            columns = spool.commit()
+            state |= {
+                "layer": network.layer_name,
+                "channels_last": network.channels_last,
+                "head": totals.head is not None,
+                "spool": columns,
+                "totals": {
+                    "rows": totals.rows,
+                    "channel_sum": totals.channel_sum.tolist(),  # JSON gives every bit back
+                    "pixel_count": totals.pixel_count,
+                    "id_bytes": totals.id_bytes,
+                    "class_names": totals.labels.names,
+                },
+            }
+            self._commit()
+
+    def _totals(self, network: Network, spool: KeptSpool, real_labels: bool) -> Totals:
+        stored = self.state["totals"]
+        head = None
+        if self.state["head"]:
+            device = network.device(torch.device("cpu"))
+            try:
+                with safetensors.safe_open(self.folder / HEAD, framework="pt") as file:
+                    head = AffineHead(
+                        file.get_tensor("weight").to(device),
+                        file.get_tensor("bias").to(device),
+                        file.metadata()["unit"] == "1",
+                    )
+            except (safetensors.SafetensorError, OSError, KeyError) as error:
+                raise DamagedDatabaseError(f"cannot read {self.folder / HEAD}: {error}") from error
+        seen = set(spool.column("labels").tolist())
+        labels = Values(seen) if real_labels else Labels(stored["class_names"], seen)
+        return Totals(
+            rows=stored["rows"],
+            head=head,
+            channel_sum=torch.tensor(stored["channel_sum"], dtype=torch.float64),
+            pixel_count=stored["pixel_count"],
+            id_bytes=stored["id_bytes"],
+            labels=labels,
+        )
+
+    # Stage 2
+
+    def make_rows(
+        self,
+        network: Network,
+        loader: Iterable[Any],
+        embedded: Embedded,
+        settings: Settings,
+        *,
+        progress: bool,
+    ) -> None:
+        """Stage 2, from the last whole shard on, and the manifest."""
+        state = self.state
+        made = state["shards"]
+        for shard in made:
+            ShardFile(self.folder, shard["entry"])  # raises where it is not whole
+
+        def flush(table: RowTable) -> None:
+            rows, kept = table.shard(embedded)
+            if state["weight_scale"] is None:
+                state["weight_scale"] = scale_for(rows.weights, state["storage"])
+            if state["storage"] != "float32":
+                rows = in_storage(
+                    rows,
+                    state["storage"],
+                    state["weight_scale"],
+                    embedded.mean_activation,
+                    first=sum(shard["entry"]["rows"] for shard in made),
+                )
+            numbers = kept.tolist()
+            whole = numbers[-1] - numbers[0] == len(numbers) - 1
+            ids = (
+                embedded.ids[numbers[0] : numbers[-1] + 1]
+                if whole
+                else [embedded.ids[number] for number in numbers]
+            )
+            with self._writing():
+                entry = write_shard(self.folder, len(made), rows, ids)
+                made.append(
+                    {
+                        "entry": entry,
+                        "next": numbers[-1] + 1,
+                        "hardest": int((rows.triplet_counts == 0).sum()),
+                    }
+                )
+                self._commit()
+
+        rows = Rows(
+            embedded,
+            settings,
+            start=made[-1]["next"] if made else 0,
+            capacity=shards.SHARD_ROWS,
+            flush=flush,
+        )
+        if embedded.head is not None:
+            fill_from_spool(rows, progress=progress)
+        else:
+            fill_from_second_pass(network, loader, rows, progress=progress)
+        report = report_of(
+            embedded.labels,
+            sum(shard["entry"]["rows"] for shard in made),
+            sum(shard["hardest"] for shard in made),
+            settings,
+        )
+        manifest = describe(network, embedded, state, report)
+        if state["weight_scale"] != 1:
+            manifest["weight_scale"] = state["weight_scale"]
+        manifest["shards"] = [shard["entry"] for shard in made]
+        with self._writing():
+            durable.replace(self.folder / MANIFEST, encoded(manifest))
+
+    def finish(self) -> None:
+        """Leave only the database, and give it its name."""
+        with self._writing():
+            for file in sorted(self.folder.iterdir()):
+                if file.name != STATE and not OWN_FILES.fullmatch(file.name):
+                    file.unlink()
+            # Last, since it tells what the folder was; the manifest tells it too.
+            (self.folder / STATE).unlink(missing_ok=True)
+            durable.move_into_place(self.folder, self.target)
+
+
+def _ours(name: str) -> bool:
+    known = (STATE, f"{STATE}.new", HEAD, f"{HEAD}.new")
+    return name in known or name.startswith(KeptSpool.PREFIX) or bool(OWN_FILES.fullmatch(name))
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
