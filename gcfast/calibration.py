@@ -178,9 +178,10 @@ def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
     cosines: list[Tensor] = []
     ranks: list[Tensor] = []
     flat = unknown = 0
-    real_labels = explainer.settings.objective.real_labels
-    for batch in batches(loader, real_labels=real_labels):
-        known = [real_labels or label in (names or numbers) for label in batch.labels]
+    real = explainer.settings.objective.real_labels
+    for batch in batches(loader, real_labels=real):
+        # Any number can be compared with the rows'; a class must be one of theirs.
+        known = [real or label in (names or numbers) for label in batch.labels]
         unknown += known.count(False)
         if not any(known):
             continue

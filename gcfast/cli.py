@@ -303,7 +303,9 @@ def _info(options: argparse.Namespace) -> int:
     facts: dict[str, Any] = {
         "database": os.fspath(options.database),
         "rows": len(database),
-        "classes": len(set(database.labels.tolist())),
+        "distinct labels" if database.labels.is_floating_point() else "classes": len(
+            set(database.labels.tolist())
+        ),
         "embedding": database.embeddings.shape[1],
         "channels kept": database.channels.shape[1],
         "bytes": size,

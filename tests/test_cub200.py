@@ -26,6 +26,7 @@ from PIL import Image
 
 import gcfast
 from gcfast.datasets import Sample, labelled_loader, read_cub
+from gcfast.demo import species
 from gcfast.errors import GcfastError
 from gcfast.preprocessing import Preprocessing
 
@@ -251,3 +252,20 @@ def test_a_tiny_backbone_is_the_closed_form() -> None:
     explainer = gcfast.Explainer(Embedder(Tiny(), 64, None).eval(), "backbone.maps")
     database = explainer.build([(torch.randn(6, 3, 32, 32), [0, 0, 1, 1, 2, 2])])
     assert database.manifest["closed_form"]
+
+
+def test_the_same_script_on_drawn_birds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, count in (("TRAINING_LABELS", 4), ("UNSEEN_LABELS", 3)):
+        monkeypatch.setattr(species, name, getattr(species, name)[:count])
+    cub200.main(["--data", "demo", "--quick", "--threads", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "demonstration, unseen species" in printed
+    saved = json.loads((tmp_path / "cub200.json").read_text())
+    assert (saved["rows"], saved["images"]) == (16, 6)
+    figures = {(f["row"], f["column"]): f["value"] for f in saved["figures"]}
+    assert figures["Grad-CAM, for, top-50", "box"] > figures["uniform", "box"]
+    # Nothing was published about these pictures.
+    ours = [line for line in printed.splitlines() if line.startswith("recall@1")]
+    assert ours[0].split()[-1] == "-"

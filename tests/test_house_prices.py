@@ -105,6 +105,8 @@ def test_noisy_rows_are_counted_imputed_and_listed(folder: Path, tmp_path: Path)
             2: {"price": "inf"},
             3: {"date": "30/04/2019"},
             4: {"tile": "none.png"},
+            8: {"price": "1"},
+            9: {"price": "99000000"},
             5: {"bedrooms": "99"},
             6: {"area": ""},
             7: {"type": " "},
@@ -112,7 +114,7 @@ def test_noisy_rows_are_counted_imputed_and_listed(folder: Path, tmp_path: Path)
         },
     )
     houses = read_houses(folder / "tiles", sales)
-    assert len(houses) == 35
+    assert len(houses) == 33
     assert houses.masks is None
     assert houses.report.skipped == [
         "line 2: no usable price, ''",
@@ -120,6 +122,8 @@ def test_noisy_rows_are_counted_imputed_and_listed(folder: Path, tmp_path: Path)
         "line 4: no usable price, 'inf'",
         "line 5: no usable date, '30/04/2019'",
         "line 6: no readable tile, 'none.png'",
+        "line 10: impossible price, '1'",
+        "line 11: impossible price, '99000000'",
     ]
     assert sorted(houses.report.imputed) == [
         "00005.png: bedrooms, '99' became 3",
@@ -131,9 +135,10 @@ def test_noisy_rows_are_counted_imputed_and_listed(folder: Path, tmp_path: Path)
     last = houses.ids.index("00039.png")
     assert houses.numbers["bathrooms"][last] == 2
     text = "\n".join(houses.report.lines(limit=2))
-    assert "40 rows read, 5 left out, 5 values imputed" in text
+    assert "40 rows read, 7 left out, 5 values imputed" in text
     assert "left out: no usable price, 3" in text
-    assert "… and 3 more" in text
+    assert "left out: impossible price, 2" in text
+    assert "… and 5 more" in text
 
 
 def test_what_is_imputed_comes_from_the_training_rows(folder: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import gcfast
 from gcfast import triplets as triplets_module
+from gcfast.calibration import transfer_fidelity
 from gcfast.objectives import LINEAR_LIMIT, Partners, objective_from
 from gcfast.triplets import Anchors, PairSource
 
@@ -223,6 +224,16 @@ def test_own_maps_of_an_image_whose_price_is_known() -> None:
     cheap = explainer.explain_labelled(images[:1], [0])
     dear = explainer.explain_labelled(images[:1], [1e6])
     assert not torch.allclose(cheap, dear, atol=0.05)
+
+
+def test_transfer_of_images_with_prices_is_measured() -> None:
+    explainer, _ = built(common(), rank_loss()[1], channels=5)
+    fresh, _ = pictures(6)
+    # Prices that no row has are as good as any.
+    measured = transfer_fidelity(explainer, [(fresh, [1.5, 99.0, 250.0, 300.25, 410.0, 95.0])])
+    assert len(measured) == 6
+    assert measured.unknown == 0
+    assert bool(((measured.cosine >= -1) & (measured.cosine <= 1.0001)).all())
 
 
 def test_prices_may_be_whole_numbers_or_arrays() -> None:

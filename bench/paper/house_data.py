@@ -9,9 +9,10 @@ metres. Masks are optional: pictures of the same names in a second folder whose 
 the number of a part in house_tiles.PARTS.
 
 Sales data are noisy. A row without a usable price, date or tile cannot take part: it is left out,
-counted and listed. A missing or impossible attribute is imputed, counted and listed: the median of
-the usable values of the training rows (for `type` the most frequent one), so nothing of the test
-rows is used.
+counted and listed; so is one whose price is not within a factor of 20 of the median (houses change
+hands for 1 between relatives). A missing or impossible attribute is imputed, counted and listed: by
+the median of the usable values of the training rows (for `type` by the most frequent one), so that
+nothing of the test rows is used.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ POSSIBLE = {
     "bathrooms": (0.5, 20.0),
     "area": (10.0, 5000.0),
 }
+PRICE_FACTOR = 20.0  # a price further than this from the median is none
 TRAIN_SHARE = 0.6  # by time, as the paper splits its houses
 FIRST_DAY = datetime.date(2018, 1, 1)
 DAYS = 450
@@ -168,7 +170,7 @@ def _spoil(row: dict[str, str], rng: np.random.Generator) -> None:
         wrong = {"bedrooms": "99", "bathrooms": "-1", "area": "0", "type": "", "latitude": "0x2B"}
         row[column] = "" if rng.random() < 0.6 else wrong[column]
     if rng.random() < 0.005:
-        row["price"] = str(rng.choice(["", "0", "-1", "n/a"]))
+        row["price"] = str(rng.choice(["", "0", "1", "n/a"]))
 
 
 def read_houses(tiles: Path, sales: Path, masks: Path | None = None) -> Houses:
@@ -196,11 +198,15 @@ def read_houses(tiles: Path, sales: Path, masks: Path | None = None) -> Houses:
     report = Report(rows=len(table))
     usable: list[tuple[datetime.date, dict[str, str], float, NDArray[np.uint8]]] = []
     side = None
-    for number, row in enumerate(table, 2):
+    prices = [_number(row["price"]) for row in table]
+    typical = float(np.median([p for p in prices if p > 0] or [1.0]))
+    for number, (row, price) in enumerate(zip(table, prices, strict=True), 2):
         where = f"line {number}"
-        price = _number(row["price"])
         if not price > 0:
             report.skipped.append(f"{where}: no usable price, {row['price']!r}")
+            continue
+        if not typical / PRICE_FACTOR <= price <= typical * PRICE_FACTOR:
+            report.skipped.append(f"{where}: impossible price, {row['price']!r}")
             continue
         try:
             day = datetime.date.fromisoformat((row["date"] or "").strip())

@@ -29,10 +29,12 @@ from torch import Tensor
 
 import gcfast
 from gcfast import ops
+from gcfast.calibration import transfer_fidelity
 from gcfast.metrics import mask_score
 
 PAIRS, CHANNELS = 50, 50  # of the paper
 BATCH = 128
+FIDELITY = 128  # houses whose transferred map is compared with their own
 VISIBLE = 8  # pixels of a part from which on a tile has it
 QUESTIONS = ("all", "lower", "higher")
 COLUMNS = ("drivers", "raises", "pool", "busy road", "share")
@@ -151,6 +153,24 @@ def pointing_up(tables: dict[str, gcfast.Database], houses: Houses) -> tuple[flo
         for part in (ranked[-third:], ranked[:third])
     ]
     return shares[0], shares[1]
+
+
+def fidelity(
+    network: RankSiamese, houses: Houses, tables: dict[str, gcfast.Database], seed: int
+) -> dict[str, float]:
+    """Median cosine of the transferred map with the map from the house's own pairs.
+
+    For each question, over FIDELITY test houses spread evenly over time. A test house's own pairs
+    take its price, which transfer does not know.
+    """
+    n = houses.train
+    chosen = np.linspace(n, len(houses) - 1, min(FIDELITY, len(houses) - n)).round().astype(int)
+    own = [(to_input(houses.images[chosen]), houses.price[chosen])]
+    found = {}
+    for question, database in tables.items():
+        one = explainer(network, question, seed, database=strongest(database, CHANNELS))
+        found[question] = float(transfer_fidelity(one, own).cosine.median())
+    return found
 
 
 def part_masks(houses: Houses, rows: slice) -> dict[str, Tensor]:

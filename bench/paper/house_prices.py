@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from house_data import Houses, generate, read_houses
-from house_maps import COLUMNS, databases, pointing_up, score_table
+from house_maps import COLUMNS, databases, fidelity, pointing_up, score_table
 from house_network import RankSiamese, features_of, pair_accuracy, train
 from house_overlays import save_overlays
 from house_table import Line, table
@@ -114,12 +114,16 @@ def explain(
     built = databases(network, houses, options.seed, progress=progress)
     dear, cheap = pointing_up(built, houses)
     counts = ", ".join(f"{name} {len(d)}" for name, d in built.items())
+    agreement = fidelity(network, houses, built, options.seed)
     lines = [
         f"databases' rows: {counts}",
+        "transferred map against the map from the house's own pairs, median cosine: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in agreement.items()),
         f"rows of all pairs whose evidence for is what raises a price: {dear:.3f} of the dearest "
         f"third, {cheap:.3f} of the cheapest",
     ]
-    kept: dict[str, Any] = {"raising_rows": {"dearest third": dear, "cheapest third": cheap}}
+    kept: dict[str, Any] = {"raising_rows": {"dearest third": dear, "cheapest third": cheap},
+                            "fidelity": agreement}  # fmt: skip
     save_overlays(network, houses, built, options.out / "house_prices.png", options.seed)
     if houses.masks is None:
         return [*lines, "no masks: maps are not scored"], kept
