@@ -93,6 +93,7 @@ class Totals:
     """What stage 1 carries from batch to batch, besides the spool."""
 
     rows: int = 0
+    first: int = 0  # the number of the first image, where a database has some already
     head: AffineHead | None = None
     channel_sum: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     pixel_count: int = 0
@@ -220,13 +221,13 @@ class EmbeddingStage:
     def _add(
         self, batch: Batch, spool: Spool, totals: Totals, one_pass: bool, loader: Iterable[Any]
     ) -> None:
-        row = totals.rows
+        row, start = totals.rows, totals.first + totals.rows
         images = on_device(batch.images, self.network)
         if row == 0:
             totals.head = probe(self.network, images, self.l2_normalize)
         captured = self.network.embed(images)
         embeddings = normalized(captured.output, self.l2_normalize)
-        check_embeddings(embeddings, images, first=row)
+        check_embeddings(embeddings, images, first=start)
         if row == 0:
             C = captured.activations.shape[1]
             if self.channels != "all" and int(self.channels) > C:
@@ -242,7 +243,7 @@ class EmbeddingStage:
                     f"({type(loader).__name__}): this model's head needs a second pass over the "
                     "images"
                 )
-        ids = IdTable.encoded(batch.ids or [str(row + i) for i in range(len(images))])
+        ids = IdTable.encoded(batch.ids or [str(start + i) for i in range(len(images))])
         spool.add(
             **_on_host(columns),
             labels=totals.labels.add(batch.labels),
