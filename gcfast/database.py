@@ -11,19 +11,24 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gcfast import durable, shards
 from gcfast._checks import require_choice
+from gcfast.errors import GcfastError
 from gcfast.manifest import MANIFEST, STORAGES, check_target, encoded, read_manifest
 from gcfast.shards import FIELDS, Ids, Shard, ShardFile, write_shard
 from gcfast.storage import in_storage, scale_for
+
+if TYPE_CHECKING:
+    from gcfast.explainer import Explainer
 
 VERIFY_BYTES = 256 * 2**20  # up to which `open` compares checksums: a fifth of a second to read
 VERIFY_THREADS = 4
@@ -70,6 +75,8 @@ class Database:
         self._files = files
         self._verify = verify
         self._columns: dict[str, Tensor] = {}
+        # Set by the explainer that takes the database; weak, since that one refers to it.
+        self.explainer: weakref.ref[Explainer] | None = None
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -207,6 +214,37 @@ class Database:
         if len(pieces) == 1:
             return pieces[0]
         return Shard(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    def extended(self, rows: Shard, ids: Sequence[str], manifest: dict[str, Any]) -> Database:
+        """A database in memory of these rows and further ones, none of them copied."""
+        one = Database(rows._asdict(), [*self.ids, *ids], manifest)
+        one._shards = [*self.shards, rows]
+        return one
+
+    def append(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
+        """Add rows for further images; see :meth:`gcfast.Explainer.append`.
+
+        Raises:
+            GcfastError: no explainer has this database, so that there is no model.
+        """
+        return self._attached_to().append(loader, progress=progress)
+
+    def rebuild(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
+        """Make all rows anew; see :meth:`gcfast.Explainer.rebuild`.
+
+        Raises:
+            GcfastError: no explainer has this database, so that there is no model.
+        """
+        return self._attached_to().rebuild(loader, progress=progress)
+
+    def _attached_to(self) -> Explainer:
+        explainer = None if self.explainer is None else self.explainer()
+        if explainer is None or explainer.database is not self:
+            raise GcfastError(
+                "the database must be an explainer's, whose model the rows are made with: "
+                "gcfast.load, or Explainer(model, database=…)"
+            )
+        return explainer
 
     def in_storage(self, storage: str) -> Database:
         """This database with embeddings and weights in float32 or float16, in memory.

@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from gcfast.errors import GcfastError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two writers of one folder are the user's to avoid
+    fcntl = None  # type: ignore[assignment]
 
 
 def write(path: Path, content: bytes) -> None:
@@ -29,6 +38,29 @@ def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """Hold a folder against other processes; a process that dies lets it go.
+
+    Args:
+        folder: what is held.
+        doing: what the other process does, for the error: "building in".
+
+    Raises:
+        GcfastError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise GcfastError(f"another process is {doing} {folder}") from None
+        yield
     finally:
         os.close(descriptor)
 

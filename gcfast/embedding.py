@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gcfast import labels
 from gcfast.capture import Captured
 from gcfast.head import AffineHead, normalized, probe
 from gcfast.labels import Labels, Values
@@ -93,6 +94,7 @@ class Totals:
     """What stage 1 carries from batch to batch, besides the spool."""
 
     rows: int = 0
+    first: int = 0  # the number of the first image, where a database has some already
     head: AffineHead | None = None
     channel_sum: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     pixel_count: int = 0
@@ -148,7 +150,7 @@ def embed_all(
             more channels than the layer has; one pass only, and a head that needs two.
     """
     spool = Spool(spool_bytes)
-    totals = Totals(labels=Values() if real_labels else Labels())
+    totals = Totals(labels=labels.column(real_labels))
     stage = EmbeddingStage(
         network, l2_normalize=l2_normalize, keep_pooled=keep_pooled, channels=channels
     )
@@ -221,13 +223,13 @@ class EmbeddingStage:
     def _add(
         self, batch: Batch, spool: Spool, totals: Totals, one_pass: bool, loader: Iterable[Any]
     ) -> None:
-        row = totals.rows
+        row, start = totals.rows, totals.first + totals.rows
         images = on_device(batch.images, self.network)
         if row == 0:
             totals.head = probe(self.network, images, self.l2_normalize)
         captured = self.network.embed(images)
         embeddings = normalized(captured.output, self.l2_normalize)
-        check_embeddings(embeddings, images, first=row)
+        check_embeddings(embeddings, images, first=start)
         if row == 0:
             C = captured.activations.shape[1]
             if self.channels != "all" and int(self.channels) > C:
@@ -243,7 +245,7 @@ class EmbeddingStage:
                     f"({type(loader).__name__}): this model's head needs a second pass over the "
                     "images"
                 )
-        ids = IdTable.encoded(batch.ids or [str(row + i) for i in range(len(images))])
+        ids = IdTable.encoded(batch.ids or [str(start + i) for i in range(len(images))])
         spool.add(
             **_on_host(columns),
             labels=totals.labels.add(batch.labels),

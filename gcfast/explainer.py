@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from gcfast import ops
 from gcfast._checks import require_int
+from gcfast.append import append, check_appendable
 from gcfast.build import build
 from gcfast.calibration import KEY, Calibration, Fidelity, calibrated, transfer_fidelity
 from gcfast.capture import Captured
@@ -182,6 +184,7 @@ class Explainer:
     def _set_database(self, database: Database) -> None:
         with self._lock:
             self._database, self._attached = database, None
+        database.explainer = weakref.ref(self)
 
     def info(self) -> dict[str, Any]:
         """The layer, the memory format the model is run in, the settings and the database."""
@@ -281,6 +284,61 @@ class Explainer:
         with self._lock:
             self._attached = None
         return fidelity
+
+    def append(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
+        """Add rows for further images to the database, and explain from it from now on.
+
+        The new rows draw their triplets from the stored and the new embeddings together. Stored
+        rows, the mean activation and the offsets stay as they are; the manifest's ``older_rows``
+        counts the rows that have not drawn from the newest ones, which :meth:`rebuild` renews. An
+        image that was left out before, the only one of its label, has no row that could lend
+        itself. A stored index has to be made anew.
+
+        A database with a folder gets new shards there and then the manifest that names them, so
+        that a reader sees the old rows or all of them; one in memory stays there.
+
+        Args:
+            loader: as for :meth:`build`; one label is enough.
+            progress: show bars on stderr.
+
+        Returns:
+            The database with all rows, the new ones last.
+
+        Raises:
+            NoDatabaseError: there is no database yet.
+            ModelMismatchError: the model has changed since the database was built.
+            TypeError, ValueError: as :meth:`build`; settings other than the database's.
+            GcfastError: a compressed database; one that another process writes to, or has changed.
+        """
+        if self._database is None:
+            raise NoDatabaseError("there is no database to append to: call build(loader) first")
+        database = append(self._database, self.network, loader, self.settings, progress=progress)
+        self._set_database(database)
+        return database
+
+    def rebuild(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
+        """Build the database anew where it is, with its storage and preprocessing.
+
+        Args:
+            loader: all the images, as for :meth:`build`.
+            progress: show bars on stderr.
+
+        Raises:
+            NoDatabaseError: there is no database yet.
+            TypeError, ValueError: as :meth:`build`; settings other than the database's.
+        """
+        old = self._database
+        if old is None:
+            raise NoDatabaseError("there is no database to rebuild: call build(loader) first")
+        check_appendable(old, self.network, self.settings)
+        return self.build(
+            loader,
+            progress=progress,
+            preprocessing=old.manifest.get("preprocessing"),
+            out=old.path,
+            overwrite=old.path is not None,
+            storage=old.storage,
+        )
 
     @overload
     def explain_batch(

@@ -133,6 +133,13 @@ class Values:
             )
 
 
+def column(
+    real_labels: bool, names: Iterable[str] = (), seen: Iterable[Any] = ()
+) -> Labels | Values:
+    """Labels of the kind that an objective has, after ``names`` and ``seen``, which came before."""
+    return Values(seen) if real_labels else Labels(names, seen)
+
+
 def _elements(labels: Any, count: int) -> Sequence[Any]:
     """The elements, in number as there are images."""
     if isinstance(labels, str) or not (isinstance(labels, Iterable) or hasattr(labels, "tolist")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,16 @@ def identity(
         "preprocessing": preprocessing,
         "storage": storage,
     }
+
+
+def changed_settings(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, each setting of a build that is another one now."""
+    now = json.loads(json.dumps(now))
+    return [
+        f"{key} was {was!r}, is {now.get(key)!r}"
+        for key, was in stored.items()
+        if was != now.get(key)
+    ]
 
 
 def report_of(

@@ -105,7 +105,7 @@ class Spool:
                 continue
             with self._file(name).open("ab") as file:
                 for part in parts:
-                    file.write(part.view(-1).view(torch.uint8).numpy().data)
+                    file.write(part.numpy().tobytes())  # a view would need unit strides
             parts.clear()
         self.held = 0
 

@@ -10,7 +10,6 @@ behind it that do not count. At the end the manifest is written and the folder g
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -28,20 +27,15 @@ from gcfast.embedding import Embedded, EmbeddingStage, Totals
 from gcfast.errors import DamagedDatabaseError, GcfastError, ModelMismatchError
 from gcfast.fingerprint import difference
 from gcfast.head import AffineHead
-from gcfast.labels import Labels, Values
+from gcfast.labels import column
 from gcfast.manifest import MANIFEST, OWN_FILES, check_target, encoded, partial_folder
 from gcfast.network import Network
-from gcfast.provenance import describe, report_of
+from gcfast.provenance import changed_settings, describe, report_of
 from gcfast.rows import Rows, RowTable, fill_from_second_pass, fill_from_spool
 from gcfast.settings import Settings
 from gcfast.shards import ShardFile, write_shard
 from gcfast.spool import KeptSpool
 from gcfast.storage import in_storage, scale_for
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two builds into one folder are the user's to avoid
-    fcntl = None  # type: ignore[assignment]
 
 STATE = "build.json"
 STATE_FORMAT = "gcfast-build"
@@ -134,7 +128,7 @@ class _Unfinished:
         with one._writing():
             target.parent.mkdir(parents=True, exist_ok=True)
             one.folder.mkdir(exist_ok=True)
-        with one._locked():
+        with durable.locked(one.folder, "building in"):
             one._read()
             try:
                 yield one
@@ -146,19 +140,6 @@ class _Unfinished:
                         f"what was done is kept in {one.folder}: resume=True (--resume) continues"
                     )
                 raise
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise GcfastError(f"another process is building in {self.folder}") from None
-            yield
-        finally:
-            os.close(descriptor)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -199,11 +180,7 @@ class _Unfinished:
             raise ModelMismatchError(
                 f"the unfinished build {self.folder} is of another model than this one: {other}"
             )
-        changed = [
-            f"{key} was {was!r}, is {now['settings'].get(key)!r}"
-            for key, was in stored["settings"].items()
-            if was != now["settings"].get(key)
-        ]
+        changed = changed_settings(stored["settings"], now["settings"])
         for key in ("storage", "preprocessing"):
             if stored[key] != now[key]:
                 changed.append(f"{key} was {stored[key]!r}, is {now[key]!r}")
@@ -228,7 +205,7 @@ class _Unfinished:
         with self._writing():
             spool = KeptSpool(self.folder, state["spool"])
         real_labels = settings.objective.real_labels
-        totals = Totals(labels=Values() if real_labels else Labels())
+        totals = Totals(labels=column(real_labels))
         if state["totals"] is not None:
             totals = self._totals(network, spool, real_labels)
             if network.layer_name is None:
@@ -301,14 +278,13 @@ class _Unfinished:
             except (safetensors.SafetensorError, OSError, KeyError) as error:
                 raise DamagedDatabaseError(f"cannot read {self.folder / HEAD}: {error}") from error
         seen = set(spool.column("labels").tolist())
-        labels = Values(seen) if real_labels else Labels(stored["class_names"], seen)
         return Totals(
             rows=stored["rows"],
             head=head,
             channel_sum=torch.tensor(stored["channel_sum"], dtype=torch.float64),
             pixel_count=stored["pixel_count"],
             id_bytes=stored["id_bytes"],
-            labels=labels,
+            labels=column(real_labels, stored["class_names"], seen),
         )
 
     # Stage 2

@@ -214,6 +214,19 @@ def test_a_database_of_prices_is_saved_and_explains(tmp_path: Path) -> None:
     assert more.explain_batch(images[:1], details=True).labels[0].isnan().sum() == 12 - N
 
 
+def test_prices_are_streamed_and_appended_to(tmp_path: Path) -> None:
+    _, objective = rank_loss()
+    images, _ = pictures(N)
+    settings = {"objective": objective, "l2_normalize": False, "channels": "all"}
+    whole = gcfast.Explainer(common(), "backbone", **settings)
+    in_memory = whole.build(loader(images, PRICES, 4))
+    streamed = whole.build(loader(images, PRICES, 4), out=tmp_path / "prices")
+    assert torch.equal(in_memory.weights, streamed.weights)
+    assert torch.equal(streamed.labels, PRICES.double())
+    longer = whole.append(loader(images[:3], PRICES[:3] + 1, 3))
+    assert torch.equal(longer.labels, torch.cat([PRICES, PRICES[:3] + 1]).double())
+
+
 def test_own_maps_of_an_image_whose_price_is_known() -> None:
     model = common()
     _, objective = rank_loss()

@@ -1,0 +1,141 @@
+"""Further rows for a database: their triplets from the stored and the new embeddings together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gcfast import durable, shards
+from gcfast.database import Database
+from gcfast.embedding import Embedded, EmbeddingStage, Totals
+from gcfast.errors import GcfastError, ModelMismatchError
+from gcfast.fingerprint import difference
+from gcfast.labels import column
+from gcfast.manifest import MANIFEST, encoded, read_manifest
+from gcfast.network import Network
+from gcfast.provenance import changed_settings, identity, report_of
+from gcfast.rows import Rows, fill_from_second_pass, fill_from_spool
+from gcfast.settings import Settings
+from gcfast.shards import Shard, write_shard
+from gcfast.spool import Spool
+from gcfast.storage import in_storage
+
+
+def append(
+    database: Database,
+    network: Network,
+    loader: Iterable[Any],
+    settings: Settings,
+    *,
+    progress: bool = False,
+) -> Database:
+    """A database with further rows; see :meth:`gcfast.Explainer.append`."""
+    manifest = database.manifest
+    check_appendable(database, network, settings)
+    totals = Totals(
+        first=manifest["report"]["images"],
+        labels=column(
+            settings.objective.real_labels, database.class_names, set(database.labels.tolist())
+        ),
+    )
+    spool = Spool()
+    try:
+        EmbeddingStage(
+            network,
+            l2_normalize=settings.l2_normalize,
+            keep_pooled=settings.method == "gradcam++",
+            channels=settings.channels,
+        ).run(loader, spool, totals, progress=progress, one_pass=isinstance(loader, Iterator))
+        embedded = totals.embedded(spool)
+    finally:
+        spool.close()
+    mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
+    stored = (database.embeddings.float(), database.labels)
+    rows = Rows(embedded, settings, before=stored, mean=mean)
+    if embedded.head is not None:
+        fill_from_spool(rows, progress=progress)
+    else:
+        fill_from_second_pass(network, loader, rows, progress=progress)
+    added, kept = rows.table.shard(embedded)
+    new = {
+        "class_names": embedded.class_names,
+        "report": _report(database, embedded, added, settings),
+        # Stored rows have drawn their triplets without the newest ones.
+        "older_rows": len(database),
+    }
+    if database.storage != "float32":
+        first = len(database)
+        added = in_storage(added, database.storage, database.weight_scale, mean, first=first)
+    ids = [embedded.ids[number] for number in kept.tolist()]
+    if database.path is None:
+        return database.extended(added, ids, manifest | new)
+    _write(database, database.path, added, ids, new)
+    return Database.open(database.path)
+
+
+def check_appendable(database: Database, network: Network, settings: Settings) -> None:
+    """Refuse a database of another model or of other settings, or a compressed one.
+
+    Raises:
+        ModelMismatchError: the model has changed since.
+        ValueError: other settings than the rows were made with.
+        GcfastError: rows that are centres of others.
+    """
+    manifest = database.manifest
+    if "compressed" in manifest:
+        raise GcfastError(
+            "a compressed database takes no further rows: append to the whole one, and compress it"
+        )
+    now = identity(network, settings, None, database.storage)
+    other = difference(manifest["fingerprint"], now["fingerprint"])
+    if other:
+        raise ModelMismatchError(
+            f"the database was built with another model than this one: {other}"
+        )
+    changed = changed_settings(manifest["settings"], now["settings"])
+    if changed:
+        raise ValueError(
+            "the explainer must have the settings that the database was built with: "
+            + "; ".join(changed)
+        )
+
+
+def _report(
+    database: Database, embedded: Embedded, added: Shard, settings: Settings
+) -> dict[str, int]:
+    """The counts of the database's build and of these rows together."""
+    everyone = torch.cat([database.labels, embedded.labels])
+    _, inverse, seen = np.unique(everyone.numpy(), return_inverse=True, return_counts=True)
+    alone = torch.from_numpy(seen[inverse] == 1)[len(database) :]
+    hardest = int((added.triplet_counts == 0).sum())
+    report = report_of(embedded.labels, len(added.labels), hardest, settings, alone=alone)
+    return {name: count + report.get(name, 0) for name, count in database.report.items()}
+
+
+def _write(
+    database: Database, folder: Path, added: Shard, ids: list[str], new: dict[str, Any]
+) -> None:
+    """New shards, then the manifest that names them: readers see the old rows or all of them."""
+    try:
+        with durable.locked(folder, "writing to"):
+            manifest = read_manifest(folder)
+            entries = manifest["shards"]
+            if entries != database.manifest["shards"]:
+                raise GcfastError(
+                    f"the database {folder} has changed since it was opened: open it again"
+                )
+            number = 1 + max(int(e["file"].removeprefix("rows-").split(".")[0]) for e in entries)
+            for start in range(0, len(ids), shards.SHARD_ROWS):
+                where = slice(start, start + shards.SHARD_ROWS)
+                rows = Shard(*(column[where] for column in added))
+                entries.append(write_shard(folder, number, rows, ids[where]))
+                number += 1
+            durable.replace(folder / MANIFEST, encoded({**manifest, **new, "shards": entries}))
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write the database {folder}: {error.strerror or error}"
+        ) from error
