@@ -8,7 +8,11 @@ there is one that nothing has compiled.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
+
+import torch
+import triton
 
 
 class Specialisation(NamedTuple):
@@ -22,3 +26,143 @@ class Specialisation(NamedTuple):
     types: dict[str, str]  # arguments at run time, as Triton names types: "*fp32", "i64", "fp32"
     constants: dict[str, Any]  # tl.constexpr arguments, and integers that are 1
     options: dict[str, int]  # num_warps, num_stages
+
+
+# `grad_weights` and `head_grad_weights`. Reasoned from the hardware's sizes, not measured:
+# bench/sweep_launch.py prints what a card prefers.
+
+VECTOR_BYTES = 16  # the widest load of one thread
+PROGRAMS_PER_SM = 4  # wanted before T is split
+RUN_ELEMENTS = 2048  # of one triplet, held by a program: 8 for each of 256 threads
+RUN_PIXELS = 1024  # above it a channel's pixels are long enough for a tile
+
+
+class GradWeightsConfig(NamedTuple):
+    """Of ``grad_weights``; ``channels`` 0 takes the tile kernel."""
+
+    channels: int  # a program's, in the run kernel
+    align: int  # every block of the run starts at a multiple of so many elements
+    block_t: int
+    block_c: int  # of the tile kernel
+    block_p: int
+    splits: int  # parts of T that programs of their own add up
+    num_warps: int
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; 1 where nothing does."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def grad_weights_config(
+    B: int,
+    T: int,
+    C: int,
+    P: int,
+    itemsize: int,
+    *,
+    is_run: bool,
+    is_last: bool,
+    sms: int,
+) -> GradWeightsConfig:
+    """About 64 bytes in flight a thread, at half the threads that a multiprocessor can hold.
+
+    Args:
+        B: images.
+        T: triplets.
+        C: channels.
+        P: pixels.
+        itemsize: bytes of a gradient.
+        is_run: whether each triplet's [C, P] is one run of memory.
+        is_last: whether neighbouring channels are neighbours in memory (channels-last).
+        sms: multiprocessors of the device.
+    """
+    wanted = PROGRAMS_PER_SM * sms
+    if is_run and P <= RUN_PIXELS and C * P < 2**31:
+        block_t = 4 if T >= 4 else 1
+        vector = VECTOR_BYTES // itemsize
+        step = vector // math.gcd(P, vector)  # channels whose pixels fill whole vectors
+        fit = RUN_ELEMENTS // P
+        channels = min(fit // step * step or fit, triton.cdiv(C, step) * step)
+        programs = B * triton.cdiv(C, channels)
+        elements = triton.next_power_of_2(channels * P)
+        return GradWeightsConfig(
+            channels=channels,
+            align=math.gcd(channels * P, vector),
+            block_t=block_t,
+            block_c=0,
+            block_p=0,
+            splits=max(1, min(wanted // programs, T // (2 * block_t))),
+            num_warps=max(1, min(8, elements // 256)),
+        )
+    if is_last:
+        block_c = min(128, triton.next_power_of_2(C))
+        block_p = min(16, triton.next_power_of_2(P))
+    else:
+        block_p = min(256, triton.next_power_of_2(P))
+        block_c = min(8, triton.next_power_of_2(C))
+    programs = B * triton.cdiv(C, block_c)
+    return GradWeightsConfig(
+        channels=0,
+        align=1,
+        block_t=1,
+        block_c=block_c,
+        block_p=block_p,
+        splits=max(1, min(wanted // programs, T // 8)),
+        num_warps=4,
+    )
+
+
+# P, bytes of a gradient and layout of the forms that are compiled offline, T and C being large:
+# blocks depend on P, and these are the common ones and those that ask most of a program.
+GRAD_WEIGHTS_SHAPES = (
+    (49, 4, "run"),
+    (49, 2, "run"),
+    (513, 4, "run"),
+    (49, 4, "channels last"),
+    (12544, 2, "run"),
+    (12544, 4, "gaps"),
+)
+
+
+class HeadConfig(NamedTuple):
+    """Of the two products of ``head_grad_weights``."""
+
+    block_rows: int  # images (Grad-CAM) or triplets of one image (Grad-CAM++)
+    block_c: int
+    block_d: int
+    num_warps: int
+
+
+# Eight warps: with four, and for 16 x 32, ptxas spills the float32 product on sm_80.
+HEAD_GRAD_WEIGHTS_CONFIGS = (
+    HeadConfig(16, 64, 32, 8),
+    HeadConfig(64, 32, 32, 8),
+    HeadConfig(64, 64, 32, 8),
+)
+
+
+def head_grad_weights_config(rows: int, others: int, C: int, *, sms: int) -> HeadConfig:
+    """A tile of the product, large as long as every multiprocessor still gets one.
+
+    Args:
+        rows: of the left factor that can share a tile: an image's triplets, or the images.
+        others: how many such groups there are.
+        C: channels.
+        sms: multiprocessors of the device.
+    """
+    few, narrow, wide = HEAD_GRAD_WEIGHTS_CONFIGS
+    if rows <= few.block_rows:
+        return few
+    # The triplets of an image are added up by one program; images have a program a tile.
+    tiles = others if others > 1 else triton.cdiv(rows, wide.block_rows)
+    return wide if tiles * triton.cdiv(C, wide.block_c) >= sms else narrow
+
+
+def head_mean_config(T: int, D: int) -> tuple[int, int, int]:
+    """(BLOCK_T, BLOCK_D, warps): all of D at once, and up to 4,096 numbers of D and T together."""
+    block_d = triton.next_power_of_2(max(D, 1))
+    block_t = max(1, min(triton.next_power_of_2(max(T, 1)), 4096 // block_d))
+    return block_t, block_d, max(1, min(8, block_d * block_t // 512))

@@ -9,6 +9,7 @@ A channel id outside [0, C) or a row number of N or more is read by no kernel: i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -47,6 +48,7 @@ def head_grad_weights(
     norms: Tensor | None = None,
     activation_sums: Tensor | None = None,
     method: str = "gradcam",
+    precision: str = "ieee",
     backend: str = "auto",
 ) -> Tensor:
     """See :func:`gcfast.ops.head_grad_weights`."""
@@ -54,7 +56,7 @@ def head_grad_weights(
     if uses_triton(backend, cotangents, weight, embeddings, norms, activation_sums):
         from gcfast.kernels.head_grad_weights import launch_head_grad_weights
 
-        run = launch_head_grad_weights
+        run = functools.partial(launch_head_grad_weights, precision=precision)
     return run(
         cotangents,
         weight,
