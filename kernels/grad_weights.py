@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gcfast.kernels.launch import (
     GRAD_WEIGHTS_SHAPES,
     GradWeightsConfig,
@@ -27,7 +29,6 @@ from gcfast.kernels.launch import (
     grad_weights_config,
     multiprocessors,
 )
-from torch import Tensor
 
 MEAN_BLOCKS = {"BLOCK_T": 64, "BLOCK_C": 256}
 

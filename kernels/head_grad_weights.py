@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gcfast.kernels.launch import (
     HEAD_GRAD_WEIGHTS_CONFIGS,
     HeadConfig,
@@ -26,7 +28,6 @@ from gcfast.kernels.launch import (
     head_mean_config,
     multiprocessors,
 )
-from torch import Tensor
 
 
 @triton.jit

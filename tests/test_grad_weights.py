@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from gcfast.kernels.grad_weights import launch_grad_weights
-from gcfast.kernels.launch import grad_weights_config
 from helpers import assert_error_bounded, guarded, strided
 
 from gcfast import ops, reference
+from gcfast.kernels.grad_weights import launch_grad_weights
+from gcfast.kernels.launch import grad_weights_config
 
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 17, 5, 7), (3, 1, 5, 13, 11), (0, 2, 3, 2, 2), (2, 4, 1, 1, 3)]
 LAYOUTS = {

@@ -5,11 +5,11 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from gcfast.kernels.head_grad_weights import launch_head_grad_weights
-from gcfast.kernels.launch import HEAD_GRAD_WEIGHTS_CONFIGS, head_grad_weights_config
 from helpers import guarded, norm_error, strided
 
 from gcfast import ops, reference
+from gcfast.kernels.head_grad_weights import launch_head_grad_weights
+from gcfast.kernels.launch import HEAD_GRAD_WEIGHTS_CONFIGS, head_grad_weights_config
 
 SHAPES = [(1, 1, 1, 1, (1, 2)), (3, 5, 17, 7, (3, 5)), (2, 4, 64, 13, (7, 7)), (0, 2, 4, 3, (2, 2))]
 
