@@ -8,6 +8,7 @@ there is one that nothing has compiled.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -26,6 +27,18 @@ class Specialisation(NamedTuple):
     types: dict[str, str]  # arguments at run time, as Triton names types: "*fp32", "i64", "fp32"
     constants: dict[str, Any]  # tl.constexpr arguments, and integers that are 1
     options: dict[str, int]  # num_warps, num_stages
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; one elsewhere, where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return 1
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
 # Programs that fill a GPU several times over: 132 multiprocessors (H100, H200) by eight.
@@ -81,6 +94,89 @@ def sparse_cam_slices(B: int, tiles: int) -> int:
     return max(1, min(tiles, FULL_GRID // B))
 
 
+class KnnConfig(NamedTuple):
+    """How `knn` is launched: `splits` stretches of `rows_per_split` rows cover the table."""
+
+    is_dot: bool
+    widened: bool  # the queries are made float32
+    keep: int
+    block_b: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    splits: int
+    rows_per_split: int
+    block_c: int
+    merge_block_d: int
+    merge_warps: int
+
+
+KNN_SPARE = 7  # candidates held beyond K, at least
+
+
+def knn_config(
+    B: int,
+    N: int,
+    K: int,
+    query_dtype: torch.dtype,
+    table_dtype: torch.dtype,
+    processors: int,
+) -> KnnConfig:
+    """The launch of `knn` for these shapes on a GPU with so many multiprocessors.
+
+    Two numbers of candidates and three of queries keep the forms of the kernel few.
+    """
+    keep = 16 if K + KNN_SPARE <= 16 else 64
+    is_dot = B > 2
+    is_16_bit = is_dot and query_dtype == table_dtype != torch.float32
+    if not is_dot:
+        block_b, block_n, block_d, num_warps, resident = 1, 64, 64, 4, 4
+    elif is_16_bit:
+        block_b, num_warps, resident = (16, 4, 3) if B <= 16 else (64, 8, 2)
+        block_n, block_d = 128, 32
+    else:
+        block_b, num_warps, resident = (16, 4, 4) if B <= 16 else (64, 8, 2)
+        # What would not fit into registers otherwise: many slots, or queries and rows of two types.
+        crowded = keep == 64 if block_b == 16 else table_dtype != torch.float32
+        block_n, block_d = 32 if crowded else 64, 16
+    # Enough programs for every multiprocessor to be full, and none with less than a tile of rows.
+    wanted = -(-resident * processors // -(-B // block_b))
+    tiles = max(1, -(-N // block_n))
+    rows = -(-tiles // wanted) * block_n
+    return KnnConfig(
+        is_dot=is_dot,
+        widened=not is_16_bit,
+        keep=keep,
+        block_b=block_b,
+        block_n=block_n,
+        block_d=block_d,
+        num_warps=num_warps,
+        num_stages=2,
+        splits=max(1, -(-N // rows)),
+        rows_per_split=rows,
+        block_c=1024,
+        merge_block_d=64 if keep == 16 else 16,
+        merge_warps=4,
+    )
+
+
+# One call of `knn_config` for every form of the kernels that it can choose: (B, K, two dtypes).
+KNN_FORMS = [
+    (B, K, query_dtype, table_dtype)
+    for B in (1, 16, 17)
+    for K in (9, 32)
+    for query_dtype, table_dtype in (
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    )
+    if B > 2 or query_dtype == torch.float32  # a query or two are widened in any case
+]
+
+
 # `grad_weights` and `head_grad_weights`. Reasoned from the hardware's sizes, not measured:
 # bench/sweep_launch.py prints what a card prefers.
 
@@ -100,13 +196,6 @@ class GradWeightsConfig(NamedTuple):
     block_p: int
     splits: int  # parts of T that programs of their own add up
     num_warps: int
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; 1 where nothing does."""
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def grad_weights_config(

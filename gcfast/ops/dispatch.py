@@ -20,6 +20,8 @@ from gcfast import reference
 from gcfast.ops.backend import uses_triton
 from gcfast.reference import Triplets
 
+KNN_MAX_K, KNN_MAX_D = 32, 2048  # of the kernel; beyond them the reference runs
+
 
 def grad_weights(
     gradients: Tensor,
@@ -131,7 +133,8 @@ def knn(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`gcfast.ops.knn`."""
     run: Callable[..., tuple[Tensor, Tensor]] = reference.knn
-    if uses_triton(backend, queries, table, squares):
+    fits = k <= KNN_MAX_K and queries.shape[1] <= KNN_MAX_D
+    if uses_triton(backend, queries, table, squares) and fits:
         from gcfast.kernels.knn import launch_knn
 
         run = launch_knn
