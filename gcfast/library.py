@@ -69,6 +69,7 @@ def head_grad_weights(
     *,
     pixels: int,
     method: str = "gradcam",
+    precision: str = "ieee",
     backend: str = "auto",
 ) -> Tensor:
     """:func:`gcfast.ops.head_grad_weights`."""
@@ -81,6 +82,7 @@ def head_grad_weights(
         norms=norms,
         activation_sums=activation_sums,
         method=method,
+        precision=precision,
     )
     return sheltered(dispatch.head_grad_weights)(
         cotangents,
@@ -91,6 +93,7 @@ def head_grad_weights(
         norms=norms,
         activation_sums=activation_sums,
         method=method,
+        precision=precision,
         backend=backend,
     )
 
@@ -106,6 +109,7 @@ def _(
     *,
     pixels: int,
     method: str = "gradcam",
+    precision: str = "ieee",
     backend: str = "auto",
 ) -> Tensor:
     del backend
@@ -118,6 +122,7 @@ def _(
         norms=norms,
         activation_sums=activation_sums,
         method=method,
+        precision=precision,
     )
     return cotangents.new_empty(
         (cotangents.shape[0], weight.shape[1]), dtype=_accumulator(cotangents)

@@ -8,7 +8,12 @@ there is one that nothing has compiled.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
+
+import torch
+import triton
 
 
 class Specialisation(NamedTuple):
@@ -22,3 +27,284 @@ class Specialisation(NamedTuple):
     types: dict[str, str]  # arguments at run time, as Triton names types: "*fp32", "i64", "fp32"
     constants: dict[str, Any]  # tl.constexpr arguments, and integers that are 1
     options: dict[str, int]  # num_warps, num_stages
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; one elsewhere, where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return 1
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+# Programs that fill a GPU several times over: 132 multiprocessors (H100, H200) by eight.
+FULL_GRID = 1056
+
+
+class SparseCamConfig(NamedTuple):
+    """Launch choices of ``sparse_cam``."""
+
+    window: int  # side of the square of the low-resolution map that is held at once
+    block_m: int  # kept channels read at once
+    block_oh: int
+    block_ow: int
+    num_warps: int
+    whole: bool = True  # whether the window holds every map
+
+    def tile(self, H: int, OH: int, W: int, OW: int) -> tuple[int, int]:
+        """Output rows and columns of one tile: as many as the window has source pixels for."""
+        if self.whole:
+            return self.block_oh, self.block_ow
+        # n outputs span (n - 1) scale source pixels, and two more for the taps; one for rounding.
+        rows = int((self.window - 3) * OH / H) + 1
+        columns = int((self.window - 3) * OW / W) + 1
+        return min(rows, self.block_oh), min(columns, self.block_ow)
+
+
+SPARSE_CAM_CONFIGS = (
+    SparseCamConfig(window=8, block_m=32, block_oh=8, block_ow=256, num_warps=8),
+    SparseCamConfig(window=8, block_m=32, block_oh=32, block_ow=64, num_warps=8),
+    SparseCamConfig(window=16, block_m=16, block_oh=8, block_ow=256, num_warps=4),
+    SparseCamConfig(window=16, block_m=16, block_oh=32, block_ow=64, num_warps=4),
+    SparseCamConfig(window=32, block_m=4, block_oh=16, block_ow=128, num_warps=4),
+    SparseCamConfig(window=64, block_m=2, block_oh=32, block_ow=128, num_warps=8),
+    SparseCamConfig(window=64, block_m=2, block_oh=32, block_ow=128, num_warps=8, whole=False),
+)
+
+
+def sparse_cam_config(H: int, W: int, OW: int) -> SparseCamConfig:
+    """The smallest window that holds a map, or windows of the largest."""
+    side = max(H, W)
+    narrow = OW <= 64
+    if side <= 8:
+        return SPARSE_CAM_CONFIGS[1 if narrow else 0]
+    if side <= 16:
+        return SPARSE_CAM_CONFIGS[3 if narrow else 2]
+    if side <= 32:
+        return SPARSE_CAM_CONFIGS[4]
+    return SPARSE_CAM_CONFIGS[5 if side <= 64 else 6]
+
+
+def sparse_cam_slices(B: int, tiles: int) -> int:
+    """Programs an image, of the tiles of its output rows: few images have many."""
+    return max(1, min(tiles, FULL_GRID // B))
+
+
+class KnnConfig(NamedTuple):
+    """How `knn` is launched: `splits` stretches of `rows_per_split` rows cover the table."""
+
+    is_dot: bool
+    widened: bool  # the queries are made float32
+    keep: int
+    block_b: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    splits: int
+    rows_per_split: int
+    block_c: int
+    merge_block_d: int
+    merge_warps: int
+
+
+KNN_SPARE = 7  # candidates held beyond K, at least
+
+
+def knn_config(
+    B: int,
+    N: int,
+    K: int,
+    query_dtype: torch.dtype,
+    table_dtype: torch.dtype,
+    processors: int,
+) -> KnnConfig:
+    """The launch of `knn` for these shapes on a GPU with so many multiprocessors.
+
+    Two numbers of candidates and three of queries keep the forms of the kernel few.
+    """
+    keep = 16 if K + KNN_SPARE <= 16 else 64
+    is_dot = B > 2
+    is_16_bit = is_dot and query_dtype == table_dtype != torch.float32
+    if not is_dot:
+        block_b, block_n, block_d, num_warps, resident = 1, 64, 64, 4, 4
+    elif is_16_bit:
+        block_b, num_warps, resident = (16, 4, 3) if B <= 16 else (64, 8, 2)
+        block_n, block_d = 128, 32
+    else:
+        block_b, num_warps, resident = (16, 4, 4) if B <= 16 else (64, 8, 2)
+        # What would not fit into registers otherwise: many slots, or queries and rows of two types.
+        crowded = keep == 64 if block_b == 16 else table_dtype != torch.float32
+        block_n, block_d = 32 if crowded else 64, 16
+    # Enough programs for every multiprocessor to be full, and none with less than a tile of rows.
+    wanted = -(-resident * processors // -(-B // block_b))
+    tiles = max(1, -(-N // block_n))
+    rows = -(-tiles // wanted) * block_n
+    return KnnConfig(
+        is_dot=is_dot,
+        widened=not is_16_bit,
+        keep=keep,
+        block_b=block_b,
+        block_n=block_n,
+        block_d=block_d,
+        num_warps=num_warps,
+        num_stages=2,
+        splits=max(1, -(-N // rows)),
+        rows_per_split=rows,
+        block_c=1024,
+        merge_block_d=64 if keep == 16 else 16,
+        merge_warps=4,
+    )
+
+
+# One call of `knn_config` for every form of the kernels that it can choose: (B, K, two dtypes).
+KNN_FORMS = [
+    (B, K, query_dtype, table_dtype)
+    for B in (1, 16, 17)
+    for K in (9, 32)
+    for query_dtype, table_dtype in (
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    )
+    if B > 2 or query_dtype == torch.float32  # a query or two are widened in any case
+]
+
+
+# `grad_weights` and `head_grad_weights`. Reasoned from the hardware's sizes, not measured:
+# bench/sweep_launch.py prints what a card prefers.
+
+VECTOR_BYTES = 16  # the widest load of one thread
+PROGRAMS_PER_SM = 4  # wanted before T is split
+RUN_ELEMENTS = 2048  # of one triplet, held by a program: 8 for each of 256 threads
+RUN_PIXELS = 1024  # above it a channel's pixels are long enough for a tile
+
+
+class GradWeightsConfig(NamedTuple):
+    """Of ``grad_weights``; ``channels`` 0 takes the tile kernel."""
+
+    channels: int  # a program's, in the run kernel
+    align: int  # every block of the run starts at a multiple of so many elements
+    block_t: int
+    block_c: int  # of the tile kernel
+    block_p: int
+    splits: int  # parts of T that programs of their own add up
+    num_warps: int
+
+
+def grad_weights_config(
+    B: int,
+    T: int,
+    C: int,
+    P: int,
+    itemsize: int,
+    *,
+    is_run: bool,
+    is_last: bool,
+    sms: int,
+) -> GradWeightsConfig:
+    """About 64 bytes in flight a thread, at half the threads that a multiprocessor can hold.
+
+    Args:
+        B: images.
+        T: triplets.
+        C: channels.
+        P: pixels.
+        itemsize: bytes of a gradient.
+        is_run: whether each triplet's [C, P] is one run of memory.
+        is_last: whether neighbouring channels are neighbours in memory (channels-last).
+        sms: multiprocessors of the device.
+    """
+    wanted = PROGRAMS_PER_SM * sms
+    if is_run and P <= RUN_PIXELS and C * P < 2**31:
+        block_t = 4 if T >= 4 else 1
+        vector = VECTOR_BYTES // itemsize
+        step = vector // math.gcd(P, vector)  # channels whose pixels fill whole vectors
+        fit = RUN_ELEMENTS // P
+        channels = min(fit // step * step or fit, triton.cdiv(C, step) * step)
+        programs = B * triton.cdiv(C, channels)
+        elements = triton.next_power_of_2(channels * P)
+        return GradWeightsConfig(
+            channels=channels,
+            align=math.gcd(channels * P, vector),
+            block_t=block_t,
+            block_c=0,
+            block_p=0,
+            splits=max(1, min(wanted // programs, T // (2 * block_t))),
+            num_warps=max(1, min(8, elements // 256)),
+        )
+    if is_last:
+        block_c = min(128, triton.next_power_of_2(C))
+        block_p = min(16, triton.next_power_of_2(P))
+    else:
+        block_p = min(256, triton.next_power_of_2(P))
+        block_c = min(8, triton.next_power_of_2(C))
+    programs = B * triton.cdiv(C, block_c)
+    return GradWeightsConfig(
+        channels=0,
+        align=1,
+        block_t=1,
+        block_c=block_c,
+        block_p=block_p,
+        splits=max(1, min(wanted // programs, T // 8)),
+        num_warps=4,
+    )
+
+
+# P, bytes of a gradient and layout of the forms that are compiled offline, T and C being large:
+# blocks depend on P, and these are the common ones and those that ask most of a program.
+GRAD_WEIGHTS_SHAPES = (
+    (49, 4, "run"),
+    (49, 2, "run"),
+    (513, 4, "run"),
+    (49, 4, "channels last"),
+    (12544, 2, "run"),
+    (12544, 4, "gaps"),
+)
+
+
+class HeadConfig(NamedTuple):
+    """Of the two products of ``head_grad_weights``."""
+
+    block_rows: int  # images (Grad-CAM) or triplets of one image (Grad-CAM++)
+    block_c: int
+    block_d: int
+    num_warps: int
+
+
+# Eight warps: with four, and for 16 x 32, ptxas spills the float32 product on sm_80.
+HEAD_GRAD_WEIGHTS_CONFIGS = (
+    HeadConfig(16, 64, 32, 8),
+    HeadConfig(64, 32, 32, 8),
+    HeadConfig(64, 64, 32, 8),
+)
+
+
+def head_grad_weights_config(rows: int, others: int, C: int, *, sms: int) -> HeadConfig:
+    """A tile of the product, large as long as every multiprocessor still gets one.
+
+    Args:
+        rows: of the left factor that can share a tile: an image's triplets, or the images.
+        others: how many such groups there are.
+        C: channels.
+        sms: multiprocessors of the device.
+    """
+    few, narrow, wide = HEAD_GRAD_WEIGHTS_CONFIGS
+    if rows <= few.block_rows:
+        return few
+    # The triplets of an image are added up by one program; images have a program a tile.
+    tiles = others if others > 1 else triton.cdiv(rows, wide.block_rows)
+    return wide if tiles * triton.cdiv(C, wide.block_c) >= sms else narrow
+
+
+def head_mean_config(T: int, D: int) -> tuple[int, int, int]:
+    """(BLOCK_T, BLOCK_D, warps): all of D at once, and up to 4,096 numbers of D and T together."""
+    block_d = triton.next_power_of_2(max(D, 1))
+    block_t = max(1, min(triton.next_power_of_2(max(T, 1)), 4096 // block_d))
+    return block_t, block_d, max(1, min(8, block_d * block_t // 512))

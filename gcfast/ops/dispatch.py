@@ -9,6 +9,7 @@ A channel id outside [0, C) or a row number of N or more is read by no kernel: i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from gcfast import reference
 from gcfast.ops.backend import uses_triton
 from gcfast.reference import Triplets
+
+KNN_MAX_K, KNN_MAX_D = 32, 2048  # of the kernel; beyond them the reference runs
 
 
 def grad_weights(
@@ -47,6 +50,7 @@ def head_grad_weights(
     norms: Tensor | None = None,
     activation_sums: Tensor | None = None,
     method: str = "gradcam",
+    precision: str = "ieee",
     backend: str = "auto",
 ) -> Tensor:
     """See :func:`gcfast.ops.head_grad_weights`."""
@@ -54,7 +58,7 @@ def head_grad_weights(
     if uses_triton(backend, cotangents, weight, embeddings, norms, activation_sums):
         from gcfast.kernels.head_grad_weights import launch_head_grad_weights
 
-        run = launch_head_grad_weights
+        run = functools.partial(launch_head_grad_weights, precision=precision)
     return run(
         cotangents,
         weight,
@@ -129,7 +133,8 @@ def knn(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`gcfast.ops.knn`."""
     run: Callable[..., tuple[Tensor, Tensor]] = reference.knn
-    if uses_triton(backend, queries, table, squares):
+    fits = k <= KNN_MAX_K and queries.shape[1] <= KNN_MAX_D
+    if uses_triton(backend, queries, table, squares) and fits:
         from gcfast.kernels.knn import launch_knn
 
         run = launch_knn

@@ -39,7 +39,8 @@ def knn(
         k: K, at least 1; where it exceeds N the rest is filled as below.
         metric: "l2" (squared Euclidean, smallest first) or "ip" (inner product, largest first).
         squares: [N], the rows' squared norms, where they are at hand ("l2" only).
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton" or "reference". The kernel is for K <= 32 and D <= 2,048; beyond
+            them the reference runs.
 
     Returns:
         (distances [B, K] float32, or float64 for float64 inputs; rows [B, K] int64). Where fewer

@@ -1,0 +1,268 @@
+"""What the GPU benchmarks run: shapes by name, and the least that each must move or compute.
+
+A byte model counts what any implementation has to read and write once, at the sizes of the case: it
+is the floor that a time is compared with, not what a kernel happens to move. ``expected`` is what
+was predicted for the kernel before it was ever timed, as a share of the floor's speed, with why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+BATCHES = (1, 16, 256, 1024)
+IMAGE = (224, 224)
+RATES = ("float32", "tf32", "bfloat16", "float16", "float64")  # of products, measured in each run
+KEPT, TRIPLETS = 50, 50
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+
+
+@dataclass(frozen=True)
+class Network:
+    """The feature map that a network's last layer gives."""
+
+    name: str
+    C: int
+    H: int
+    W: int
+
+    @property
+    def pixels(self) -> int:
+        return self.H * self.W
+
+
+RESNET50 = Network("ResNet-50", 2048, 7, 7)
+VIT_B16 = Network("ViT-B/16", 768, 14, 14)
+NETWORKS = (RESNET50, VIT_B16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark: an operation at a shape."""
+
+    operation: str
+    sizes: dict[str, int]
+    dtype: str
+    bytes: int  # least that must cross the memory bus
+    flops: int  # least arithmetic, a multiply-add as two
+    inputs: int  # bytes of one set of inputs: how much must be rotated to leave the L2 cache
+    rate: str  # of RATES, which bounds the arithmetic
+    expected: float  # share of the floor's speed, predicted
+    because: str
+    options: dict[str, str] = field(default_factory=dict, hash=False)
+    quick: bool = False  # also run with --quick
+
+    @property
+    def name(self) -> str:
+        sizes = ", ".join(f"{letter} {size}" for letter, size in self.sizes.items())
+        return ", ".join([sizes, self.dtype, *self.options.values()])
+
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def floor_seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
+        """The least time on a card with these rates."""
+        return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
+
+    def bound(self, bytes_per_second: float, flops_per_second: float) -> str:
+        """Which of the two rates sets the floor."""
+        by_memory = self.bytes / bytes_per_second >= self.flops / flops_per_second
+        return "memory" if by_memory else "arithmetic"
+
+
+def sparse_cam(
+    B: int, network: Network, *, M: int = KEPT, dtype: str = "float32", out: str = "float32"
+) -> Case:
+    """Kept channels, ids and weights of each image read, its map written."""
+    OH, OW = IMAGE
+    gathered = B * M * network.pixels * ITEMSIZE[dtype]
+    rows = B * (8 + M * (8 + 4))  # neighbour id; channel ids and weights of its row
+    return Case(
+        "sparse_cam",
+        {"B": B, "C": network.C, "H": network.H, "W": network.W, "M": M, "OH": OH, "OW": OW},
+        dtype,
+        bytes=gathered + rows + B * OH * OW * ITEMSIZE[out],
+        flops=2 * B * M * network.pixels + 8 * B * OH * OW,
+        inputs=B * network.C * network.pixels * ITEMSIZE[dtype],
+        rate="float32",
+        expected=0.8 if B >= 256 else 0.3 if B >= 16 else 0.02,
+        because="writes dominate and are coalesced; below 256 maps the launch costs more than they",
+        options={"out": f"maps {out}"},
+        quick=B == 256 and network is RESNET50,
+    )
+
+
+def grad_weights(
+    B: int,
+    network: Network,
+    *,
+    T: int = TRIPLETS,
+    dtype: str = "float32",
+    method: str = "gradcam",
+    layout: str = "contiguous",
+) -> Case:
+    """The gradients once, the activations once for Grad-CAM++, [B, C] written."""
+    plus = method == "gradcam++"
+    gradients = B * T * network.C * network.pixels * ITEMSIZE[dtype]
+    maps = B * network.C * network.pixels * ITEMSIZE[dtype] if plus else 0
+    return Case(
+        "grad_weights",
+        {"B": B, "T": T, "C": network.C, "H": network.H, "W": network.W},
+        dtype,
+        bytes=gradients + maps + B * T + B * network.C * 4,
+        flops=(5 if plus else 1) * B * T * network.C * network.pixels,
+        inputs=gradients + maps,
+        rate="float32",
+        expected=0.85 if B >= 16 else 0.6,
+        because="one read in 16-byte vectors; one image's 10 to 20 MB end before the bus is full",
+        options={"method": method, "layout": layout},
+        quick=B == 16 and network is RESNET50 and dtype == "float32",
+    )
+
+
+def head_grad_weights(
+    B: int,
+    *,
+    T: int = TRIPLETS,
+    D: int = 128,
+    C: int = 2048,
+    method: str = "gradcam",
+    precision: str = "ieee",
+) -> Case:
+    """Cotangents and W once, [B, C] written; Grad-CAM multiplies means, Grad-CAM++ each triplet."""
+    plus = method == "gradcam++"
+    moved = B * T * (4 * D + 1) + 4 * D * C + 4 * B * (D + 1) + (8 if plus else 4) * B * C
+    return Case(
+        "head_grad_weights",
+        {"B": B, "T": T, "D": D, "C": C},
+        "float32",
+        bytes=moved,
+        flops=2 * B * D * C * (T if plus else 1),
+        inputs=4 * B * T * D,
+        rate="tf32" if precision == "tf32" else "float32",
+        expected=0.4 if plus else 0.3,
+        because="float32 products without tensor cores" if plus else "two short launches",
+        options={"method": method, "precision": precision},
+        quick=B == 256 and D == 128,
+    )
+
+
+def top_m(B: int, *, C: int = 2048, M: int = KEPT) -> Case:
+    """[B, C] once, ids and weights written."""
+    return Case(
+        "top_m",
+        {"B": B, "C": C, "M": M},
+        "float32",
+        bytes=4 * B * C + 12 * B * M,
+        flops=0,
+        inputs=4 * B * C,
+        rate="float32",
+        expected=0.2 if B >= 256 else 0.01,
+        because="sorting in registers costs more than the read",
+        quick=B == 1024,
+    )
+
+
+def knn(B: int, N: int, *, D: int = 128, K: int = 1, dtype: str = "float32") -> Case:
+    """The table and its squares once, whatever B; and the whole product."""
+    table = N * D * ITEMSIZE[dtype]
+    return Case(
+        "knn",
+        {"B": B, "N": N, "D": D, "K": K},
+        dtype,
+        bytes=table + 4 * N + B * D * ITEMSIZE[dtype] + 12 * B * K,
+        flops=2 * B * N * D,
+        inputs=table,
+        rate=dtype,
+        expected=0.7 if B == 1 and N >= 10**6 else 0.4,
+        because="one read of the table" if B <= 16 else "the product, kept out of memory",
+        quick=(B, N, D, K) in {(1, 10**6, 128, 1), (256, 10**5, 128, 1)},
+    )
+
+
+def sample_triplets(B: int, N: int, *, D: int = 128, T: int = TRIPLETS) -> Case:
+    """The table and its labels once; a subtraction, a product and a sum in float64 a number."""
+    return Case(
+        "sample_triplets",
+        {"B": B, "N": N, "D": D, "T": T},
+        "float32",
+        bytes=N * (4 * D + 8) + B * (4 * D + 16) + B * (17 * T + 24),
+        flops=3 * B * N * D,
+        inputs=4 * N * D,
+        rate="float64",
+        expected=0.3,
+        because="bound by float64 arithmetic, which the floor takes at the card's float64 rate",
+        quick=N == 10**5,
+    )
+
+
+def _sparse_cam_cases() -> list[Case]:
+    cases = [sparse_cam(B, network) for network in NETWORKS for B in BATCHES]
+    cases += [sparse_cam(256, RESNET50, dtype="bfloat16", out=out) for out in ("float32", "uint8")]
+    return cases
+
+
+def _grad_weights_cases() -> list[Case]:
+    cases = [grad_weights(B, network) for network in NETWORKS for B in (1, 16, 256)]
+    cases += [
+        grad_weights(16, network, dtype=dtype, method=method, layout=layout)
+        for network in NETWORKS
+        for dtype in ("float32", "bfloat16")
+        for method in ("gradcam", "gradcam++")
+        for layout in ("contiguous", "channels last")
+    ]
+    cases.append(grad_weights(256, RESNET50, T=1, method="gradcam++"))
+    return _distinct(cases)
+
+
+def _distinct(cases: Sequence[Case]) -> list[Case]:
+    return list({case.name: case for case in cases}.values())
+
+
+CASES: dict[str, list[Case]] = {
+    "sparse_cam": _sparse_cam_cases(),
+    "grad_weights": _grad_weights_cases(),
+    "head_grad_weights": [
+        head_grad_weights(B, D=D, method=method, precision=precision)
+        for method in ("gradcam", "gradcam++")
+        for B, D, precision in (
+            (64, 128, "ieee"),
+            (256, 128, "ieee"),
+            (256, 128, "tf32"),
+            (256, 512, "ieee"),
+        )
+    ],
+    "top_m": [top_m(B) for B in BATCHES] + [top_m(1024, C=768)],
+    "knn": [knn(B, N) for N in (10**4, 10**5, 10**6, 10**7) for B in (1, 16, 256)]
+    + [knn(1024, 10**5), knn(16, 10**6, D=512), knn(16, 10**6, K=32)]
+    + [knn(B, 10**6, dtype="float16") for B in (1, 256)],
+    "sample_triplets": [sample_triplets(64, N) for N in (10**4, 10**5, 10**6)],
+}
+
+
+def selected(operation: str, *, quick: bool, memory_bytes: int) -> tuple[list[Case], list[str]]:
+    """(cases to run, why each other one is left out).
+
+    Args:
+        operation: whose cases.
+        quick: only those marked so.
+        memory_bytes: of the card; a case may fill half of it with inputs.
+    """
+    run, left = [], []
+    for case in CASES[operation]:
+        if quick and not case.quick:
+            left.append(f"{case.name}: --quick")
+        elif case.inputs > memory_bytes // 2:
+            left.append(f"{case.name}: {case.inputs:,} bytes of inputs, {memory_bytes:,} of memory")
+        else:
+            run.append(case)
+    return run, left
+
+
+def copies(case: Case, l2_bytes: int, *, most: int = 64) -> int:
+    """Sets of inputs to rotate through, so that none is found in an L2 cache of that size."""
+    return max(1, min(most, 1 + 2 * l2_bytes // max(case.inputs, 1)))

@@ -1,0 +1,190 @@
+"""The GPU benchmark: the tests compiled, then every operation and the whole, in under ten minutes.
+
+    python bench/gpu.py [--only SECTION …] [--quick] [--out FOLDER]
+
+Prints a short table and writes bench/results/<gpu>-<date>.json: every raw figure, the versions, the
+commit, and the card's copy bandwidth and matrix rates measured in this run, which the floors are
+made of. Sections that fail or run out of time are named, and the others still count. Peers (FAISS
+on the GPU, torch-cam, captum, pytorch-grad-cam) are compared with where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from cases import RATES
+from gpu_runner import (
+    Context,
+    Row,
+    Section,
+    driver,
+    failed,
+    record,
+    result_path,
+    run_sections,
+    table,
+    write,
+)
+from gpu_timing import CudaClock, card, copy_rate, matrix_rate
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET_SECONDS = 570.0
+TESTS = (
+    "test_backend",
+    "test_grad_weights",
+    "test_head_grad_weights",
+    "test_top_m",
+    "test_sparse_cam",
+    "test_knn",
+    "test_sample_triplets",
+    "test_offload",
+)
+TEST_SECONDS = 120.0
+OPERATION_SECONDS = 45.0
+TAIL = 3000  # characters of the tests' output that are kept
+
+
+def tests(context: Context) -> Iterator[Row]:
+    """The operations' tests, in a process of their own, compiled for this card."""
+    del context
+    files = sorted(
+        path for path in (ROOT / "tests").glob("test_*.py") if path.stem.startswith(TESTS)
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TEST_SECONDS
+        )
+        code, output = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        code, output = -1, f"{error.stdout or ''}\nnot done in {TEST_SECONDS:.0f} s"
+    summary = output.strip().splitlines()[-1] if output.strip() else "no output"
+    row: Row = {
+        "case": "the operations' tests, compiled",
+        "side": "passed" if code == 0 else "FAILED",
+        "text": summary,
+        "returncode": code,
+        "test_seconds": time.monotonic() - start,
+    }
+    if code != 0:
+        row["output"] = output[-TAIL:]
+    yield row
+
+
+def rates(context: Context) -> Iterator[Row]:
+    """The card's copy bandwidth and matrix rates, which every floor is made of."""
+    context.rates["copy"] = copy_rate(context.clock, context.device, seconds=0.5)
+    yield {"case": "rates", "side": "copy", "text": f"{context.rates['copy'] / 1e9:.0f} GB/s"}
+    for rate in RATES:
+        try:
+            context.rates[rate] = matrix_rate(context.clock, context.device, rate, seconds=0.5)
+        except RuntimeError as error:  # no such product on this card: its floors are of bytes only
+            yield failed("rates", f"product, {rate}", error)
+            continue
+        text = f"{context.rates[rate] / 1e12:.1f} Top/s"
+        yield {"case": "rates", "side": f"product, {rate}", "text": text}
+
+
+def _operation(name: str) -> Section:
+    def run(context: Context) -> Iterator[Row]:
+        from gpu_operations import run_operation
+
+        yield from run_operation(name, context)
+
+    return Section(name, OPERATION_SECONDS, run)
+
+
+def _whole(name: str, seconds: float) -> Section:
+    def run(context: Context) -> Iterator[Row]:
+        import gpu_end_to_end
+
+        yield from getattr(gpu_end_to_end, name)(context)
+
+    return Section(name, seconds, run)
+
+
+# What the goals are about comes first, in case the time runs out.
+SECTIONS = (
+    Section("rates", 30.0, rates),
+    Section("tests", TEST_SECONDS + 10, tests),
+    _operation("sparse_cam"),
+    _operation("grad_weights"),
+    _operation("knn"),
+    _whole("explain", 90.0),
+    _whole("build", 60.0),
+    _operation("head_grad_weights"),
+    _operation("top_m"),
+    _operation("sample_triplets"),
+    _whole("peers", 40.0),
+)
+
+
+def arguments(command: list[str] | None = None) -> argparse.Namespace:
+    """The command line's."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [section.name for section in SECTIONS if section.name != "rates"]
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="SECTION", help=", ".join(names)
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cases of each operation")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET_SECONDS, help="seconds for everything"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder")
+    return parser.parse_args(command)
+
+
+def chosen(only: list[str] | None) -> list[Section]:
+    """The sections to run: the rates always, since floors are made of them."""
+    return [s for s in SECTIONS if only is None or s.name in ("rates", *only)]
+
+
+def main(command: list[str] | None = None) -> int:
+    """Returns 0, 1 where a section failed, 2 without a GPU."""
+    asked = arguments(command)
+    if not torch.cuda.is_available():
+        print(
+            "bench/gpu.py needs a CUDA device and a PyTorch built for it: torch "
+            f"{torch.__version__} sees none",
+            file=sys.stderr,
+        )
+        return 2
+    # Read when the kernels are imported, by the sections and by the tests' process.
+    os.environ.pop("TRITON_INTERPRET", None)
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = {**card(device), "driver": driver()}
+    context = Context(
+        device=device,
+        clock=CudaClock(),
+        l2_bytes=properties["l2_bytes"],
+        memory_bytes=properties["memory_bytes"],
+        quick=asked.quick,
+        side_seconds=0.1 if asked.quick else 0.2,
+    )
+    path = result_path(asked.out, properties["name"], time.strftime("%Y-%m-%d", time.gmtime()))
+    results = run_sections(
+        chosen(asked.only),
+        context,
+        budget=asked.budget,
+        save=lambda so_far: write(path, record(properties, context.rates, so_far)),
+    )
+    print(f"{properties['name']}, driver {properties['driver']}, torch {torch.__version__}")
+    print(table(results))
+    print(f"written: {path}")
+    bad = any(
+        result["error"] or any(row.get("returncode", 0) for row in result["rows"])
+        for result in results
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

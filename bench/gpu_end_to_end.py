@@ -1,0 +1,256 @@
+"""Explaining and building on a GPU beside the forward pass and beside the peers.
+
+Ratios are of two sides timed turn about (``paired.paired``), each a few calls and a wait for the
+device. "as written" is what a user has without us: ``model(images)`` on contiguous NCHW images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+import torch
+from build_speed import paper_row
+from gpu_runner import Context, Row, failed, importable
+from gpu_timing import Timing
+from paired import Paired, paired
+from peers import PEERS, CosineScore, layer_module, make_torchvision_importable
+from subjects import explainer_with_rows, images, loader, network
+from torch import Tensor, nn
+
+import gcfast
+
+NAME = "resnet50"
+ROWS = (10_000, 100_000, 1_000_000)
+TURN_SECONDS = 0.05  # of one side between two waits for the device
+ROUNDS = 9
+BUILD_IMAGES, BUILD_BATCH, BUILD_CLASSES = 1024, 64, 32
+
+Explain = Callable[[Tensor], object]
+
+
+class Subject:
+    """A network on the device in one precision, its images and its explainers."""
+
+    def __init__(self, context: Context, dtype: torch.dtype, *, name: str = NAME) -> None:
+        model, self.layer = network(name)
+        self.model = model.to(context.device, dtype)
+        self.device, self.dtype, self.name = context.device, dtype, name
+
+    def images(self, B: int) -> Tensor:
+        return images(B, seed=9).to(self.device, self.dtype)
+
+    def explainer(self, rows: int) -> gcfast.Explainer:
+        return explainer_with_rows(self.model, self.layer, rows)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        with torch.inference_mode():
+            out = self.model(batch)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def last(batch: Tensor) -> Tensor:
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def turn_about(
+    a: Callable[[], object], b: Callable[[], object], device: torch.device, *, rounds: int = ROUNDS
+) -> tuple[Paired, int]:
+    """(seconds of each side in each round, calls of a side in a round)."""
+    a()
+    wait(device)
+    once = paired(lambda: (a(), wait(device)), lambda: None, rounds=2, warmup=1).a
+    calls = max(1, round(TURN_SECONDS / min(once)))
+
+    def several(call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            for _ in range(calls):
+                call()
+            wait(device)
+
+        return run
+
+    return paired(several(a), several(b), rounds=rounds), calls
+
+
+def pair_rows(
+    case: str, names: tuple[str, str], both: Paired, calls: int, goal: str
+) -> Iterator[Row]:
+    """A row for each side and one for their ratio."""
+    for name, seconds in zip(names, (both.a, both.b), strict=True):
+        taken = Timing([s / calls for s in seconds], "turn about", calls)
+        yield {
+            "case": case,
+            "side": name,
+            "seconds": taken.seconds,
+            "median": taken.median,
+            "quartiles": taken.quartiles,
+            "how": taken.how,
+            "calls": calls,
+        }
+    text = f"{both.ratio:.3f} x {names[1]}" + (f" (goal {goal})" if goal else "")
+    yield {
+        "case": case,
+        "side": f"{names[0]} is",
+        "text": text,
+        "ratio": both.ratio,
+        "ratios": both.ratios,
+        "goal": goal,
+    }
+
+
+@contextmanager
+def _kept(case: str, side: str, into: list[Row]) -> Iterator[None]:
+    """What fails inside becomes a row, and the section goes on."""
+    try:
+        yield
+    except Exception as error:  # any: one comparison less
+        into.append(failed(case, side, error))
+
+
+def explain(context: Context) -> Iterator[Row]:
+    """explain_batch beside the forward pass: by batch and precision, one image, and by rows."""
+    for dtype in (torch.float32, torch.bfloat16):
+        subject = Subject(context, dtype)
+        explainer = subject.explainer(ROWS[0])
+        precision = str(dtype).removeprefix("torch.")
+        for B in (16,) if context.quick else (16, 256):
+            case = f"ResNet-50, B {B}, {precision}, channels-last"
+            rows: list[Row] = []
+            with _kept(case, "explain_batch", rows):
+                batch, written = last(subject.images(B)), subject.images(B)
+                same, calls = turn_about(
+                    lambda e=explainer, x=batch: e.explain_batch(x),
+                    lambda s=subject, x=batch: s.forward(x),
+                    context.device,
+                )
+                rows += pair_rows(case, ("explain_batch", "forward"), same, calls, "<= 1.03")
+                other, calls = turn_about(
+                    lambda e=explainer, x=written: e.explain_batch(x),
+                    lambda s=subject, x=written: s.forward(x),
+                    context.device,
+                )
+                names = ("explain_batch, NCHW", "forward as written, NCHW")
+                rows += pair_rows(case, names, other, calls, "")
+            yield from rows
+        yield from _one_image(context, subject, explainer, precision)
+    yield from _by_rows(context)
+
+
+def _one_image(
+    context: Context, subject: Subject, explainer: gcfast.Explainer, precision: str
+) -> Iterator[Row]:
+    case = f"ResNet-50, B 1, {precision}"
+    batch = last(subject.images(1))
+    sides: list[tuple[str, Callable[[], object], bool]] = [
+        ("explain_batch", lambda: explainer.explain_batch(batch), False),
+        ("forward", lambda: subject.forward(batch), False),
+        ("forward, CUDA graph", lambda: subject.forward(batch), True),
+    ]
+    rows: list[Row] = []
+    with _kept(case, "explain_batch, CUDA graphs", rows):
+        graphed = gcfast.Explainer(
+            subject.model, subject.layer, explainer.database, cuda_graphs=True
+        )
+        sides.insert(0, ("explain_batch, CUDA graphs", lambda: graphed.explain_batch(batch), False))
+    for name, call, graph in sides:
+        with _kept(case, name, rows):
+            taken = context.measure([call], graph=graph)
+            rows.append(
+                {
+                    "case": case,
+                    "side": name,
+                    "seconds": taken.seconds,
+                    "median": taken.median,
+                    "quartiles": taken.quartiles,
+                    "how": taken.how,
+                    "calls": taken.calls,
+                }
+            )
+    yield from rows
+
+
+def _by_rows(context: Context) -> Iterator[Row]:
+    subject = Subject(context, torch.bfloat16)
+    batch = last(subject.images(16))
+    few = subject.explainer(ROWS[0])
+    for N in ROWS[1:2] if context.quick else ROWS[1:]:
+        case = f"ResNet-50, B 16, bfloat16, {N:,} rows against {ROWS[0]:,}"
+        rows: list[Row] = []
+        with _kept(case, "explain_batch", rows):
+            many = subject.explainer(N)
+            both, calls = turn_about(
+                lambda e=many: e.explain_batch(batch),
+                lambda: few.explain_batch(batch),
+                context.device,
+            )
+            names = (f"explain_batch, {N:,} rows", f"{ROWS[0]:,} rows")
+            rows += pair_rows(case, names, both, calls, "<= 1.05" if ROWS[-1] == N else "")
+        yield from rows
+
+
+def build(context: Context) -> Iterator[Row]:
+    """Build beside one forward pass over the same images, from the host both times."""
+    subject = Subject(context, torch.float32)
+    count = BUILD_IMAGES // 4 if context.quick else BUILD_IMAGES
+    batches = loader(count, BUILD_BATCH, BUILD_CLASSES)
+
+    def forward() -> None:
+        for batch, _ in batches:
+            subject.forward(last(batch.to(context.device)))
+
+    seconds = 0.0
+    for method in ("gradcam", "gradcam++"):
+        case = f"ResNet-50, {count} images, {method}"
+        rows: list[Row] = []
+        with _kept(case, "build", rows):
+            explainer = gcfast.Explainer(subject.model, subject.layer, method=method)
+            both, calls = turn_about(
+                lambda e=explainer: e.build(batches), forward, context.device, rounds=3
+            )
+            rows += pair_rows(case, ("build", "forward"), both, calls, "<= 1.10")
+            seconds = sorted(both.a)[1] / calls / count
+        yield from rows
+    case = "a row: the paper's loop (3 forward, 1 backward pass a triplet)"
+    rows = []
+    with _kept(case, "the paper's loop", rows):
+        on_device = [(batch.to(context.device), labels) for batch, labels in batches[:2]]
+        paper_row(subject.model, subject.layer, on_device)
+        wait(context.device)
+        paper = sorted(paper_row(subject.model, subject.layer, on_device) for _ in range(3))
+        text = f"{paper[1] * 1e3:.1f} ms, {paper[1] / seconds:.0f} times build's (goal >= 100)"
+        rows.append({"case": case, "side": "the paper's loop", "text": text, "seconds": paper})
+    yield from rows
+
+
+def peers(context: Context) -> Iterator[Row]:
+    """torch-cam, captum and pytorch-grad-cam beside explain_batch, as bench/peers.py has them."""
+    make_torchvision_importable()
+    subject = Subject(context, torch.float32)
+    explainer = subject.explainer(ROWS[0])
+    batch = subject.images(16)
+    other = subject.forward(images(1, seed=10).to(context.device)).clone()
+    modules = {"torch-cam": "torchcam", "captum": "captum", "pytorch-grad-cam": "pytorch_grad_cam"}
+    for peer, (package, make) in PEERS.items():
+        case = f"ResNet-50, B 16, float32, NCHW, {peer}"
+        if not importable(modules[peer]):
+            yield {"case": case, "side": peer, "text": "not installed"}
+            continue
+        rows: list[Row] = []
+        with _kept(case, peer, rows):
+            score: nn.Module = CosineScore(subject.model, other).to(context.device)
+            run = make(score, layer_module(NAME, subject.model, subject.layer))
+            both, calls = turn_about(
+                lambda r=run: r(batch), lambda: explainer.explain_batch(batch), context.device
+            )
+            name = f"{peer} {metadata.version(package)}"
+            goal = ">= 10" if peer == "pytorch-grad-cam" else "> 1"
+            rows += pair_rows(case, (name, "explain_batch"), both, calls, goal)
+        yield from rows

@@ -1,0 +1,356 @@
+"""The parts of bench/gpu.py that need no GPU: its cases, clocks, sections, record and table."""
+
+import json
+import math
+
+import cases
+import gpu
+import gpu_end_to_end
+import gpu_operations
+import gpu_runner
+import gpu_timing
+import pytest
+import subjects
+import torch
+from torch import nn
+
+RATES = {"copy": 1e12, **dict.fromkeys(cases.RATES, 1e13)}
+
+
+@pytest.fixture
+def context():
+    return gpu_runner.Context(
+        device=torch.device("cpu"),
+        clock=gpu_timing.HostClock(),
+        l2_bytes=0,
+        memory_bytes=2**30,
+        quick=False,
+        side_seconds=1e-4,
+        rates=dict(RATES),
+    )
+
+
+def test_every_operation_has_cases_some_of_them_quick():
+    assert set(cases.CASES) == set(gpu_operations.OPERATIONS)
+    for operation, listed in cases.CASES.items():
+        assert len({case.name for case in listed}) == len(listed)
+        assert any(case.quick for case in listed)
+        for case in listed:
+            assert case.operation == operation
+            assert case.rate in cases.RATES
+            assert 0 < case.expected <= 1
+            assert case.inputs <= case.bytes + 4 * case.inputs  # both in bytes
+            assert min(case.bytes, case.inputs) > 0
+
+
+def test_the_shapes_asked_for_are_there():
+    maps = {(c.sizes["B"], c.sizes["C"]) for c in cases.CASES["sparse_cam"]}
+    assert {(B, C) for B in (1, 16, 256, 1024) for C in (2048, 768)} <= maps
+    tables = {(c.sizes["N"], c.sizes["D"]) for c in cases.CASES["knn"]}
+    assert {(10**4, 128), (10**5, 128), (10**6, 128), (10**7, 128), (10**6, 512)} <= tables
+    assert {c.dtype for c in cases.CASES["grad_weights"]} == {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("case", "bytes_", "flops"),
+    [
+        # 3 x 50 channels of 49 float32; an id, 50 channel ids and weights each; 3 maps.
+        (
+            cases.sparse_cam(3, cases.RESNET50),
+            3 * 50 * 49 * 4 + 3 * (8 + 50 * 12) + 3 * 224 * 224 * 4,
+            2 * 3 * 50 * 49 + 8 * 3 * 224 * 224,
+        ),
+        (
+            cases.grad_weights(2, cases.RESNET50, T=5, dtype="bfloat16", method="gradcam++"),
+            (2 * 5 + 2) * 2048 * 49 * 2 + 2 * 5 + 2 * 2048 * 4,
+            5 * 2 * 5 * 2048 * 49,
+        ),
+        (
+            cases.head_grad_weights(2, T=3, D=5, C=7),
+            2 * 3 * (5 * 4 + 1) + 5 * 7 * 4 + 2 * 5 * 4 + 2 * 4 + 2 * 7 * 4,
+            2 * 2 * 5 * 7,
+        ),
+        (
+            cases.head_grad_weights(2, T=3, D=5, C=7, method="gradcam++"),
+            2 * 3 * (5 * 4 + 1) + 5 * 7 * 4 + 2 * 5 * 4 + 2 * 4 + 2 * 2 * 7 * 4,
+            2 * 2 * 3 * 5 * 7,
+        ),
+        (cases.top_m(3, C=11, M=2), 3 * 11 * 4 + 3 * 2 * 12, 0),
+        (cases.knn(2, 10, D=3, K=1), 10 * 3 * 4 + 10 * 4 + 2 * 3 * 4 + 2 * 12, 2 * 2 * 10 * 3),
+        (
+            cases.sample_triplets(2, 10, D=3, T=4),
+            10 * (3 * 4 + 8) + 2 * (3 * 4 + 16) + 2 * (4 * 17 + 24),
+            3 * 2 * 10 * 3,
+        ),
+    ],
+    ids=lambda v: v.operation if isinstance(v, cases.Case) else "",
+)
+def test_bytes_and_operations_by_hand(case, bytes_, flops):
+    assert (case.bytes, case.flops) == (bytes_, flops)
+
+
+def test_the_floor_is_the_slower_of_memory_and_arithmetic():
+    case = cases.knn(256, 10**5)
+    assert case.floor_seconds(1e12, 1e99) == case.bytes / 1e12
+    assert case.bound(1e12, 1e99) == "memory"
+    assert case.floor_seconds(1e99, 1e12) == case.flops / 1e12
+    assert case.bound(1e99, 1e12) == "arithmetic"
+
+
+def test_selected_says_why_a_case_is_left_out():
+    run, left = cases.selected("knn", quick=True, memory_bytes=2**40)
+    assert run == [case for case in cases.CASES["knn"] if case.quick]
+    assert all(line.endswith("--quick") for line in left)
+    run, left = cases.selected("knn", quick=False, memory_bytes=2 * 10**7 * 128 * 4 - 1)
+    assert {case.sizes["N"] for case in run} == {10**4, 10**5, 10**6}
+    assert all("of memory" in line for line in left)
+    assert len(left) == 3
+
+
+def test_inputs_rotate_through_more_than_the_cache():
+    case = cases.knn(1, 10**4)
+    assert cases.copies(case, 50 * 2**20) * case.inputs > 2 * 50 * 2**20
+    assert cases.copies(cases.knn(1, 10**7), 50 * 2**20) == 1
+    assert cases.copies(cases.top_m(1), 50 * 2**20) == 64  # the most
+
+
+def test_windows_hold_whole_rounds_for_long_enough():
+    asked = []
+
+    def window(rounds):
+        asked.append(rounds)
+        return rounds * 0.001
+
+    taken = gpu_timing.timing(window, 4, "graph", seconds=0.2)
+    assert asked == [1] + [20] * 9  # 20 ms each, after one round to see how long it takes
+    assert taken.seconds == pytest.approx([0.00025] * 9)
+    assert (taken.how, taken.calls) == ("graph", 80)
+    assert taken.median == pytest.approx(0.00025)
+
+    asked.clear()
+    slow = gpu_timing.timing(lambda rounds: asked.append(rounds) or rounds * 2.0, 1, "x", seconds=1)
+    assert asked == [1, 1, 1, 1]  # never fewer than three windows
+    assert slow.median == 2.0
+
+
+def test_the_hosts_clock_goes_through_the_calls_in_turn():
+    made = []
+    taken = gpu_timing.HostClock().measure(
+        [lambda: made.append(0), lambda: made.append(1)], seconds=1e-3
+    )
+    assert made[:4] == [0, 1, 0, 1]
+    assert len(made) % 2 == 0
+    assert taken.how == "host"
+    low, high = taken.quartiles
+    assert 0 < low <= taken.median <= high
+
+
+def test_rates_of_this_machine_are_finite():
+    cpu, clock = torch.device("cpu"), gpu_timing.HostClock()
+    assert 0 < gpu_timing.copy_rate(clock, cpu, seconds=1e-3, size=2**16) < math.inf
+    before = torch.get_float32_matmul_precision()
+    assert 0 < gpu_timing.matrix_rate(clock, cpu, "tf32", seconds=1e-3, size=16) < math.inf
+    assert torch.get_float32_matmul_precision() == before
+
+
+class _Steps:
+    """A clock that moves on by a second each time it is read."""
+
+    def __init__(self):
+        self.at = -1.0
+
+    def __call__(self):
+        self.at += 1
+        return self.at
+
+
+def test_a_failing_section_keeps_its_rows_and_lets_the_next_run(context):
+    def broken(_):
+        yield {"case": "a", "side": "x", "text": "1"}
+        raise RuntimeError("the card fell off")
+
+    def fine(_):
+        yield {"case": "b", "side": "y", "text": "2"}
+
+    saved = []
+    results = gpu_runner.run_sections(
+        [gpu_runner.Section("broken", 9, broken), gpu_runner.Section("fine", 9, fine)],
+        context,
+        budget=100,
+        save=lambda so_far: saved.append(len(so_far)),
+    )
+    assert [row["side"] for result in results for row in result["rows"]] == ["x", "y"]
+    assert "the card fell off" in results[0]["error"]
+    assert results[1]["error"] is None
+    assert saved == [1, 2]
+    text = gpu_runner.table(results)
+    assert "FAILED: RuntimeError: the card fell off" in text
+    assert "y" in text
+
+
+def test_sections_end_with_their_time_and_the_budget(context):
+    def endless(_):
+        while True:
+            yield {"case": "a", "side": "x", "text": ""}
+
+    sections = [gpu_runner.Section(name, 4, endless) for name in ("first", "second", "third")]
+    results = gpu_runner.run_sections(sections, context, budget=9, now=_Steps())
+    assert results[0]["cut"] == "stopped after 4 s"
+    assert len(results[0]["rows"]) == 5
+    assert results[1]["cut"].startswith("stopped after")
+    assert results[2]["cut"] == "not started: the budget of 9 s was used up"
+    assert "CUT: not started" in gpu_runner.table(results)
+
+
+def test_record_and_table_of_a_measured_case(tmp_path):
+    case = cases.knn(1, 10**6)
+    ours = gpu_timing.Timing([1e-3, 1.1e-3, 0.9e-3], "graph", 10)
+    theirs = gpu_timing.Timing([2e-3] * 3, "calls", 10)
+    rows = [
+        gpu_runner.measured(case, "gcfast", ours, RATES),
+        gpu_runner.measured(case, "matmul + topk", theirs, RATES),
+        gpu_runner.failed(case.name, "FAISS", ValueError("no such device")),
+    ]
+    assert rows[0]["share"] == pytest.approx(case.bytes / 1e12 / 1e-3)
+    results = [{"section": "knn", "rows": rows, "error": None, "cut": None, "seconds": 3.0}]
+    lines = gpu_runner.table(results).splitlines()
+    assert lines[0] == "== knn (3 s)"
+    assert "1.00 ms (graph)" in lines[2]
+    assert "52% of the memory floor (predicted 70%)" in lines[2]
+    assert "2.00 x gcfast" in lines[3]
+    assert "failed: ValueError: no such device" in lines[4]
+
+    path = gpu_runner.result_path(tmp_path / "new", "NVIDIA H200 141GB", "2030-01-02")
+    assert path.name == "nvidia-h200-141gb-2030-01-02.json"
+    gpu_runner.write(path, gpu_runner.record({"name": "x"}, RATES, results))
+    read = json.loads(path.read_text())
+    assert read["sections"][0]["rows"][0]["seconds"] == [1e-3, 1.1e-3, 0.9e-3]
+    assert read["rates"] == RATES
+    assert {"format", "date", "card", "conditions", "versions"} <= set(read)
+    assert "commit" in read["conditions"]
+    assert list(path.parent.iterdir()) == [path]  # nothing half written is left
+
+
+def test_a_rate_that_the_card_has_not_leaves_the_floor_to_memory():
+    case = cases.sample_triplets(64, 10**4)
+    row = gpu_runner.measured(case, "x", gpu_timing.Timing([1.0], "graph", 1), {"copy": 1e12})
+    assert row["bound"] == "memory"
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "bench/gpu.py needs a CUDA device" in capsys.readouterr().err
+
+
+def test_only_runs_what_is_named_and_the_rates():
+    asked = gpu.arguments(["--only", "knn", "peers", "--quick"])
+    assert asked.quick
+    assert [s.name for s in gpu.chosen(asked.only)] == ["rates", "knn", "peers"]
+    assert [s.name for s in gpu.chosen(None)] == [s.name for s in gpu.SECTIONS]
+    assert set(cases.CASES) < {s.name for s in gpu.SECTIONS}
+    with pytest.raises(SystemExit):
+        gpu.arguments(["--only", "nonsense"])
+
+
+def test_the_tests_it_runs_exist():
+    for stem in gpu.TESTS:
+        assert (gpu.ROOT / "tests" / f"{stem}.py").exists()
+
+
+SMALL = cases.Network("small", 12, 3, 4)
+TINY = {
+    "sparse_cam": [
+        cases.sparse_cam(2, SMALL, M=3),
+        cases.sparse_cam(2, SMALL, M=3, dtype="bfloat16", out="uint8"),
+    ],
+    "grad_weights": [
+        cases.grad_weights(2, SMALL, T=3, method=method, layout=layout)
+        for method in ("gradcam", "gradcam++")
+        for layout in ("contiguous", "channels last")
+    ],
+    "head_grad_weights": [
+        cases.head_grad_weights(2, T=3, D=5, C=7, method=method, precision="tf32")
+        for method in ("gradcam", "gradcam++")
+    ],
+    "top_m": [cases.top_m(2, C=11, M=3)],
+    "knn": [cases.knn(2, 50, D=5, K=2), cases.knn(2, 50, D=5, K=2, dtype="float16")],
+    "sample_triplets": [cases.sample_triplets(2, 200, D=5, T=3)],
+}
+
+
+@pytest.mark.parametrize("operation", sorted(TINY))
+def test_every_side_of_every_operation_agrees(operation, context, monkeypatch):
+    monkeypatch.setitem(cases.CASES, operation, TINY[operation])
+    monkeypatch.setattr(gpu_operations, "DATABASE_ROWS", 20)
+    monkeypatch.setattr(gpu_operations, "CLASSES", 4)
+    rows = list(gpu_operations.run_operation(operation, context))
+    assert not [row for row in rows if "error" in row]
+    sides = [row["side"] for row in rows]
+    assert sides.count("gcfast") == len(TINY[operation])
+    assert len(set(sides)) >= 2
+    assert all(row["median"] > 0 for row in rows)
+
+
+def test_a_side_that_disagrees_is_not_timed(context, monkeypatch):
+    monkeypatch.setitem(cases.CASES, "top_m", TINY["top_m"])
+    real = gpu_operations.OPERATIONS["top_m"]
+    wrong = gpu_operations.Side(
+        "wrong", lambda s: (None, s["weights"][:, : s["m"]].sort(descending=True).values)
+    )
+    monkeypatch.setitem(
+        gpu_operations.OPERATIONS, "top_m", real._replace(sides=[*real.sides[:2], wrong])
+    )
+    rows = {row["side"]: row for row in gpu_operations.run_operation("top_m", context)}
+    assert "differs from the reference" in rows["wrong"]["error"]
+    assert "median" not in rows["wrong"]
+    assert "median" in rows["gcfast"]
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Conv2d(3, 64, 16, stride=32), nn.ReLU())
+        self.project = nn.Linear(64, subjects.EMBEDDING)
+
+    def forward(self, images):
+        return self.project(self.layer(images).mean((2, 3)))
+
+
+@pytest.fixture
+def small(monkeypatch, context):
+    monkeypatch.setitem(subjects.NETWORKS, gpu_end_to_end.NAME, (Small, "layer"))
+    monkeypatch.setattr(gpu_end_to_end, "ROWS", (64, 96, 128))
+    monkeypatch.setattr(gpu_end_to_end, "TURN_SECONDS", 1e-6)
+    monkeypatch.setattr(gpu_end_to_end, "ROUNDS", 2)
+    monkeypatch.setattr(gpu_end_to_end, "BUILD_IMAGES", 64)
+    monkeypatch.setattr(gpu_end_to_end, "BUILD_BATCH", 8)
+    monkeypatch.setattr(gpu_end_to_end, "BUILD_CLASSES", 2)
+    monkeypatch.setattr(
+        gpu_end_to_end, "layer_module", lambda _, model, path: model.get_submodule(path)
+    )
+    context.quick = True
+    return context
+
+
+def test_explaining_is_timed_beside_the_forward_pass(small):
+    rows = list(gpu_end_to_end.explain(small))
+    # Graphs need a GPU; that they failed is a row like any other.
+    assert {row["side"] for row in rows if "error" in row} <= {"explain_batch, CUDA graphs"}
+    ratios = [row for row in rows if "ratio" in row]
+    assert {row["goal"] for row in ratios} >= {"<= 1.03"}
+    assert all(row["ratio"] > 0 for row in ratios)
+    assert any("rows against" in row["case"] for row in rows)
+
+
+def test_building_is_timed_beside_the_forward_pass(small):
+    rows = list(gpu_end_to_end.build(small))
+    assert not [row for row in rows if "error" in row]
+    assert sum("ratio" in row for row in rows) == 2
+    assert "times build's" in rows[-1]["text"]
+
+
+def test_peers_that_are_not_installed_are_named(small, monkeypatch):
+    monkeypatch.setattr(gpu_end_to_end, "importable", lambda _: False)
+    rows = list(gpu_end_to_end.peers(small))
+    assert [row["text"] for row in rows] == ["not installed"] * 3
