@@ -276,6 +276,8 @@ class Database:
 
     def rows(self, start: int, stop: int) -> Shard:
         """Consecutive rows as they are stored; a copy only where they span shards."""
+        if self._verify:
+            _ = self.shards
         pieces, first = [], 0
         for shard in self._shards:
             end = first + len(shard.labels)

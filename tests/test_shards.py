@@ -133,8 +133,14 @@ def test_checksums_of_a_large_database_are_compared_at_first_use(
     for _ in range(2):
         with pytest.raises(gcfast.DamagedDatabaseError, match=r"rows-00001.* checksum differs"):
             _ = opened.embeddings
+    for use in (lambda: opened.rows(0, 2), lambda: opened.save(saved.parent / "copy")):
+        with pytest.raises(gcfast.DamagedDatabaseError, match="checksum differs"):
+            use()
+    model = common()
     with pytest.raises(gcfast.DamagedDatabaseError, match="checksum differs"):
-        opened.save(saved.parent / "copy")
+        gcfast.load(saved, model, verify=True)
+    with pytest.raises(gcfast.ModelMismatchError):
+        gcfast.load(saved, model, verify=False)
     with pytest.raises(gcfast.DamagedDatabaseError, match="checksum differs"):
         Database.open(saved, verify=True)
     assert len(Database.open(saved, verify=False).embeddings) == 9
