@@ -126,7 +126,7 @@ def of_synthetic_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     for centers in options.centers:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.perf_counter()
-        small = whole.compress(centers)
+        small = whole.compress(centers, iterations=options.iterations)
         seconds = time.perf_counter() - began
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         random = subset(whole, len(small))
@@ -134,6 +134,7 @@ def of_synthetic_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         facts: dict[str, Any] = {
             "rows": len(whole),
             "centers": len(small),
+            "iterations": options.iterations,
             "seconds": seconds,
             "peak_grown_mib": grown,
             "row_bytes, folder_bytes": size,
@@ -195,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--centers", type=int, nargs="+", default=[50, 1_000, 10_000])
+    parser.add_argument("--iterations", type=int, default=25, help="of the k-means")
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--each", type=int, default=24, help="pictures a training species")
     parser.add_argument("--unseen", type=int, default=8, help="pictures an unseen species")

@@ -242,6 +242,7 @@ def _add_compress(commands: Any) -> None:
     )
     compress.add_argument("--centers", type=int, default=50, metavar="K", help="rows to be")
     compress.add_argument("--seed", type=int, default=0, help="of the k-means")
+    compress.add_argument("--iterations", type=int, default=25, metavar="I", help="of the k-means")
     _add_storage(compress)
     compress.add_argument("--force", action="store_true", help="replace an existing database")
 

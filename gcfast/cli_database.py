@@ -21,7 +21,7 @@ def compress_database(options: argparse.Namespace) -> int:
     """
     check_target(options.out, options.force, name="--out", remedy="--force")
     whole = Database.open(options.database)
-    small = whole.compress(options.centers, seed=options.seed)
+    small = whole.compress(options.centers, seed=options.seed, iterations=options.iterations)
     small.save(options.out, overwrite=options.force, storage=options.storage)
     before, after = (
         sum(file.stat().st_size for file in folder.iterdir() if file.name.startswith("rows-"))

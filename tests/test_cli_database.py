@@ -40,8 +40,12 @@ def test_compress(capsys, tmp_path):
         capsys, "compress", "db", "--centers", "3", "--out", small
     )
     assert run(capsys, "compress", "db", "--centers", "2", "--out", small, "--seed", "4",
+               "--iterations", "7",
                "--storage", "float16", "--force")[0] == 0  # fmt: skip
-    assert (len(Database.open(small)), Database.open(small).storage) == (2, "float16")
+    again = Database.open(small)
+    assert (len(again), again.storage) == (2, "float16")
+    facts = again.manifest["compressed"]
+    assert (facts["seed"], facts["iterations"]) == (4, 7)
     assert "`centers` must be from 1 to 18, got 19" in fails(
         capsys, "compress", "db", "--centers", "19", "--out", tmp_path / "none"
     )
