@@ -13,6 +13,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,12 +66,20 @@ def calls(count: int) -> dict[str, float]:
 
 
 def build_peak(rows: int, method: str, spool_mib: int) -> dict[str, float]:
-    """Growth of the peak of resident memory over a build of N rows, in this process."""
+    """Growth of the peak of resident memory over a build of N rows, in this process.
+
+    Args:
+        rows: N.
+        method: of the weights.
+        spool_mib: what the spool holds in memory; 0 streams the build into a folder.
+    """
     torch.manual_seed(0)
     explainer = gcfast.Explainer(Small(), method=method)
     explainer.build(batches(512))  # libraries and buffers that do not depend on N
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    build(explainer.network, batches(rows), explainer.settings, spool_bytes=spool_mib * 2**20)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"spool_bytes": spool_mib * 2**20} if spool_mib else {"out": folder + "/db"}
+        build(explainer.network, batches(rows), explainer.settings, **options)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     table = rows * DIM * 4 / 2**20
     return {"rows": rows, "growth_mib": peak - before, "n_by_d_mib": table,
@@ -90,12 +99,18 @@ def main() -> None:
     print(conditions())
     flat = calls(arguments.calls)
     print(f"explain_batch, {arguments.calls} calls: {flat}")
-    for method, spool in (("gradcam", 2048), ("gradcam++", 2048), ("gradcam++", 16)):
+    for method, spool in (
+        ("gradcam", 2048),
+        ("gradcam++", 2048),
+        ("gradcam++", 16),
+        ("gradcam++", 0),
+    ):
         for rows in arguments.rows:
             # A process of its own each time: a peak does not come down again.
             command = [sys.executable, __file__, "--one", f"{rows},{method},{spool}"]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            print(f"build, {method}, spool up to {spool} MiB in memory: {out.strip()}")
+            how = f"spool up to {spool} MiB in memory" if spool else "streamed into a folder"
+            print(f"build, {method}, {how}: {out.strip()}")
 
 
 if __name__ == "__main__":

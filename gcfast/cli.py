@@ -1,4 +1,4 @@
-"""The command `gcfast`: build, explain, evaluate, info, demo.
+"""The command `gcfast`: build, explain, evaluate, compress, index, info, demo.
 
 Results go to standard output; progress, counts of what was left out and errors to standard error.
 Exit status: 0 done, 2 an error told in one line, 130 stopped by ^C.
@@ -84,9 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_evaluate(commands)
 
+    _add_compress(commands)
+    _add_index(commands)
     info = commands.add_parser("info", help="describe a database", formatter_class=_Defaults)
     info.add_argument("database", type=Path, metavar="DB")
     info.add_argument("--json", action="store_true", help="machine-readable, the whole manifest")
+    info.add_argument("--verify", action="store_true", help="compare all checksums")
     info.set_defaults(run=_info)
 
     demo = commands.add_parser(
@@ -129,12 +132,7 @@ def _add_build(commands: Any) -> None:
     build.add_argument(
         "--resume", action="store_true", help="go on where a build that was stopped had come to"
     )
-    build.add_argument(
-        "--storage",
-        choices=["float32", "float16"],
-        default="float32",
-        help="of embeddings and weights on the disk",
-    )
+    _add_storage(build)
     _add_model(build)
 
     method = build.add_argument_group("method")
@@ -215,7 +213,9 @@ def _add_explain(commands: Any) -> None:
         help="where the database's pictures are, if they moved",
     )
     explain.add_argument("--k", type=int, default=1, help="neighbours that lend their weights")
-    explain.add_argument("--index", default="exact", help='"exact" or a FAISS factory string')
+    explain.add_argument(
+        "--index", default="exact", help='"exact", "stored" or a FAISS factory string'
+    )
     explain.add_argument(
         "--center", type=float, default=0.0, help="share of the mean response subtracted"
     )
@@ -269,6 +269,56 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.set_defaults(run=run)
 
 
+def _add_compress(commands: Any) -> None:
+    compress = commands.add_parser(
+        "compress", help="make a small database of k-means centres", formatter_class=_Defaults
+    )
+    compress.add_argument("database", type=Path, metavar="DB")
+    compress.add_argument(
+        "--out", type=Path, required=True, metavar="DB2", help="the small database's folder"
+    )
+    compress.add_argument("--centers", type=int, default=50, metavar="K", help="rows to be")
+    compress.add_argument("--seed", type=int, default=0, help="of the k-means")
+    compress.add_argument("--iterations", type=int, default=25, metavar="I", help="of the k-means")
+    _add_storage(compress)
+    compress.add_argument("--force", action="store_true", help="replace an existing database")
+
+    def run(options: argparse.Namespace) -> int:
+        from gcfast.cli_database import compress_database
+
+        return compress_database(options)
+
+    compress.set_defaults(run=run)
+
+
+def _add_index(commands: Any) -> None:
+    index = commands.add_parser(
+        "index",
+        help="store a FAISS index with a database, for explain --index stored",
+        formatter_class=_Defaults,
+    )
+    index.add_argument("database", type=Path, metavar="DB")
+    index.add_argument(
+        "--factory", required=True, metavar="STRING", help='as FAISS has it: "IVF4096,PQ32", …'
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        from gcfast.cli_database import index_database
+
+        return index_database(options)
+
+    index.set_defaults(run=run)
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage",
+        choices=["float32", "float16"],
+        default="float32",
+        help="of embeddings and weights on the disk",
+    )
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model and machine")
     model.add_argument("--model", required=True, metavar="SPEC", help="see gcfast --help")
@@ -298,7 +348,8 @@ def _count(text: str) -> int | str:
 def _info(options: argparse.Namespace) -> int:
     import gcfast
 
-    database = gcfast.Database.open(options.database)
+    # Describing it reads no weights, which a comparison of checksums would.
+    database = gcfast.Database.open(options.database, verify=options.verify)
     size = sum(f.stat().st_size for f in options.database.iterdir() if f.is_file())
     facts: dict[str, Any] = {
         "database": os.fspath(options.database),
@@ -306,8 +357,8 @@ def _info(options: argparse.Namespace) -> int:
         "distinct labels" if database.labels.is_floating_point() else "classes": len(
             set(database.labels.tolist())
         ),
-        "embedding": database.embeddings.shape[1],
-        "channels kept": database.channels.shape[1],
+        "embedding": database.dim,
+        "channels kept": database.m,
         "bytes": size,
     }
     if options.json:

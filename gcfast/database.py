@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -20,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gcfast import durable, shards
-from gcfast._checks import require_choice
-from gcfast.errors import GcfastError
-from gcfast.manifest import MANIFEST, STORAGES, check_target, encoded, read_manifest
-from gcfast.shards import FIELDS, Ids, Shard, ShardFile, write_shard
-from gcfast.storage import in_storage, scale_for
+from gcfast import stored_index
+from gcfast._checks import require_int
+from gcfast.compress import compressed
+from gcfast.errors import GcfastError, NoDatabaseError
+from gcfast.manifest import INDEX, check_target, read_manifest
+from gcfast.members import Members, MembersFile
+from gcfast.saving import Conversion, write_database
+from gcfast.shards import FIELDS, Ids, Shard, ShardFile
 
 if TYPE_CHECKING:
     from gcfast.explainer import Explainer
@@ -73,10 +73,12 @@ class Database:
 
     def _prepare(self, files: list[ShardFile], *, verify: bool) -> None:
         self._files = files
-        self._verify = verify
+        self._verify = self._checked = verify
         self._columns: dict[str, Tensor] = {}
         # Set by the explainer that takes the database; weak, since that one refers to it.
         self.explainer: weakref.ref[Explainer] | None = None
+        self.members: Members | None = None
+        self._members_file: MembersFile | None = None
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -187,11 +189,7 @@ class Database:
     @property
     def mean_activation(self) -> Tensor:
         """Mean of each channel over the training images and pixels, [C] float32."""
-        return self._exact_mean.float()
-
-    @property
-    def _exact_mean(self) -> Tensor:
-        return torch.tensor(self.manifest["mean_activation"], dtype=torch.float64)
+        return torch.tensor(self.manifest["mean_activation"], dtype=torch.float32)
 
     def label_name(self, label: float) -> str:
         """The class name of a label; the number itself where labels have no names; "" for -1."""
@@ -202,8 +200,88 @@ class Database:
             return ""
         return str(names[int(label)]) if names else str(label)
 
+    def members_of(self, row: int) -> list[str]:
+        """The ids of the rows that a row of a compressed database stands for.
+
+        Raises:
+            GcfastError: the database is not compressed.
+            DamagedDatabaseError: the file of the members is gone, cut off or not what was written.
+        """
+        if self.members is None:
+            raise GcfastError("a database that is not compressed has no members: row 0 is itself")
+        require_int("row", row, 0, len(self) - 1)
+        if self._members_file is not None:
+            self._members_file.check()
+            if self._checked:
+                self._members_file.verify()
+        return self.members.of_centre(row)
+
+    @property
+    def index_path(self) -> Path | None:
+        """The file of the stored index; None where the manifest names none."""
+        if self.path is None or "index" not in self.manifest:
+            return None
+        return self.path / INDEX
+
+    def build_index(self, factory: str) -> None:
+        """Make a FAISS index of the rows and store it in the database's folder.
+
+        Args:
+            factory: a FAISS factory string, "IVF4096,PQ32" for one; trained on 2^20 rows at most.
+
+        Raises:
+            NoDatabaseError: the database is in memory alone.
+            MissingExtraError: FAISS is not installed.
+            TypeError, ValueError: no factory string, or too few rows to train it.
+            GcfastError: the folder has changed since, or another process writes to it.
+            OSError: the disk is full, or another failure to write; the database is as it was.
+        """
+        if self.path is None:
+            raise NoDatabaseError("there is no folder to store an index in: save the database")
+        index = stored_index.made(factory, self.shards)
+        self.manifest = stored_index.store(index, factory, self.path, self.manifest["shards"])
+
+    def read_index(self) -> Any:
+        """The stored FAISS index; its checksum is compared unless ``open`` was told not to.
+
+        Raises:
+            MissingExtraError: FAISS is not installed.
+            NoDatabaseError: none is stored.
+            GcfastError: the database has got other rows since it was made.
+            DamagedDatabaseError: the file is missing, cut off, or not what was written.
+        """
+        return stored_index.read(self.path, self.manifest, len(self), verify=self._checked)
+
+    def compress(self, centers: int = 50, *, seed: int = 0, iterations: int = 25) -> Database:
+        """The paper's compressed database: k-means centres in the embedding space, as rows.
+
+        A centre's grad-weights are the mean over its rows, a channel that a row did not keep
+        counting 0, of which the M highest are kept; its offset is made anew of them, and its label
+        is the majority's (ties to the smaller one). Its id is that of the row nearest to it, and
+        ``members_of`` gives those of all its rows; the manifest counts them. Centres are not
+        normalised again; they are searched by L2 like any rows. Memory: [centers, C] float64 and
+        256 embeddings a centre.
+
+        Args:
+            centers: how many; empty ones, which FAISS hardly leaves, are dropped.
+            seed: of the k-means.
+            iterations: of the k-means.
+
+        Returns:
+            A database in memory, to be saved; embeddings and weights are float32.
+
+        Raises:
+            MissingExtraError: FAISS is not installed.
+            TypeError, ValueError: an argument out of range; a compressed database.
+
+        Source: the paper's experiments with a database of k-means centres.
+        """
+        return compressed(self, centers, seed=seed, iterations=iterations)
+
     def rows(self, start: int, stop: int) -> Shard:
         """Consecutive rows as they are stored; a copy only where they span shards."""
+        if self._verify:
+            _ = self.shards
         pieces, first = [], 0
         for shard in self._shards:
             end = first + len(shard.labels)
@@ -254,25 +332,12 @@ class Database:
         Raises:
             ValueError: another ``storage``, or weights that float16 cannot hold, with the row.
         """
-        require_choice("storage", storage, STORAGES)
-        if storage == self.storage:
+        conversion = Conversion(self, storage)
+        if not conversion.changes:
             return self
-        scale = self._scale_in(storage)
-        rows = self._converted(0, len(self), storage, scale)
-        manifest = self.manifest | {"storage": storage, "weight_scale": scale}
-        return Database(rows._asdict(), self.ids, manifest)
-
-    def _scale_in(self, storage: str) -> float:
-        if storage == self.storage:
-            return self.weight_scale
-        first = self.rows(0, shards.SHARD_ROWS).weights.float() / self.weight_scale
-        return scale_for(first, storage)
-
-    def _converted(self, start: int, stop: int, storage: str, scale: float) -> Shard:
-        rows = self.rows(start, stop)
-        if storage == self.storage:
-            return rows
-        return in_storage(rows, storage, scale / self.weight_scale, self._exact_mean, first=start)
+        one = Database(conversion.rows(0, len(self))._asdict(), self.ids, conversion.manifest())
+        one.members, one._members_file = self.members, self._members_file
+        return one
 
     def save(
         self, path: str | os.PathLike[str], *, overwrite: bool = False, storage: str | None = None
@@ -294,34 +359,12 @@ class Database:
             DamagedDatabaseError: this database was opened, and its files have changed since.
             OSError: the disk is full, or another failure to write; ``path`` is as it was.
         """
-        storage = self.storage if storage is None else storage
-        require_choice("storage", storage, STORAGES)
+        conversion = Conversion(self, self.storage if storage is None else storage)
         target = Path(path).absolute()
         check_target(target, overwrite)
         _ = self.shards  # compares checksums before damage is copied
-        manifest = {key: value for key, value in self.manifest.items() if key != "index"}
-        scale = self._scale_in(storage)
-        if storage != self.storage:
-            manifest |= {"storage": storage, "weight_scale": scale}
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            durable.open_permissions(folder)
-            entries = []
-            for number, start in enumerate(range(0, len(self), shards.SHARD_ROWS)):
-                stop = start + shards.SHARD_ROWS
-                rows = self._converted(start, stop, storage, scale)
-                entries.append(write_shard(folder, number, rows, self.ids[start:stop]))
-            manifest["shards"] = entries
-            durable.write(folder / MANIFEST, encoded(manifest))
-            durable.move_into_place(folder, target)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"cannot write the database {target}: {error.strerror or error}"
-            ) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        if storage == self.storage:
+        manifest = write_database(conversion, target)
+        if not conversion.changes:
             self.manifest, self.path = manifest, target
 
     @classmethod
@@ -348,6 +391,9 @@ class Database:
         one._shards = [file.tensors for file in files]
         one.ids, one.manifest, one.path = Ids([file.ids for file in files]), manifest, folder
         one._prepare(files, verify=verify is not False)
+        if "members" in manifest:
+            one._members_file = MembersFile(folder, manifest["members"])
+            one.members = one._members_file.members
         if verify or (verify is None and sum(file.bytes for file in files) <= VERIFY_BYTES):
             _ = one.shards
         return one

@@ -21,6 +21,7 @@ def load(
     model: nn.Module,
     *,
     reshape: Callable[[Tensor], Tensor] | None = None,
+    verify: bool | None = None,
     **settings: Any,
 ) -> Explainer:
     """Open a database for a model, once a process; :func:`explain_batch` uses it from then on.
@@ -29,6 +30,7 @@ def load(
         path: the database's folder.
         model: the network that it was built with.
         reshape: as it was given to the Explainer; it is not stored.
+        verify: whether checksums are compared, as for :meth:`Database.open`.
         **settings: of :class:`Explainer`, in the place of the stored ones; ``k`` and ``index`` are
             not stored.
 
@@ -41,7 +43,7 @@ def load(
         TypeError, ValueError: as :class:`Explainer`.
     """
     global _default
-    database = Database.open(path)
+    database = Database.open(path, verify=verify)
     stored = dict(database.manifest["settings"])
     stored["objective"] = objective_from(stored["objective"])
     explainer = Explainer(model, database=database, reshape=reshape, **{**stored, **settings})

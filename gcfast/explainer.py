@@ -79,7 +79,8 @@ class Explainer:
             paper's Eq. 6 to the letter.
         k: neighbours mixed for an explanation, by softmax(−distance / τ), τ the mean distance of a
             row to its k-th nearest. 1 is the paper.
-        index: "exact", a FAISS factory string, or a ``faiss.Index``.
+        index: "exact", a FAISS factory string, a ``faiss.Index``, or "stored" for the one in the
+            database's folder (``gcfast index``).
         l2_normalize: normalise the model's output (nothing changes where it is normalised).
         on_no_triplet: a row without a valid triplet takes its farthest positive and nearest
             negative, hinge ignored ("hardest"), or is left out ("skip"). A row whose label is seen
@@ -648,6 +649,7 @@ class Explainer:
             device = self.network.device(torch.device("cpu"))
             if attached is None or attached.device != device:
                 table = database.embeddings.to(device)
+                index = database.read_index() if self.index == "stored" else self.index
                 tau = temperature(table, self.k) if self.k > 1 else 1.0
                 calibration = Calibration.from_manifest(database.manifest)
                 attached = self._attached = _Attached(
@@ -657,7 +659,7 @@ class Explainer:
                     weights=database.weights.to(device),
                     offsets=database.offsets.to(device),
                     labels=database.labels.to(device),
-                    search=make_search(self.index, table),
+                    search=make_search(index, table),
                     temperature=tau,
                     calibration=None if calibration is None else calibration.to(device),
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,7 @@ DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
 }
-ALLOWED = {
+ALLOWED: dict[str, tuple[str, ...]] = {
     "embeddings": ("F32", "F16"),
     "channels": ("I64",),
     "weights": ("F32", "F16"),
@@ -59,67 +60,74 @@ ALLOWED = {
 }
 
 
-class ShardFile:
-    """One shard on the disk: mapped at once, so that it outlasts a replacement of its folder.
+class MappedFile:
+    """A safetensors file of a database, mapped at once, so that it outlasts a replacement.
 
-    Mapping reads nothing but the header; a page of rows is read when it is first touched.
+    Mapping reads nothing but the header; a page is read when it is first touched.
 
     Args:
         folder: the database's.
-        entry: the manifest's words on the shard.
+        entry: the manifest's words on the file.
+        allowed: the tensors that it has to have, and of which types.
 
     Raises:
-        DamagedDatabaseError: the file is missing, has another size than was written, or is not a
-            shard of that many rows.
+        DamagedDatabaseError: the file is missing, has another size than was written, or other
+            tensors.
     """
 
-    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
+    KIND = "file"
+
+    def __init__(
+        self, folder: Path, entry: dict[str, Any], allowed: dict[str, tuple[str, ...]]
+    ) -> None:
         self.path = folder / entry["file"]
-        self.rows: int = entry["rows"]
         self.bytes: int = entry["bytes"]
         self.sha256: str = entry["sha256"]
+        self.inode: tuple[int, int] | None = None
         self.check()
         try:
             # The library settles that the header is sound; where the tensors lie it does not say.
             with safetensors.safe_open(self.path, framework="pt") as file:
                 names = set(file.keys())
             with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
                 # Copy on write: a tensor cannot be read-only, and the file must stay as it is.
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            missing = sorted(ALLOWED.keys() - names)
-            if missing:
-                raise KeyError(missing[0])
             if len(content) != self.bytes:
                 raise ValueError("it changed its size")
-            tensors = {
-                name: _tensor(content, 8 + size, name, header[name], allowed)
-                for name, allowed in ALLOWED.items()
+            missing = sorted(allowed.keys() - names)
+            if missing:
+                raise KeyError(missing[0])
+            self.columns = {
+                name: _tensor(content, 8 + size, name, header[name], types)
+                for name, types in allowed.items()
             }
         except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-            raise DamagedDatabaseError(f"the shard {self.path} cannot be read: {error}") from error
-        self.ids = IdTable(tensors["id_ends"], tensors.pop("id_bytes"))
-        lengths = {len(tensor) for tensor in tensors.values()}
-        if lengths != {self.rows}:
             raise DamagedDatabaseError(
-                f"the shard {self.path} must hold {self.rows} rows, got {sorted(lengths)}"
-            )
-        self.tensors = Shard(**{name: tensors[name] for name in FIELDS})
+                f"the {self.KIND} {self.path} cannot be read: {error}"
+            ) from error
+        self.inode = (status.st_dev, status.st_ino)
         self.verified = False
         self._content = content
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Raise DamagedDatabaseError where the file is gone or has changed its size."""
+        """Raise DamagedDatabaseError where the file is gone or has changed its size.
+
+        Another file in its place is no damage: what is mapped lives on.
+        """
         try:
-            size = self.path.stat().st_size
+            status = self.path.stat()
         except FileNotFoundError:
-            raise DamagedDatabaseError(f"the shard {self.path} is missing") from None
-        if size != self.bytes:
+            raise DamagedDatabaseError(f"the {self.KIND} {self.path} is missing") from None
+        if self.inode is not None and self.inode != (status.st_dev, status.st_ino):
+            return
+        if status.st_size != self.bytes:
             raise DamagedDatabaseError(
-                f"the shard {self.path} is truncated or changed: {self.bytes} bytes were written, "
-                f"it has {size}"
+                f"the {self.KIND} {self.path} is truncated or changed: {self.bytes} bytes were "
+                f"written, it has {status.st_size}"
             )
 
     def verify(self) -> None:
@@ -131,11 +139,28 @@ class ShardFile:
             digest = hashlib.sha256(self._content).hexdigest()
             if digest != self.sha256:
                 raise DamagedDatabaseError(
-                    f"the shard {self.path} is changed: its checksum differs"
+                    f"the {self.KIND} {self.path} is changed: its checksum differs"
                 )
             # The pages that hashing read count as ours until they are given back.
             self._content.madvise(mmap.MADV_DONTNEED)
             self.verified = True
+
+
+class ShardFile(MappedFile):
+    """One shard on the disk; raises as :class:`MappedFile`, and where it has other rows."""
+
+    KIND = "shard"
+
+    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
+        super().__init__(folder, entry, ALLOWED)
+        columns = dict(self.columns)
+        self.ids = IdTable(columns["id_ends"], columns.pop("id_bytes"))
+        lengths = {len(tensor) for tensor in columns.values()}
+        if lengths != {entry["rows"]}:
+            raise DamagedDatabaseError(
+                f"the shard {self.path} must hold {entry['rows']} rows, got {sorted(lengths)}"
+            )
+        self.tensors = Shard(**{name: columns[name] for name in FIELDS})
 
 
 class IdTable(NamedTuple):
@@ -233,12 +258,15 @@ def write_shard(folder: Path, number: int, rows: Shard, ids: Sequence[str]) -> d
     tensors = {name: value.contiguous() for name, value in rows._asdict().items()}
     table = IdTable.encoded(ids)
     tensors |= {"id_ends": table.ends, "id_bytes": table.content}
+    return {"rows": len(ids)} | write_tensors(folder / shard_name(number), tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a safetensors file, flushed to the disk; returns the manifest's entry."""
     content = safetensors.torch.save(tensors)
-    name = shard_name(number)
-    durable.write(folder / name, content)
+    durable.write(path, content)
     return {
-        "file": name,
-        "rows": len(ids),
+        "file": path.name,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }

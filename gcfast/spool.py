@@ -186,7 +186,7 @@ class KeptSpool(Spool):
         for file in sorted(self._home.glob(f"{self.PREFIX}*")):
             file.unlink()
 
-    def _write(self) -> None:
+    def _spill(self) -> None:
         self._append()
 
     def _file(self, name: str) -> Path:

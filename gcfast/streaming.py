@@ -28,7 +28,14 @@ from gcfast.errors import DamagedDatabaseError, GcfastError, ModelMismatchError
 from gcfast.fingerprint import difference
 from gcfast.head import AffineHead
 from gcfast.labels import column
-from gcfast.manifest import MANIFEST, OWN_FILES, check_target, encoded, partial_folder
+from gcfast.manifest import (
+    MANIFEST,
+    OWN_FILES,
+    check_target,
+    encoded,
+    partial_folder,
+    read_manifest,
+)
 from gcfast.network import Network
 from gcfast.provenance import changed_settings, describe, report_of
 from gcfast.rows import Rows, RowTable, fill_from_second_pass, fill_from_spool
@@ -95,6 +102,8 @@ def build_into(
         if not work.finished:
             embedded = work.embed(network, loader, settings, progress=progress)
             work.make_rows(network, loader, embedded, settings, progress=progress)
+        # Once more: hours may have gone by.
+        check_target(target, overwrite, name="out")
         work.finish()
     return Database.open(target, verify=False)
 
@@ -156,7 +165,7 @@ class _Unfinished:
         stored = _json(self.folder / STATE)
         if (self.folder / MANIFEST).exists():
             # Only cleaning up and the new name were missing.
-            self._refuse_others(stored or _json(self.folder / MANIFEST) or {})
+            self._refuse_others(read_manifest(self.folder) if stored is None else stored)
             self.finished = True
             self.state["totals"] = {}
         elif stored is None:

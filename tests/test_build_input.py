@@ -262,6 +262,19 @@ def test_one_row_that_bends_is_seen_in_a_large_batch() -> None:
     assert not head.agrees(pooled, embeddings, torch.float32)
 
 
+def test_a_batch_is_projected_through_the_head_once(monkeypatch: Any) -> None:
+    one, given = explainer(), loader(*pictures(40), 4)
+    calls: list[int] = []
+    real = AffineHead.project
+    monkeypatch.setattr(
+        AffineHead,
+        "project",
+        lambda self, pooled: (calls.append(len(pooled)), real(self, pooled))[1],
+    )
+    one.build(given)
+    assert calls == [2, 2] + 10 * [4]  # the probe's two images twice
+
+
 # --- loaders of every kind
 
 

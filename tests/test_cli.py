@@ -188,11 +188,17 @@ def test_control_c(capsys, monkeypatch):
 
 
 def test_wrong_arguments_and_help(capsys):
-    for arguments in ([], ["build"], ["explain", "--k"], ["build", "--triplets", "some"]):
+    for arguments in (
+        [],
+        ["build"],
+        ["explain", "--k"],
+        ["index", "db"],
+        ["build", "--triplets", "some"],
+    ):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
         assert exit_.value.code == 2
-    for command in ("build", "explain", "info", "demo"):
+    for command in ("build", "explain", "compress", "index", "info", "demo"):
         with pytest.raises(SystemExit) as exit_:
             main([command, "--help"])
         assert exit_.value.code == 0

@@ -133,8 +133,14 @@ def test_checksums_of_a_large_database_are_compared_at_first_use(
     for _ in range(2):
         with pytest.raises(gcfast.DamagedDatabaseError, match=r"rows-00001.* checksum differs"):
             _ = opened.embeddings
+    for use in (lambda: opened.rows(0, 2), lambda: opened.save(saved.parent / "copy")):
+        with pytest.raises(gcfast.DamagedDatabaseError, match="checksum differs"):
+            use()
+    model = common()
     with pytest.raises(gcfast.DamagedDatabaseError, match="checksum differs"):
-        opened.save(saved.parent / "copy")
+        gcfast.load(saved, model, verify=True)
+    with pytest.raises(gcfast.ModelMismatchError):
+        gcfast.load(saved, model, verify=False)
     with pytest.raises(gcfast.DamagedDatabaseError, match="checksum differs"):
         Database.open(saved, verify=True)
     assert len(Database.open(saved, verify=False).embeddings) == 9
@@ -254,12 +260,15 @@ def test_half_of_the_bytes(fresh: Database, saved: Path, tmp_path: Path) -> None
     torch.testing.assert_close(again.offsets, half.offsets)
 
 
+@pytest.mark.parametrize("index", ["exact", "Flat"])
 @pytest.mark.parametrize("center", [0.0, 1.0])
 @pytest.mark.parametrize("normalize", ["max", None])
-def test_maps_from_half(tmp_path: Path, center: float, normalize: str | None) -> None:
+def test_maps_from_half(tmp_path: Path, center: float, normalize: str | None, index: str) -> None:
+    if index != "exact":
+        pytest.importorskip("faiss")
     one, database = built(k=3)
     database.save(tmp_path / "half", storage="float16")
-    loaded = gcfast.load(tmp_path / "half", one.network.model, k=3)
+    loaded = gcfast.load(tmp_path / "half", one.network.model, k=3, index=index)
     images, labels = pictures(4)
     options = {"center": center, "normalize": normalize}
     wanted = one.explain_batch(images, details=True, **options)

@@ -247,6 +247,22 @@ def test_an_old_database_stays_until_the_new_one_is_whole(tmp_path: Path) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == ["away", "db"]
 
 
+def test_what_came_to_the_place_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    one, given, folder = explainer(common()), batches(), tmp_path / "db"
+    saved = one.build(batches(12))
+
+    class Loader:
+        def __iter__(self) -> Iterator[Any]:
+            yield from given
+            saved.save(folder)
+
+    with pytest.raises(FileExistsError, match="overwrite=True replaces it"):
+        one.build(Loader(), out=folder)
+    assert len(Database.open(folder)) == 11
+    assert len(one.build([], out=folder, resume=True, overwrite=True)) == 21
+    assert [p.name for p in tmp_path.iterdir()] == ["db"]
+
+
 def test_what_is_no_unfinished_build_is_left_alone(tmp_path: Path) -> None:
     partial = tmp_path / "db.partial"
     partial.mkdir()

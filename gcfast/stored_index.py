@@ -1,0 +1,158 @@
+"""A FAISS index of a database's rows, kept in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gcfast import durable
+from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
+from gcfast.extras import import_faiss
+from gcfast.manifest import INDEX, MANIFEST, encoded, read_manifest
+from gcfast.shards import Shard
+
+TRAINING_ROWS = 2**20  # that an index is trained on at most, evenly spread
+
+
+def made(factory: str, shards: list[Shard]) -> Any:
+    """A FAISS index of all rows, in order.
+
+    Args:
+        factory: a FAISS factory string.
+        shards: the rows.
+
+    Raises:
+        MissingExtraError: FAISS is not installed.
+        TypeError: not a string.
+        ValueError: an unknown factory string, or too few rows to train it.
+    """
+    faiss = import_faiss("factory")
+    if not isinstance(factory, str):
+        raise TypeError(f"`factory` must be a FAISS factory string, got {factory!r}")
+    try:
+        index = faiss.index_factory(shards[0].embeddings.shape[1], factory)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`factory` must be a FAISS factory string, got {factory!r}: {error}"
+        ) from error
+    try:
+        if not index.is_trained:
+            index.train(_array(_sample(shards)))
+    except RuntimeError as error:
+        count = sum(len(shard.labels) for shard in shards)
+        raise ValueError(
+            f"`factory` must be trainable on the database's {count} rows, got {factory!r}: {error}"
+        ) from error
+    for shard in shards:
+        index.add(_array(shard.embeddings))
+    return index
+
+
+def store(index: Any, factory: str, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write an index into a database folder: the file first, then the manifest that names it.
+
+    Args:
+        index: of the database's rows.
+        factory: what it was made with.
+        folder: the database's.
+        shards: the manifest's, of the rows that are indexed.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        GcfastError: the database has changed, or another process writes to it.
+        OSError: the disk is full, or another failure to write; the database is as it was.
+    """
+    faiss = import_faiss("factory")
+    try:
+        with durable.locked(folder, "writing to"):
+            manifest = read_manifest(folder)
+            if manifest["shards"] != shards:
+                raise GcfastError(
+                    f"the database {folder} has changed since it was opened: open it again"
+                )
+            beside = folder / f"{INDEX}.new"
+            try:
+                faiss.write_index(index, str(beside))
+                with beside.open("rb+") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    os.fsync(file.fileno())
+                size = beside.stat().st_size
+                os.rename(beside, folder / INDEX)
+            except RuntimeError as error:  # what FAISS makes of an error of the system
+                raise OSError(None, f"FAISS: {error}") from error
+            finally:
+                beside.unlink(missing_ok=True)
+            manifest["index"] = {
+                "file": INDEX,
+                "factory": factory,
+                "rows": index.ntotal,
+                "bytes": size,
+                "sha256": digest,
+            }
+            durable.replace(folder / MANIFEST, encoded(manifest))
+            return manifest
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write the index of {folder}: {error.strerror or error}"
+        ) from error
+
+
+def read(folder: Path | None, manifest: dict[str, Any], rows: int, *, verify: bool) -> Any:
+    """The stored index; see :meth:`gcfast.Database.read_index`."""
+    faiss = import_faiss("index")
+    entry = manifest.get("index")
+    if folder is None or entry is None:
+        raise NoDatabaseError(
+            f"there is no index with the database {folder or 'in memory'}: gcfast index, or "
+            "Database.build_index, makes one"
+        )
+    again = "gcfast index, or Database.build_index, makes it anew"
+    if entry["rows"] != rows:
+        raise GcfastError(
+            f"the index of {folder} was made of {entry['rows']} rows and the database has {rows}: "
+            f"{again}"
+        )
+    path = folder / INDEX
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise DamagedDatabaseError(
+                f"the index {path} is truncated or changed: {entry['bytes']} bytes were written, "
+                f"it has {size}; {again}"
+            )
+        if verify:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry["sha256"]:
+                raise DamagedDatabaseError(
+                    f"the index {path} is changed: its checksum differs; {again}"
+                )
+        return faiss.read_index(str(path))
+    except FileNotFoundError:
+        raise DamagedDatabaseError(f"the index {path} is missing; {again}") from None
+    except RuntimeError as error:
+        raise DamagedDatabaseError(f"the index {path} cannot be read: {error}; {again}") from error
+
+
+def _sample(shards: list[Shard]) -> Tensor:
+    """Embeddings of at most TRAINING_ROWS rows, evenly spread."""
+    count = sum(len(shard.labels) for shard in shards)
+    chosen = torch.linspace(0, count - 1, min(count, TRAINING_ROWS), dtype=torch.float64)
+    rows, first, parts = chosen.round().long(), 0, []
+    for shard in shards:
+        inside = rows[(rows >= first) & (rows < first + len(shard.labels))]
+        parts.append(shard.embeddings[inside - first])
+        first += len(shard.labels)
+    return torch.cat(parts)
+
+
+def _array(rows: Tensor) -> np.ndarray[Any, Any]:
+    return np.ascontiguousarray(rows.float().numpy())
