@@ -172,7 +172,8 @@ def _components_of(
         return np.array([[x0, y0, x1, y1]]), np.ones(1, np.int64)
     slices = ndimage.find_objects(labels)
     boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices])
-    return boxes + [x0, y0, x0, y0], np.bincount(labels.ravel())[1:]
+    boxes += np.array([x0, y0, x0, y0])
+    return boxes, np.bincount(labels.ravel())[1:]
 
 
 def _listed_boxes(boxes: Boxes, count: int) -> list[Tensor]:
