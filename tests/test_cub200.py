@@ -90,16 +90,22 @@ def test_a_small_cub_from_training_to_tables_twice(
     assert "train: 15 images of 3 species; the published split has 5864" in first
     assert "test: 15 images of 3 species; the published split has 5924" in first
     assert "images that could not be used: 1" in first
+    (sweep,) = [line for line in first.splitlines() if line.startswith("mask, against")]
+    saved = json.loads((tmp_path / "one" / "cub200.json").read_text())
+    figures = {(f["row"], f["column"]): f["value"] for f in saved["figures"]}
+    # M = 1, 2, 5, 10, 20, 50 and all 64.
+    means = [float(value) for value in sweep.split()[2:]]
+    assert len(means) == 7
+    assert means[5] == pytest.approx(figures["Grad-CAM, against, top-50", "mask"], abs=6e-4)
+    assert means[6] == pytest.approx(figures["Grad-CAM, against, all channels", "mask"], abs=6e-4)
     assert "Bird_0004_30.jpg: no box in bounding_boxes.txt" in first
     cub200.main([*where, "--out", str(tmp_path / "two")])
     assert "weights: " in capsys.readouterr().out
     for name in ("cub200.txt", "table.csv", "sweeps.csv", "localisation.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
-    saved = json.loads((tmp_path / "one" / "cub200.json").read_text())
     assert saved["images"] == 14
     assert saved["rows"] == 15
-    figures = {(f["row"], f["column"]): f["value"] for f in saved["figures"]}
     for row in ("Grad-CAM, against, one triplet", "Grad-CAM++, against, top-50", "uniform"):
         for column in ("box", "mask"):
             assert 0 <= figures[row, column] <= 1

@@ -176,6 +176,17 @@ def comparison_lines(found: dict[tuple[str, str], float], is_cub: bool) -> list[
     return lines
 
 
+def sensitivity_lines(measured: Evaluation) -> list[str]:
+    """The paper's Figure 7a as numbers: each column's mean for each M, for both signs."""
+    extra, counts = measured.tables[0.0].extra, measured.channel_counts
+    lines = [f"{'M, channels kept':36s}" + "".join(f"{m:7d}" for m in counts)]
+    for column in measured.tables[0.0].columns:
+        for evidence in ("for", "against"):
+            means = [float(extra[f"M={m}, {evidence}"][column].nanmean()) for m in counts]
+            lines.append(f"{column + ', ' + evidence:36s}" + "".join(f"{v:7.3f}" for v in means))
+    return lines
+
+
 def localisation_lines(measured: Evaluation) -> list[str]:
     """Accuracy at IoU 0.5 of each row at each threshold of the maximum."""
     found = measured.localisation
@@ -215,10 +226,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
         *comparison_lines(found, options.data == "cub"),
         "",
+        "sensitivity to M (the paper's Figure 7a)",
+        *sensitivity_lines(measured),
+        "",
         "accuracy at IoU 0.5",
         *localisation_lines(measured),
         "",
-        f"database of gcfast.PAPER: {len(database)} rows; first channels: {first} of "
+        f"database of gcfast.PAPER: {len(database)} rows; first channels (Figure 7b): {first} of "
         f"{len(database.mean_activation)}, the most frequent in "
         + ", ".join(f"{share:.3f}" for share in shares)
         + " of the rows",

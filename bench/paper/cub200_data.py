@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gcfast.datasets import ScoredLoader, Truth, labelled_loader, read_cub
+from gcfast.metrics import box_masks
 from gcfast.preprocessing import Preprocessing
 
 BATCH = 32
@@ -68,11 +69,9 @@ class Drawn:
             if not self.truth:
                 yield inputs, labels, ids
                 continue
-            boxes = [torch.from_numpy(box)[None] for box in self.boxes[part]]
-            inside = torch.zeros(self.masks[part].shape, dtype=torch.bool)
-            for i, (x0, y0, x1, y1) in enumerate(self.boxes[part].tolist()):
-                inside[i, y0:y1, x0:x1] = True
-            yield inputs, Truth(ids, labels, boxes, inside, torch.from_numpy(self.masks[part]))
+            boxes, masks = torch.from_numpy(self.boxes[part]), torch.from_numpy(self.masks[part])
+            inside = box_masks(boxes, *masks.shape[1:])
+            yield inputs, Truth(ids, labels, list(boxes[:, None]), inside, masks)
 
 
 def cub(options: argparse.Namespace) -> Subject:

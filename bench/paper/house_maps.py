@@ -158,7 +158,7 @@ def pointing_up(tables: dict[str, gcfast.Database], houses: Houses) -> tuple[flo
 def fidelity(
     network: RankSiamese, houses: Houses, tables: dict[str, gcfast.Database], seed: int
 ) -> dict[str, float]:
-    """Median cosine of the transferred map with the map from the house's own pairs.
+    """Mean cosine of the transferred map with the map from the house's own pairs.
 
     For each question, over FIDELITY test houses spread evenly over time. A test house's own pairs
     take its price, which transfer does not know.
@@ -169,7 +169,7 @@ def fidelity(
     found = {}
     for question, database in tables.items():
         one = explainer(network, question, seed, database=strongest(database, CHANNELS))
-        found[question] = float(transfer_fidelity(one, own).cosine.median())
+        found[question] = float(transfer_fidelity(one, own).cosine.mean())
     return found
 
 

@@ -117,7 +117,7 @@ def explain(
     agreement = fidelity(network, houses, built, options.seed)
     lines = [
         f"databases' rows: {counts}",
-        "transferred map against the map from the house's own pairs, median cosine: "
+        "transferred map against the map from the house's own pairs, mean cosine: "
         + ", ".join(f"{name} {value:.3f}" for name, value in agreement.items()),
         f"rows of all pairs whose evidence for is what raises a price: {dear:.3f} of the dearest "
         f"third, {cheap:.3f} of the cheapest",

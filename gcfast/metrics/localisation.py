@@ -156,15 +156,24 @@ def _components(
             raise ValueError(f"`thresholds` must lie in [0, 1), got {value}")
     for one in maps.detach().float().cpu().numpy():
         peak = float(one.max())
-        found = []
-        for value in thresholds:
-            # Above a positive threshold, or above 0: a flat map has nothing there.
-            labels, count = ndimage.label(one > value * peak if peak > 0 else one > peak, _EIGHT)
-            slices = ndimage.find_objects(labels)
-            boxes = [(x.start, y.start, x.stop, y.stop) for y, x in slices]
-            sizes = [1] if count == 1 else np.bincount(labels.ravel())[1:]  # one wins anyway
-            found.append((np.asarray(boxes, np.int64).reshape(-1, 4), np.asarray(sizes, np.int64)))
-        yield found
+        # Above a positive threshold, or above 0: a flat map has nothing there.
+        yield [_components_of(one > (v * peak if peak > 0 else peak), ndimage) for v in thresholds]
+
+
+def _components_of(
+    mask: NDArray[np.bool_], ndimage: Any
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return np.zeros((0, 4), np.int64), np.zeros(0, np.int64)
+    y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    labels, count = ndimage.label(mask[y0:y1, x0:x1], _EIGHT)
+    if count == 1:  # as of most maps: nothing to compare
+        return np.array([[x0, y0, x1, y1]]), np.ones(1, np.int64)
+    slices = ndimage.find_objects(labels)
+    boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices])
+    boxes += np.array([x0, y0, x0, y0])
+    return boxes, np.bincount(labels.ravel())[1:]
 
 
 def _listed_boxes(boxes: Boxes, count: int) -> list[Tensor]:

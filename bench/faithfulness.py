@@ -1,0 +1,154 @@
+"""Deletion, insertion and ROAD of heat maps of embeddings, by torch-cam's and grad-cam's own code.
+
+    pip install --no-deps torchvision torchcam==0.5.0 grad-cam==1.5.7 ttach opencv-python-headless
+    python bench/faithfulness.py [--images 16]
+
+Those tools ask how a class score falls when what a map marks is taken away. An embedding has no
+class score; here it is the cosine to a reference: to the image's own embedding, or to the mean of
+the class that its nearest row has. Low deletion, high insertion and high ROAD are good. ROAD is
+half of what the score loses more by removing the hottest pixels than by removing the coldest.
+
+The pictures and the network are those of `gcfast demo`. "noise" is a map of random pixels and
+"channel sum" one without any weights: controls.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from peers import make_torchvision_importable
+from torch import Tensor, nn
+
+import gcfast
+
+PERCENTILES = (20, 40, 60, 80)
+
+
+class Given:
+    """Maps that are there already, in the place of torch-cam's extractor."""
+
+    def __init__(self, model: nn.Module, maps: Tensor) -> None:
+        self.model, self.maps = model, maps
+
+    def __call__(self, *_args: object, **_settings: object) -> list[Tensor]:
+        return [self.maps]
+
+    def fuse_cams(self, cams: list[Tensor]) -> Tensor:
+        return cams[0]
+
+    @contextmanager
+    def _hooks_off(self) -> Iterator[None]:
+        yield
+
+
+def deletion_insertion(
+    model: nn.Module, images: Tensor, maps: Tensor, references: Tensor, *, steps: int = 20
+) -> tuple[float, float]:
+    """Mean areas under the two curves of the cosine to each image's reference.
+
+    Args:
+        model: images [B, 3, h, w] to embeddings [B, D].
+        images: [B, 3, h, w]; what is deleted becomes 0.
+        maps: [B, h, w].
+        references: [B, D].
+        steps: of each curve.
+    """
+    make_torchvision_importable()
+    from torchcam.metrics import DeletionInsertionMetric
+
+    unit = F.normalize(references, dim=1)
+    metric = DeletionInsertionMetric(
+        Given(model, maps), lambda output: F.normalize(output, dim=1) @ unit.T, steps=steps
+    )
+    metric.update(images, list(range(len(images))))
+    summary = metric.summary()
+    return summary["deletion_auc"], summary["insertion_auc"]
+
+
+def road(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    references: Tensor,
+    *,
+    percentiles: Sequence[int] = PERCENTILES,
+) -> Tensor:
+    """ROAD, hottest against coldest first, of the cosine to each image's reference: [B].
+
+    Args:
+        model: as for :func:`deletion_insertion`.
+        images: as for :func:`deletion_insertion`.
+        maps: as for :func:`deletion_insertion`.
+        references: as for :func:`deletion_insertion`.
+        percentiles: of the pixels that are removed. The filled-in pixels carry a little noise from
+            torch's global generator.
+    """
+    make_torchvision_importable()
+    from pytorch_grad_cam.metrics.road import ROADCombined
+
+    targets = [lambda output, r=r: F.cosine_similarity(output, r, dim=0) for r in references]
+    combined = ROADCombined(percentiles=list(percentiles))
+    return torch.from_numpy(combined(images, maps.numpy(), targets, model))
+
+
+def main() -> None:
+    from gcfast.demo.birds import draw_bird
+    from gcfast.demo.network import load_network
+    from gcfast.demo.run import as_batch
+    from gcfast.demo.species import SPECIES, TRAINING_LABELS, UNSEEN_LABELS
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=16, help="pictures of unseen species")
+    parser.add_argument("--rows", type=int, default=8, help="pictures of each training species")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    network = load_network()
+    explainers = {
+        evidence: gcfast.Explainer(network, "features", evidence=evidence, seed=options.seed)
+        for evidence in ("for", "against")
+    }
+    loader = []
+    for label in TRAINING_LABELS:
+        birds = [draw_bird(label, seed=options.seed, index=2 * i) for i in range(options.rows)]
+        loader.append((as_batch(birds), [SPECIES[label].name] * options.rows))
+    for explainer in explainers.values():
+        explainer.build(loader)
+    chosen = [UNSEEN_LABELS[i % len(UNSEEN_LABELS)] for i in range(options.images)]
+    birds = [draw_bird(y, seed=options.seed, index=2 * i + 1) for i, y in enumerate(chosen)]
+    images = as_batch(birds)
+    why = explainers["for"].explain_batch(images, details=True)
+    database = explainers["for"].database
+    assert database is not None
+    means = torch.stack(
+        [database.embeddings[database.labels == label].mean(0) for label in why.labels[:, 0]]
+    )
+    with torch.inference_mode():
+        total = network.features(images).sum(1, keepdim=True)
+    total = F.interpolate(total, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    maps = {
+        "noise": torch.rand(total.shape),
+        "channel sum": total / total.amax((1, 2), keepdim=True),
+        "Grad-CAM, for, top-50": why.maps,
+        "the same, center=1": explainers["for"].explain_batch(images, center=1.0),
+        "Grad-CAM, against, top-50": explainers["against"].explain_batch(images),
+    }
+    print(f"{len(images)} drawn birds of unseen species, {len(database)} rows, seed {options.seed}")
+    columns = [f"{m}, {r}" for r in ("own", "class") for m in ("deletion", "insertion", "ROAD")]
+    print(" " * 26 + "".join(f"{c:>18s}" for c in columns))
+    for name, heat in maps.items():
+        cells = []
+        for references in (why.embeddings, means):
+            cells += deletion_insertion(network, images, heat, references)
+            cells.append(float(road(network, images, heat, references).mean()))
+        print(f"{name:26s}" + "".join(f"{cell:18.3f}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
