@@ -21,6 +21,7 @@ from gcfast.embedding import embed_all
 from gcfast.errors import UnsupportedModelError
 from gcfast.explainer import Explainer
 from gcfast.head import normalized
+from gcfast.loading import check_embeddings
 from gcfast.rows import averaged, rows_from_spool
 from gcfast.settings import Settings
 from gcfast.triplets import Anchors, Cotangents, PairSource
@@ -103,9 +104,14 @@ class Trained:
         )
 
     def query(self, images: Tensor) -> Query:
-        """One forward pass over test images, and their nearest rows."""
+        """One forward pass over test images, and their nearest rows.
+
+        Raises:
+            ValueError: NaN or infinity in the images or their embeddings, with the row.
+        """
         captured = self.network.embed(images)
         embeddings = normalized(captured.output, self.settings.l2_normalize)
+        check_embeddings(embeddings, images)
         distances, nearest = ops.knn(embeddings, self.table, 1)
         pooled = captured.activations.float().mean((2, 3))
         norms = self.head.project(pooled)[1]

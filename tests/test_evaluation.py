@@ -150,6 +150,9 @@ def test_what_cannot_be_tabled_is_refused() -> None:
     one = gcfast.Explainer(common(CHANNELS), "backbone")
     with pytest.raises(ValueError, match="`test_batches` must give images, got none"):
         quality_table(one, [(images, labels)], [], Kept())
+    bad = images.index_fill(0, torch.tensor(1), float("nan"))
+    with pytest.raises(ValueError, match="`images` must be finite, got NaN or infinity in row 1"):
+        quality_table(one, [(images, labels)], [(bad[:2], torch.ones(2))], Kept())
     with pytest.raises(ValueError, match="`channels` must be at most the layer's C = 12, got 50"):
         quality_table(gcfast.Explainer(common(), "backbone"), [(images, labels)], batches, Kept())
 

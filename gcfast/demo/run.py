@@ -22,7 +22,7 @@ from gcfast.demo.network import BirdNet, load_network
 from gcfast.demo.page import write_page
 from gcfast.demo.species import PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
 from gcfast.evaluation import quality_table
-from gcfast.metrics import box_score, mask_score
+from gcfast.metrics import RegionSums, box_masks
 
 _LAYER = "features"
 _BATCH = 54
@@ -118,7 +118,7 @@ def run_demo(
     against.build(train, progress=progress)
 
     table = quality_table(
-        explainer, train, list(_scored(unseen.pictures)), _score, seed=seed, progress=progress
+        explainer, train, list(_scored(unseen.pictures)), _Score(), seed=seed, progress=progress
     )
     same_part = _share_of_same_part(explainer, database.class_names, unseen)
     speed = measure_speed(explainer, network, unseen.pictures, speed_rounds)
@@ -215,14 +215,17 @@ def _scored(pictures: Sequence[Picture]) -> Iterator[tuple[torch.Tensor, _Truth]
         yield as_batch(part), truth
 
 
-def _score(
-    maps: torch.Tensor, truth: _Truth, _neighbor_labels: list[str]
-) -> dict[str, torch.Tensor]:
-    return {
-        "box": box_score(maps, truth.boxes),
-        "mask": mask_score(maps, truth.birds),
-        "part": mask_score(maps, truth.parts),
-    }
+class _Score:
+    """The share of the heat inside the box, the bird and the telling part."""
+
+    def regions(self, truth: _Truth) -> torch.Tensor:
+        boxes = box_masks(truth.boxes, *truth.birds.shape[1:])
+        return torch.stack([boxes, truth.birds, truth.parts], 1)
+
+    def scores(
+        self, sums: RegionSums, _truth: _Truth, _neighbor_labels: list[str]
+    ) -> dict[str, torch.Tensor]:
+        return dict(zip(("box", "mask", "part"), sums.shares().unbind(2), strict=True))
 
 
 def _share_of_same_part(
