@@ -44,6 +44,7 @@ class Operation(NamedTuple):
     """An operation's inputs and its sides: ours first, then what every result must agree with."""
 
     inputs: Callable[[Case, torch.device], Inputs]
+    call: Callable[[Callable[..., Any], Inputs], Any]  # a function of the operation's signature
     sides: list[Side]
     compare: Callable[[Any, Any], float]  # difference from the wanted result
 
@@ -319,6 +320,7 @@ def _top(run: Callable[..., Any], s: Inputs) -> Any:
 OPERATIONS = {
     "sparse_cam": Operation(
         _cam_inputs,
+        _cam,
         [
             *_three(_cam, "sparse_cam"),
             Side(
@@ -330,17 +332,19 @@ OPERATIONS = {
         ],
         relative,
     ),
-    "grad_weights": Operation(_grad_inputs, _three(_grad, "grad_weights"), relative),
+    "grad_weights": Operation(_grad_inputs, _grad, _three(_grad, "grad_weights"), relative),
     "head_grad_weights": Operation(
         _head_inputs,
+        _head,
         [Side("gcfast", _head_kernel), *_three(_head, "head_grad_weights")[1:]],
         relative,
     ),
     "top_m": Operation(
-        _top_inputs, [*_three(_top, "top_m"), Side("torch.topk", _torch_topk)], kept_values
+        _top_inputs, _top, [*_three(_top, "top_m"), Side("torch.topk", _torch_topk)], kept_values
     ),
     "knn": Operation(
         _knn_inputs,
+        _knn,
         [
             *_three(_knn, "knn")[:2],
             Side("matmul + topk", _matmul_topk),
@@ -355,6 +359,7 @@ OPERATIONS = {
     ),
     "sample_triplets": Operation(
         _triplet_inputs,
+        _draw,
         [
             Side("gcfast", functools.partial(_draw, dispatch.sample_triplets)),
             Side(

@@ -1,0 +1,213 @@
+"""What a card prefers: every kernel's blocks and warps tried, and the table for kernels/launch.py.
+
+    python bench/sweep_launch.py [--only OPERATION …] [--seconds S] [--json FILE]
+
+For each quick case of bench/cases.py the launcher's own choice is taken down and varied along the
+axes below, every combination. A variant is timed when its result agrees with the present choice's;
+one that the card has no room for is counted. Prints the present choice's time, the fastest
+variants, and the fastest as the line that launch.py would hold; changing launch.py is left to a
+person, who sees how much there is to gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from cases import CASES, Case, copies
+from gpu_operations import OPERATIONS, Inputs
+from gpu_timing import Clock, CudaClock, card
+from torch import Tensor
+
+SHOWN = 5  # of the fastest variants
+TOLERANCE = 1e-3  # relative, between the results of two launches
+
+Axes = dict[str, Sequence[Any]]
+AXES: dict[str, Axes] = {
+    "sparse_cam": {
+        "num_warps": (2, 4, 8),
+        "block_m": (4, 8, 16, 32, 64),
+        "block_oh": (4, 8, 16, 32),
+        "block_ow": (64, 128, 256),
+    },
+    "grad_weights": {
+        "channels": (0.25, 0.5, 1, 2),  # times the present number, in whole vectors
+        "block_t": (1, 2, 4, 8),
+        "splits": (1, 2, 4, 8),
+        "num_warps": (2, 4, 8, 16),
+    },
+    "head_grad_weights": {
+        "block_rows": (16, 32, 64, 128),
+        "block_c": (32, 64, 128),
+        "block_d": (16, 32, 64),
+        "num_warps": (4, 8),
+    },
+    "knn": {
+        "block_n": (32, 64, 128),
+        "block_d": (16, 32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    "top_m": {"num_warps": (1, 2, 4, 8, 16)},
+    "sample_triplets": {"num_warps": (2, 4, 8), "block_n": (32, 64, 128, 256)},
+}
+
+
+class Tried(NamedTuple):
+    """A variant and its seconds a call."""
+
+    config: Any
+    seconds: float
+
+
+def present_choice(operation: str, inputs: Inputs) -> Any:
+    """The configuration that the launcher chooses for these inputs, taken down as it does so."""
+    module = importlib.import_module(f"gcfast.kernels.{operation}")
+    choose = getattr(module, f"{operation}_config")
+    taken = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        taken.append(choose(*args, **kwargs))
+        return taken[-1]
+
+    with mock.patch.object(module, f"{operation}_config", noted):
+        launch(operation, inputs, None)
+    return taken[-1]
+
+
+def launch(operation: str, inputs: Inputs, config: Any) -> Any:
+    """The operation by its kernel, launched so; None for the launcher's own choice."""
+    module = importlib.import_module(f"gcfast.kernels.{operation}")
+    options = {"precision": inputs["precision"]} if "precision" in inputs else {}
+    launcher = functools.partial(getattr(module, f"launch_{operation}"), config=config, **options)
+    return OPERATIONS[operation].call(launcher, inputs)
+
+
+def variants(config: Any, axes: Axes, case: Case) -> Iterator[Any]:
+    """Every combination of the axes, the other fields as they are; fields it has not are left."""
+    known = {name: values for name, values in axes.items() if name in config._fields}
+    for values in itertools.product(*known.values()):
+        change = dict(zip(known, values, strict=True))
+        if "channels" in change:
+            fitted = _whole_channels(config, change["channels"], case)
+            if fitted is None:
+                continue
+            change |= fitted
+        yield config._replace(**change)
+
+
+def _whole_channels(config: Any, factor: float, case: Case) -> dict[str, int] | None:
+    """A run's channels times the factor, with the alignment that follows."""
+    if not config.channels:  # the tile kernel has none
+        return {"channels": 0} if factor == 1 else None
+    P = case.sizes["H"] * case.sizes["W"]
+    vector = 16 // case.torch_dtype().itemsize
+    step = vector // math.gcd(P, vector)
+    channels = max(step, int(config.channels * factor) // step * step)
+    return {"channels": channels, "align": math.gcd(channels * P, vector)}
+
+
+def sweep(
+    case: Case, clock: Clock, device: torch.device, *, axes: Axes, seconds: float, l2_bytes: int
+) -> tuple[Tried, list[Tried], int]:
+    """(the present choice, all variants by time, how many could not be launched)."""
+    torch.manual_seed(0)
+    name = case.operation
+    sets = [OPERATIONS[name].inputs(case, device) for _ in range(copies(case, l2_bytes))]
+    present = present_choice(name, sets[0])
+    wanted = launch(name, sets[0], present)
+
+    def timed(config: Any) -> Tried:
+        calls = [functools.partial(launch, name, inputs, config) for inputs in sets]
+        return Tried(config, clock.measure(calls, seconds=seconds).median)
+
+    base, tried, failed = timed(present), [], 0
+    for config in dict.fromkeys(variants(present, axes, case)):
+        try:
+            got = launch(name, sets[0], config)
+        except Exception:  # no registers or shared memory for it, in the compiler's own kinds
+            failed += 1
+            continue
+        if not _same(got, wanted):
+            raise AssertionError(f"{name} launched with {config} gives another result")
+        tried.append(timed(config))
+    return base, sorted(tried, key=lambda one: one.seconds), failed
+
+
+def _same(got: Any, wanted: Any) -> bool:
+    if isinstance(got, Tensor):
+        scale = wanted.float().abs().max().clamp(min=1e-30)
+        return bool(((got.float() - wanted.float()).abs().max() / scale) <= TOLERANCE)
+    return all(_same(a, b) for a, b in zip(got, wanted, strict=True) if a.is_floating_point())
+
+
+def report(case: Case, base: Tried, tried: list[Tried], failed: int) -> str:
+    """The lines about one case."""
+    lines = [
+        f"{case.operation}: {case.name}",
+        f"  now     {base.seconds * 1e6:9.1f} us  {base.config}",
+    ]
+    lines += [f"          {one.seconds * 1e6:9.1f} us  {one.config}" for one in tried[:SHOWN]]
+    if tried:
+        lines.append(f"  best is {tried[0].seconds / base.seconds:.2f} x now: {tried[0].config!r}")
+    lines.append(f"  {len(tried)} variants timed, {failed} could not be launched")
+    return "\n".join(lines)
+
+
+def main(command: list[str] | None = None) -> int:
+    """Returns 0, or 2 without a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(AXES), default=list(AXES))
+    parser.add_argument("--seconds", type=float, default=0.05, help="that a variant is timed for")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args(command)
+    if not torch.cuda.is_available():
+        print(
+            "bench/sweep_launch.py needs a CUDA device and a PyTorch built for it: torch "
+            f"{torch.__version__} sees none",
+            file=sys.stderr,
+        )
+        return 2
+    os.environ.pop("TRITON_INTERPRET", None)
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = card(device)
+    print(properties)
+    found = []
+    with torch.no_grad():
+        for case in (c for name in asked.only for c in CASES[name] if c.quick):
+            base, tried, failed = sweep(
+                case,
+                CudaClock(),
+                device,
+                axes=AXES[case.operation],
+                seconds=asked.seconds,
+                l2_bytes=properties["l2_bytes"],
+            )
+            print(report(case, base, tried, failed), flush=True)
+            found.append(
+                {
+                    "operation": case.operation,
+                    "case": case.name,
+                    "now": [base.config._asdict(), base.seconds],
+                    "tried": [[one.config._asdict(), one.seconds] for one in tried],
+                    "failed": failed,
+                }
+            )
+    if asked.json:
+        asked.json.write_text(json.dumps({"card": properties, "cases": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

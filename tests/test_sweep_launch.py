@@ -1,0 +1,103 @@
+"""bench/sweep_launch.py: what it varies, and that a variant gives the same result."""
+
+import cases
+import gpu_operations
+import gpu_timing
+import pytest
+import sweep_launch
+import torch
+from test_gpu_bench import TINY
+
+from gcfast.kernels.launch import GradWeightsConfig
+
+FEW = {  # axes short enough for Triton's interpreter
+    "sparse_cam": {"block_m": (1, 2)},
+    "grad_weights": {"block_t": (1, 2), "splits": (1, 2)},
+    "head_grad_weights": {"block_d": (16, 32)},
+    "knn": {"block_n": (32,)},
+}
+
+
+@pytest.mark.parametrize("operation", sorted(FEW))
+def test_variants_agree_and_are_ordered_by_time(operation, monkeypatch):
+    monkeypatch.setattr(gpu_operations, "IMAGE", (6, 5))
+    monkeypatch.setattr(gpu_operations, "DATABASE_ROWS", 20)
+    case = TINY[operation][0]
+    base, tried, failed = sweep_launch.sweep(
+        case,
+        gpu_timing.HostClock(),
+        torch.device("cpu"),
+        axes=FEW[operation],
+        seconds=1e-6,
+        l2_bytes=0,
+    )
+    assert failed == 0
+    assert len(tried) == len(set(sweep_launch.variants(base.config, FEW[operation], case)))
+    assert [one.seconds for one in tried] == sorted(one.seconds for one in tried)
+    text = sweep_launch.report(case, base, tried, failed)
+    assert f"best is {tried[0].seconds / base.seconds:.2f} x now: {tried[0].config!r}" in text
+    assert f"{len(tried)} variants timed, 0 could not be launched" in text
+
+
+def test_axes_vary_only_what_a_configuration_has():
+    case = cases.grad_weights(16, cases.RESNET50)
+    run = GradWeightsConfig(40, 4, 4, 0, 0, 1, 8)
+    axes = {"channels": (0.5, 1), "num_warps": (4, 8), "nonsense": (1, 2)}
+    found = list(sweep_launch.variants(run, axes, case))
+    assert [(c.channels, c.align, c.num_warps) for c in found] == [
+        (20, 4, 4),
+        (20, 4, 8),
+        (40, 4, 4),
+        (40, 4, 8),
+    ]
+    tile = run._replace(channels=0, align=1)
+    assert list(sweep_launch.variants(tile, axes, case)) == [tile._replace(num_warps=4), tile]
+
+
+def test_a_variant_with_another_result_stops_the_sweep(monkeypatch):
+    real = sweep_launch.launch
+
+    def wrong(operation, inputs, config):
+        out = real(operation, inputs, config)
+        return out + 1 if config is not None and config.block_t == 2 else out
+
+    monkeypatch.setattr(sweep_launch, "launch", wrong)
+    with pytest.raises(AssertionError, match=r"block_t=2.* gives another result"):
+        sweep_launch.sweep(
+            TINY["grad_weights"][0],
+            gpu_timing.HostClock(),
+            torch.device("cpu"),
+            axes={"block_t": (1, 2)},
+            seconds=1e-6,
+            l2_bytes=0,
+        )
+
+
+def test_a_variant_without_room_is_counted(monkeypatch):
+    real = sweep_launch.launch
+
+    def small(operation, inputs, config):
+        if config is not None and config.block_t == 2:
+            raise RuntimeError("out of resources")
+        return real(operation, inputs, config)
+
+    monkeypatch.setattr(sweep_launch, "launch", small)
+    _, tried, failed = sweep_launch.sweep(
+        TINY["grad_weights"][0],
+        gpu_timing.HostClock(),
+        torch.device("cpu"),
+        axes={"block_t": (1, 2)},
+        seconds=1e-6,
+        l2_bytes=0,
+    )
+    assert ([one.config.block_t for one in tried], failed) == ([1], 1)
+
+
+def test_every_operation_with_cases_has_axes():
+    assert set(sweep_launch.AXES) == set(cases.CASES)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sweep_launch.main([]) == 2
+    assert "bench/sweep_launch.py needs a CUDA device" in capsys.readouterr().err
