@@ -162,6 +162,7 @@ def write_report(
     table_caption: str = "",
     facts: Sequence[tuple[str, str]] = (),
     lower_is_better: Collection[str] = (),
+    table_last: bool = False,
 ) -> None:
     """Writes one self-contained HTML page.
 
@@ -177,6 +178,7 @@ def write_report(
         table_caption: Text above the table.
         facts: (name, value) pairs, shown as tiles below the lead.
         lower_is_better: Headers of the columns whose lowest value is the best.
+        table_last: Put the table below the pictures, not above them.
 
     Raises:
         TypeError: If a panel's image is not a uint8 array.
@@ -189,7 +191,7 @@ def write_report(
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(_page(title, lead, rows, table_html, facts))
+            file.writelines(_page(title, lead, rows, table_html, facts, table_last))
         os.chmod(name, 0o644)
         os.replace(name, target)
     except BaseException:
@@ -204,6 +206,7 @@ def _page(
     rows: Iterable[ReportRow],
     table_html: str,
     facts: Sequence[tuple[str, str]],
+    table_last: bool,
 ) -> Iterator[str]:
     name = html.escape(title)
     yield (
@@ -222,7 +225,8 @@ def _page(
             yield f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>\n"
         yield "</dl>\n"
     yield "</header>\n<main>\n"
-    yield table_html
+    if not table_last:
+        yield table_html
     opened = False
     for index, row in enumerate(rows):
         if not opened:
@@ -231,6 +235,8 @@ def _page(
         yield _row_html(row, index)
     if opened:
         yield "</section>\n"
+    if table_last:
+        yield table_html
     yield "</main>\n<footer>Made by gcfast. This page is one file and loads nothing.</footer>\n"
     yield "</body>\n</html>\n"
 

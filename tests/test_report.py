@@ -185,6 +185,14 @@ def test_a_column_of_equal_numbers_has_no_best(tmp_path):
     assert "<strong>" not in text
 
 
+def test_the_table_above_or_below_the_pictures(tmp_path):
+    rows = [ReportRow("r", [Panel(photo(), "p")])]
+    for last in (False, True):
+        text, outline = page(tmp_path, rows=rows, table=[["m", "n"], ["a", "1"]], table_last=last)
+        assert len(outline.find("table")) == 1
+        assert (text.index("<table") > text.index("<article")) is last
+
+
 def test_rows_may_be_a_generator_and_are_held_one_at_a_time(tmp_path):
     alive = []
 
