@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gcfast.cli_build import load_network
 from gcfast.cli_explain import check_folder, prepared
 from gcfast.database import Database
 from gcfast.datasets import ScoredLoader, ScoredSet, Truth, labelled_loader, open_dataset
-from gcfast.evaluate import AnnotationScore, Evaluation, evaluate
+from gcfast.evaluate import AnnotationScore, Compress, evaluate
 from gcfast.evaluation_examples import FILES, draw_examples
 from gcfast.evaluation_report import OUTPUTS, draw, write_tables
 from gcfast.images import ImageLoader
@@ -95,16 +96,9 @@ def evaluate_database(options: argparse.Namespace) -> int:
     return 0
 
 
-def compressor() -> Any:
-    """(database, centres) → the database compressed by k-means, where this version can."""
-    if not hasattr(Database, "compress"):
-        return None
-
-    def compress(database: Database, centers: int) -> Database:
-        compressed: Database = database.compress(centers=centers)  # type: ignore[attr-defined]
-        return compressed
-
-    return compress
+def compressor() -> Compress | None:
+    """``Database.compress``; None, which leaves its sweep out, where FAISS is not installed."""
+    return Database.compress if find_spec("faiss") else None
 
 
 def check_rows(trained: Trained, database: Database, from_database: bool) -> None:
@@ -188,6 +182,3 @@ def _tell_skipped(loader: ScoredLoader, test: ScoredSet, train: ImageLoader) -> 
             f"classes of one image, without triplets of their own: {len(test.single)}",
             file=sys.stderr,
         )
-
-
-__all__ = ["Evaluation", "check_rows", "compressor", "evaluate_database"]

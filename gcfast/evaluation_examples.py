@@ -1,4 +1,4 @@
-"""Some of the images that `gcfast evaluate` scored, with their maps (the paper's Figures 4 and 5)."""
+"""Some of the images that `gcfast evaluate` scored, with their maps: the paper's Figures 4, 5."""
 
 from __future__ import annotations
 
