@@ -47,7 +47,7 @@ def compressed(database: Database, centers: int, *, seed: int, iterations: int) 
         channels=channels,
         weights=kept,
         offsets=(kept * mean[channels]).sum(1).float(),
-        labels=_majority(assignment, database.labels),
+        labels=_labels(assignment, counts, database.labels),
         triplet_counts=torch.zeros_like(counts).index_add_(0, assignment, database.triplet_counts),
     )
     dropped = ("index", "shards", "older_rows", "weight_scale")
@@ -137,8 +137,13 @@ def _strongest(weights: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return torch.cat(channels), torch.cat(kept)
 
 
-def _majority(assignment: Tensor, labels: Tensor) -> Tensor:
-    """The most frequent label of each centre's rows [centres]; ties to the smaller label."""
+def _labels(assignment: Tensor, counts: Tensor, labels: Tensor) -> Tensor:
+    """The most frequent label of each centre's rows [centres], ties to the smaller; numbers' mean.
+
+    A majority of prices would be any of them.
+    """
+    if labels.is_floating_point():
+        return labels.new_zeros(len(counts)).index_add_(0, assignment, labels) / counts
     pairs: Any = np.stack([assignment.numpy(), labels.numpy()], 1)
     pairs, counts = np.unique(pairs, axis=0, return_counts=True)
     order = np.lexsort((pairs[:, 1], -counts, pairs[:, 0]))

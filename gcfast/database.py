@@ -256,11 +256,11 @@ class Database:
         """The paper's compressed database: k-means centres in the embedding space, as rows.
 
         A centre's grad-weights are the mean over its rows, a channel that a row did not keep
-        counting 0, of which the M highest are kept; its offset is made anew of them, and its label
-        is the majority's (ties to the smaller one). Its id is that of the row nearest to it, and
-        ``members_of`` gives those of all its rows; the manifest counts them. Centres are not
-        normalised again; they are searched by L2 like any rows. Memory: [centers, C] float64 and
-        256 embeddings a centre.
+        counting 0, of which the M highest are kept; its offset is made anew of them. Its label is
+        the majority's (ties to the smaller one; the mean of real-valued ones), its id that of the
+        row nearest to it, and ``members_of`` gives those of all its rows; the manifest counts them.
+        Centres are not normalised again; they are searched by L2 like any rows. Memory:
+        [centers, C] float64 and 256 embeddings a centre.
 
         Args:
             centers: how many; empty ones, which FAISS hardly leaves, are dropped.

@@ -227,6 +227,17 @@ def test_prices_are_streamed_and_appended_to(tmp_path: Path) -> None:
     assert torch.equal(longer.labels, torch.cat([PRICES, PRICES[:3] + 1]).double())
 
 
+def test_a_centre_has_the_mean_price_of_its_rows() -> None:
+    pytest.importorskip("faiss")
+    explainer, _ = built(common(), rank_loss()[1])
+    assert explainer.database is not None
+    small = explainer.database.compress(2)
+    members = small.members_of
+    for centre in range(2):
+        rows = [int(name) for name in members(centre)]
+        assert float(small.labels[centre]) == pytest.approx(float(PRICES[rows].double().mean()))
+
+
 def test_own_maps_of_an_image_whose_price_is_known() -> None:
     model = common()
     _, objective = rank_loss()

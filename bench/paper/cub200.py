@@ -85,11 +85,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def compress(database: gcfast.Database, centers: int) -> gcfast.Database:
-    """The paper's k-means database."""
-    return database.compress(centers=centers)
-
-
 def measure(
     subject: Subject, explainer: gcfast.Explainer, seed: int
 ) -> tuple[Evaluation, gcfast.Database]:
@@ -110,7 +105,7 @@ def measure(
             truth.boxes,
             truth.box_mask if truth.masks is None else truth.masks,
         ),
-        compress=compress if hasattr(gcfast.Database, "compress") else None,
+        compress=gcfast.Database.compress,
         center_counts=SWEEP,
         total=subject.images,
         seed=seed,
@@ -243,8 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row}, {column}: {found[row, column]:.3f}, all rows {plain[MAIN_ROW][column]:.3f}"
         )
     if not centres:
-        lines.append(f"{CENTERS} k-means centres: not measured, the database has fewer rows or "
-                     "this version does not compress")  # fmt: skip
+        lines.append(f"{CENTERS} k-means centres: not measured, the database has fewer rows")
     skipped = [] if subject.skipped is None else subject.skipped()
     lines += [f"images that could not be used: {len(skipped)}"]
     lines += [f"  {name}: {reason}" for name, reason in skipped]
