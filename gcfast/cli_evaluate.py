@@ -20,6 +20,7 @@ from gcfast.cli_explain import check_folder, prepared
 from gcfast.database import Database, read_manifest
 from gcfast.datasets import ScoredLoader, ScoredSet, Truth, labelled_loader, open_dataset
 from gcfast.evaluate import AnnotationScore, Evaluation, evaluate
+from gcfast.evaluation_examples import FILES, draw_examples
 from gcfast.evaluation_report import OUTPUTS, draw, write_tables
 from gcfast.images import ImageLoader
 from gcfast.preprocessing import Preprocessing
@@ -40,7 +41,7 @@ def evaluate_database(options: argparse.Namespace) -> int:
         ValueError: If the training pictures are not those that the database was built from.
         GcfastError: If the model or the database cannot be used, or (`--strict`) an image not.
     """
-    check_folder(options.out, options.force, OUTPUTS)
+    check_folder(options.out, options.force, (*OUTPUTS, *FILES))
     test = open_dataset(options.data, "test")
     network, device, output_key = load_network(options)
     preprocessing, root, reshape = prepared(read_manifest(options.database), options.images)
@@ -86,7 +87,9 @@ def evaluate_database(options: argparse.Namespace) -> int:
     text = write_tables(measured, options.out, title, seed=options.seed)
     print(text)
     for name in draw(measured, options.out, test.name, seed=options.seed):
-        print(f"{options.out / name}")
+        print(options.out / name)
+    for name in draw_examples(explainer, loader, root, options.out):
+        print(options.out / name)
     print(f"{measured.images} images scored in {seconds:.0f} s, flat maps: {measured.flat}")
     return 0
 

@@ -161,6 +161,7 @@ def test_everything_is_measured_and_drawn(
     assert len(fidelity) == 15
     assert max(float(r["cosine"]) for r in fidelity) <= 1
     drawn = ["channels.png", "top-channels.png", "triplets.png", "localisation.png", "fidelity.png"]
+    drawn += ["examples.png", "pairs.png"]
     if compressor() is not None:
         drawn.append("centers.png")
     for name in drawn:
