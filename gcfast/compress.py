@@ -145,8 +145,8 @@ def _labels(assignment: Tensor, counts: Tensor, labels: Tensor) -> Tensor:
     if labels.is_floating_point():
         return labels.new_zeros(len(counts)).index_add_(0, assignment, labels) / counts
     pairs: Any = np.stack([assignment.numpy(), labels.numpy()], 1)
-    pairs, counts = np.unique(pairs, axis=0, return_counts=True)
-    order = np.lexsort((pairs[:, 1], -counts, pairs[:, 0]))
+    pairs, seen = np.unique(pairs, axis=0, return_counts=True)
+    order = np.lexsort((pairs[:, 1], -seen, pairs[:, 0]))
     _, first = np.unique(pairs[order, 0], return_index=True)
     return torch.from_numpy(pairs[order[first], 1])
 
