@@ -59,7 +59,7 @@ AXES: dict[str, Axes] = {
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     },
-    "top_m": {"num_warps": (1, 2, 4, 8, 16)},
+    "top_m": {"num_warps": (1, 2, 4, 8), "block_c": (256, 512, 1024, 2048)},
     "sample_triplets": {"num_warps": (2, 4, 8), "block_n": (32, 64, 128, 256)},
 }
 

@@ -94,6 +94,30 @@ def sparse_cam_slices(B: int, tiles: int) -> int:
     return max(1, min(tiles, FULL_GRID // B))
 
 
+TOP_M_MAX_C, TOP_M_MAX_M = 8192, 256  # a library sort beyond
+
+
+class TopMConfig(NamedTuple):
+    """Launch choices of ``top_m``."""
+
+    block_c: int  # channels read at once, at least block_m
+    block_m: int  # at least M
+    num_warps: int
+
+
+TOP_M_CONFIGS = (
+    TopMConfig(block_c=1024, block_m=64, num_warps=4),
+    TopMConfig(block_c=1024, block_m=256, num_warps=4),
+    TopMConfig(block_c=256, block_m=64, num_warps=2),
+    TopMConfig(block_c=256, block_m=256, num_warps=2),
+)
+
+
+def top_m_config(C: int, M: int) -> TopMConfig:
+    """Blocks of channels that a row fills, and room for M."""
+    return TOP_M_CONFIGS[2 * (C <= 256) + (M > 64)]
+
+
 class KnnConfig(NamedTuple):
     """How `knn` is launched: `splits` stretches of `rows_per_split` rows cover the table."""
 
