@@ -3,7 +3,12 @@
 For each operation there is a NamedTuple of its launch choices, a function ``<operation>_config``
 that makes one, and ``<OPERATION>_CONFIGS``, every value that the function can return: the kernels
 are compiled offline for all of them (tests/test_offline_compile.py), so a choice that is not listed
-there is one that nothing has compiled.
+there is one that nothing has compiled. Where blocks follow from the shape a list of shapes stands
+for them.
+
+All of these were reasoned from the sizes of a card (registers, shared memory, multiprocessors) and
+from what compiles without spilling; none has been measured. bench/sweep_launch.py prints what a
+card prefers.
 """
 
 from __future__ import annotations
@@ -200,9 +205,6 @@ KNN_FORMS = [
     if B > 2 or query_dtype == torch.float32  # a query or two are widened in any case
 ]
 
-
-# `grad_weights` and `head_grad_weights`. Reasoned from the hardware's sizes, not measured:
-# bench/sweep_launch.py prints what a card prefers.
 
 VECTOR_BYTES = 16  # the widest load of one thread
 PROGRAMS_PER_SM = 4  # wanted before T is split
