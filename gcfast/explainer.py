@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -20,6 +21,7 @@ from gcfast.errors import ModelMismatchError, NoDatabaseError
 from gcfast.explanation import Explanation, MapOptions, Size, TripletMaps
 from gcfast.export import ExportedExplainer
 from gcfast.fingerprint import difference, fingerprint
+from gcfast.graphs import Graphs
 from gcfast.head import normalized, vjp_grad_weights
 from gcfast.hot_path import Finish, Transferred, transfer
 from gcfast.labels import Labels, numbers_for
@@ -81,6 +83,10 @@ class Explainer:
         output_key: where the embedding is in an output that is not a tensor.
         reshape: from the layer's output to [B, C, H, W]; ``TokenGrid`` for transformers.
         seed: of the draws, 0 to 2^63 − 1.
+        cuda_graphs: on a CUDA device, capture :meth:`explain_batch` for each shape of images and
+            replay it: for small batches, whose time is that of launching kernels. Captured again
+            when a weight or the database has changed; a model that cannot be captured runs without,
+            with a warning.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range, by its name.
@@ -108,6 +114,7 @@ class Explainer:
         output_key: str | int | None = None,
         reshape: Reshape | None = None,
         seed: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         self.settings = Settings.checked(
             objective=TripletLoss() if objective is None else objective,
@@ -121,7 +128,10 @@ class Explainer:
         )
         self.k = require_int("k", k, 1)
         self.index = index
+        if not isinstance(cuda_graphs, bool):
+            raise TypeError(f"`cuda_graphs` must be a bool, got {cuda_graphs!r}")
         self.network = Network(model, layer, output_key=output_key, reshape=reshape)
+        self._graphs = Graphs(self.network.model) if cuda_graphs else None
         self._lock = threading.Lock()
         self._database: Database | None = None
         self._attached: _Attached | None = None
@@ -302,8 +312,21 @@ class Explainer:
         if len(images) == 0:
             return self._nothing(images, output_size, details)
         finish = Finish(output_size, center, relu, normalize)
-        out = self._transferred(images, attached=attached, finish=finish)
-        return out.explanation(attached.labels) if details else out.maps
+        run = partial(self._transferred, attached=attached, finish=finish)
+        if self._graphs is None:
+            out = run(images)
+            return out.explanation(attached.labels) if details else out.maps
+        if not images.is_cuda:
+            raise ValueError(
+                f"`cuda_graphs` must be False for a model on {images.device}, got True"
+            )
+        return self._graphs.run(
+            self.network.prepared(images),
+            run,
+            lambda out: out.copied().explanation(attached.labels) if details else out.maps.clone(),
+            owner=attached,
+            key=finish,
+        )
 
     def _transferred(
         self, images: Tensor, *, attached: _Attached, finish: Finish, waits: bool | None = None

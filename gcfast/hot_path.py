@@ -23,6 +23,10 @@ class Transferred(NamedTuple):
     neighbors: Tensor  # [B, K] int64
     distances: Tensor  # [B, K] float32
 
+    def copied(self) -> Transferred:
+        """The same in memory of its own."""
+        return Transferred(*(tensor.clone() for tensor in self))
+
     def explanation(self, labels: Tensor) -> Explanation:
         """With the labels [N] of the table."""
         found = self.neighbors >= 0
