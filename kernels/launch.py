@@ -206,6 +206,38 @@ KNN_FORMS = [
 ]
 
 
+class TripletsConfig(NamedTuple):
+    """How `sample_triplets` and `mean_cotangents` are launched; one form of every kernel."""
+
+    block_b: int  # anchors that share a read of the table
+    block_n: int  # rows whose distances one program measures
+    tile: int  # rows that are put in order together
+    block_p: int  # positives, or rows, side by side
+    block_t: int  # draws of one program
+    block_s: int  # tiles that it searches at once
+    num_warps: int
+    groups: int  # programs that share the positives of an anchor
+    splits: int  # programs that share the tiles
+
+
+def triplets_config(B: int, N: int, processors: int) -> TripletsConfig:
+    """The launch for a group of B anchors and N rows on a GPU with so many multiprocessors."""
+    tile = 64
+    tiles = max(1, -(-N // tile))
+    return TripletsConfig(
+        block_b=8,
+        block_n=128,
+        tile=tile,
+        block_p=128,
+        block_t=4,
+        block_s=128,
+        num_warps=4,
+        # Most anchors have few positives, and then all groups but the first return at once.
+        groups=min(8, -(-N // 128)),
+        splits=min(tiles, max(1, 8 * processors // max(B, 1))),
+    )
+
+
 VECTOR_BYTES = 16  # the widest load of one thread
 PROGRAMS_PER_SM = 4  # wanted before T is split
 RUN_ELEMENTS = 2048  # of one triplet, held by a program: 8 for each of 256 threads
