@@ -47,7 +47,7 @@ class Case:
     dtype: str
     bytes: int  # least that must cross the memory bus
     flops: int  # least arithmetic, a multiply-add as two
-    inputs: int  # bytes of one set of inputs: how much must be rotated to leave the L2 cache
+    inputs: int  # bytes that one set of inputs takes
     rate: str  # of RATES, which bounds the arithmetic
     expected: float  # share of the floor's speed, predicted
     because: str
@@ -263,6 +263,12 @@ def selected(operation: str, *, quick: bool, memory_bytes: int) -> tuple[list[Ca
     return run, left
 
 
-def copies(case: Case, l2_bytes: int, *, most: int = 64) -> int:
-    """Sets of inputs to rotate through, so that none is found in an L2 cache of that size."""
-    return max(1, min(most, 1 + 2 * l2_bytes // max(case.inputs, 1)))
+def copies(case: Case, l2_bytes: int, memory_bytes: int, *, most: int = 512) -> int:
+    """Sets of inputs to rotate through, so that what a call moves is in no L2 cache of that size.
+
+    What counts is the bytes that a call must move, of which a sparse one moves far fewer than its
+    inputs have; the smallest calls reach ``most`` first and stay in the cache.
+    """
+    wanted = 1 + 2 * l2_bytes // case.bytes
+    room = memory_bytes // 2 // max(case.inputs, 1)
+    return max(1, min(most, wanted, room))

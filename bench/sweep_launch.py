@@ -59,7 +59,7 @@ AXES: dict[str, Axes] = {
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     },
-    "top_m": {"num_warps": (1, 2, 4, 8, 16)},
+    "top_m": {"num_warps": (1, 2, 4, 8), "block_c": (256, 512, 1024, 2048)},
     "sample_triplets": {"num_warps": (2, 4, 8), "block_n": (32, 64, 128, 256)},
 }
 
@@ -119,12 +119,19 @@ def _whole_channels(config: Any, factor: float, case: Case) -> dict[str, int] | 
 
 
 def sweep(
-    case: Case, clock: Clock, device: torch.device, *, axes: Axes, seconds: float, l2_bytes: int
+    case: Case,
+    clock: Clock,
+    device: torch.device,
+    *,
+    axes: Axes,
+    seconds: float,
+    l2_bytes: int,
+    memory_bytes: int,
 ) -> tuple[Tried, list[Tried], int]:
     """(the present choice, all variants by time, how many could not be launched)."""
     torch.manual_seed(0)
-    name = case.operation
-    sets = [OPERATIONS[name].inputs(case, device) for _ in range(copies(case, l2_bytes))]
+    name, count = case.operation, copies(case, l2_bytes, memory_bytes)
+    sets = [OPERATIONS[name].inputs(case, device) for _ in range(count)]
     present = present_choice(name, sets[0])
     wanted = launch(name, sets[0], present)
 
@@ -193,6 +200,7 @@ def main(command: list[str] | None = None) -> int:
                 axes=AXES[case.operation],
                 seconds=asked.seconds,
                 l2_bytes=properties["l2_bytes"],
+                memory_bytes=properties["memory_bytes"],
             )
             print(report(case, base, tried, failed), flush=True)
             found.append(

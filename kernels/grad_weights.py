@@ -318,7 +318,7 @@ def launch_grad_weights(
     )
     splits = max(1, min(config.splits, T))
     triplets = triton.cdiv(T, splits)
-    parts = out if splits == 1 else torch.empty((B, splits, C), device=out.device)
+    parts = out if splits == 1 else out.new_empty((B, splits, C))
     flags = None if valid is None else valid.view(torch.uint8)
     valid_strides = (0, 0) if flags is None else flags.stride()
     shared = {
@@ -337,57 +337,23 @@ def launch_grad_weights(
     with torch.cuda.device_of(gradients):
         if is_run and config.channels:
             _grad_weights_run_kernel[(B * splits * triton.cdiv(C, config.channels),)](
-                *tensors,
-                *part_strides,
-                stride_b,
-                stride_t,
-                *valid_strides,
-                *map_strides,
-                T,
-                C,
-                P,
-                W,
-                config.channels,
-                triplets,
-                splits,
+                *tensors, *part_strides, stride_b, stride_t, *valid_strides, *map_strides,
+                T, C, P, W, config.channels, triplets, splits,
                 IS_MAP_RUN=activations is not None and activations.is_contiguous(),
-                **_run_blocks(config, P),
-                **shared,
-            )
+                **_run_blocks(config, P), **shared,
+            )  # fmt: skip
         else:
             _grad_weights_tile_kernel[(B * splits * triton.cdiv(C, config.block_c),)](
-                *tensors,
-                *part_strides,
-                stride_b,
-                stride_t,
-                stride_c,
-                stride_h,
-                stride_p if is_flat else stride_w,
-                *valid_strides,
-                *map_strides,
-                T,
-                C,
-                P,
-                W,
-                triplets,
-                splits,
-                IS_FLAT=is_flat,
-                BLOCK_C=config.block_c,
-                BLOCK_P=config.block_p,
-                **shared,
-            )
+                *tensors, *part_strides, stride_b, stride_t, stride_c,
+                stride_h, stride_p if is_flat else stride_w, *valid_strides, *map_strides,
+                T, C, P, W, triplets, splits,
+                IS_FLAT=is_flat, BLOCK_C=config.block_c, BLOCK_P=config.block_p, **shared,
+            )  # fmt: skip
         if splits > 1:
             _grad_weights_mean_kernel[(B * triton.cdiv(C, MEAN_BLOCKS["BLOCK_C"]),)](
-                out,
-                parts,
-                tensors[2],
-                *valid_strides,
-                T,
-                C,
-                splits,
-                HAS_VALID=flags is not None,
-                **MEAN_BLOCKS,
-            )
+                out, parts, tensors[2], *valid_strides, T, C, splits,
+                HAS_VALID=flags is not None, **MEAN_BLOCKS,
+            )  # fmt: skip
     return out
 
 
@@ -418,14 +384,18 @@ def specialisations() -> list[Specialisation]:
             }
         for is_plus in (False, True) if P == 49 and itemsize == 4 else (True,):
             flags = {"IS_PLUS": is_plus, "HAS_VALID": True, "IS_PARTIAL": is_plus}
-            forms.append(_form(kernel, pointers, flags | blocks, config.num_warps))
+            # Strides beyond 2^31 elements for those that come once.
+            stride = "i64" if layout == "gaps" or P == 513 else "i32"
+            forms.append(_form(kernel, pointers, flags | blocks, config.num_warps, stride=stride))
     pointers = {"out_ptr": "*fp32", "parts_ptr": "*fp32", "valid_ptr": "*u8"}
     flags = {"HAS_VALID": True, **MEAN_BLOCKS}
     forms.append(_form(_grad_weights_mean_kernel, pointers, flags, 4))
     return forms
 
 
-def _form(kernel, pointers, constants, num_warps):  # type: ignore[no-untyped-def]
+def _form(  # type: ignore[no-untyped-def]
+    kernel, pointers, constants, num_warps, *, stride="i32"
+):
     sizes = [name for name in kernel.arg_names if name not in pointers and name not in constants]
-    types = pointers | dict.fromkeys(sizes, "i32")
+    types = pointers | {n: stride if n.startswith("stride") else "i32" for n in sizes}
     return Specialisation(kernel, types, constants, {"num_warps": num_warps})

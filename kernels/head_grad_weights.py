@@ -316,17 +316,22 @@ def specialisations() -> list[Specialisation]:
         rows, block_c, block_d, num_warps = config
         blocks = {"BLOCK_C": block_c, "BLOCK_D": block_d, "PRECISION": precision}
         forms.append(_form(_head_product_kernel, blocks | {"BLOCK_B": rows}, num_warps))
-        forms.append(_form(_head_plus_kernel, every | blocks | {"BLOCK_T": rows}, num_warps))
+        plus = every | blocks | {"BLOCK_T": rows}
+        stride = "i64" if precision == "tf32" else "i32"
+        forms.append(_form(_head_plus_kernel, plus, num_warps, stride=stride))
     for T, D in ((50, 128), (1, 2048)):
         block_t, block_d, num_warps = head_mean_config(T, D)
         blocks = {"BLOCK_T": block_t, "BLOCK_D": block_d}
-        forms.append(_form(_head_mean_kernel, every | blocks, num_warps))
+        # Strides beyond 2^31 elements, once.
+        stride = "i64" if T == 1 else "i32"
+        forms.append(_form(_head_mean_kernel, every | blocks, num_warps, stride=stride))
     return forms
 
 
-def _form(kernel, constants, num_warps):  # type: ignore[no-untyped-def]
+def _form(kernel, constants, num_warps, *, stride="i32"):  # type: ignore[no-untyped-def]
     names = [name for name in kernel.arg_names if name not in constants]
-    types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in names}
+    types = {n: stride if n.startswith("stride") else "i32" for n in names}
+    types |= {n: "*fp32" for n in names if n.endswith("_ptr")}
     if "valid_ptr" in types:
         types["valid_ptr"] = "*u8"
     return Specialisation(kernel, types, constants, {"num_warps": num_warps})

@@ -3,7 +3,12 @@
 For each operation there is a NamedTuple of its launch choices, a function ``<operation>_config``
 that makes one, and ``<OPERATION>_CONFIGS``, every value that the function can return: the kernels
 are compiled offline for all of them (tests/test_offline_compile.py), so a choice that is not listed
-there is one that nothing has compiled.
+there is one that nothing has compiled. Where blocks follow from the shape a list of shapes stands
+for them.
+
+All of these were reasoned from the sizes of a card (registers, shared memory, multiprocessors) and
+from what compiles without spilling; none has been measured. bench/sweep_launch.py prints what a
+card prefers.
 """
 
 from __future__ import annotations
@@ -94,6 +99,30 @@ def sparse_cam_slices(B: int, tiles: int) -> int:
     return max(1, min(tiles, FULL_GRID // B))
 
 
+TOP_M_MAX_C, TOP_M_MAX_M = 8192, 256  # a library sort beyond
+
+
+class TopMConfig(NamedTuple):
+    """Launch choices of ``top_m``."""
+
+    block_c: int  # channels read at once, at least block_m
+    block_m: int  # at least M
+    num_warps: int
+
+
+TOP_M_CONFIGS = (
+    TopMConfig(block_c=1024, block_m=64, num_warps=4),
+    TopMConfig(block_c=1024, block_m=256, num_warps=4),
+    TopMConfig(block_c=256, block_m=64, num_warps=2),
+    TopMConfig(block_c=256, block_m=256, num_warps=2),
+)
+
+
+def top_m_config(C: int, M: int) -> TopMConfig:
+    """Blocks of channels that a row fills, and room for M."""
+    return TOP_M_CONFIGS[2 * (C <= 256) + (M > 64)]
+
+
 class KnnConfig(NamedTuple):
     """How `knn` is launched: `splits` stretches of `rows_per_split` rows cover the table."""
 
@@ -177,8 +206,37 @@ KNN_FORMS = [
 ]
 
 
-# `grad_weights` and `head_grad_weights`. Reasoned from the hardware's sizes, not measured:
-# bench/sweep_launch.py prints what a card prefers.
+class TripletsConfig(NamedTuple):
+    """How `sample_triplets` and `mean_cotangents` are launched; one form of every kernel."""
+
+    block_b: int  # anchors that share a read of the table
+    block_n: int  # rows whose distances one program measures
+    tile: int  # rows that are put in order together
+    block_p: int  # positives, or rows, side by side
+    block_t: int  # draws of one program
+    block_s: int  # tiles that it searches at once
+    num_warps: int
+    groups: int  # programs that share the positives of an anchor
+    splits: int  # programs that share the tiles
+
+
+def triplets_config(B: int, N: int, processors: int) -> TripletsConfig:
+    """The launch for a group of B anchors and N rows on a GPU with so many multiprocessors."""
+    tile = 64
+    tiles = max(1, -(-N // tile))
+    return TripletsConfig(
+        block_b=8,
+        block_n=128,
+        tile=tile,
+        block_p=128,
+        block_t=4,
+        block_s=128,
+        num_warps=4,
+        # Most anchors have few positives, and then all groups but the first return at once.
+        groups=min(8, -(-N // 128)),
+        splits=min(tiles, max(1, 8 * processors // max(B, 1))),
+    )
+
 
 VECTOR_BYTES = 16  # the widest load of one thread
 PROGRAMS_PER_SM = 4  # wanted before T is split

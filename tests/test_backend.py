@@ -94,6 +94,13 @@ def test_registered_as_torch_says(name):
     torch.library.opcheck(getattr(torch.ops.gcfast, name).default, args, kwargs)
 
 
+@pytest.mark.parametrize("name", ["knn", "mean_cotangents", "sample_triplets"])
+def test_kernels_are_registered_as_torch_says(name):
+    args, kwargs = CALLS[name]()
+    operation = getattr(torch.ops.gcfast, name).default
+    torch.library.opcheck(operation, args, {**kwargs, "backend": "triton"})
+
+
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_one_node_of_a_compiled_graph(name):
     args, kwargs = CALLS[name]()

@@ -108,10 +108,13 @@ def test_selected_says_why_a_case_is_left_out():
 
 
 def test_inputs_rotate_through_more_than_the_cache():
-    case = cases.knn(1, 10**4)
-    assert cases.copies(case, 50 * 2**20) * case.inputs > 2 * 50 * 2**20
-    assert cases.copies(cases.knn(1, 10**7), 50 * 2**20) == 1
-    assert cases.copies(cases.top_m(1), 50 * 2**20) == 64  # the most
+    l2, memory = 50 * 2**20, 80 * 2**30
+    for case in (cases.knn(1, 10**4), cases.sparse_cam(256, cases.RESNET50)):
+        assert cases.copies(case, l2, memory) * case.bytes > 2 * l2
+    assert cases.copies(cases.knn(1, 10**7), l2, memory) == 1
+    assert cases.copies(cases.top_m(1), l2, memory) == 512  # the most
+    case = cases.sparse_cam(16, cases.RESNET50)
+    assert cases.copies(case, l2, 6 * case.inputs) == 3  # half of the memory
 
 
 def test_windows_hold_whole_rounds_for_long_enough():

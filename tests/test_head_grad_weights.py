@@ -175,6 +175,34 @@ def test_tiles_shrink_until_every_multiprocessor_has_one():
             assert config in HEAD_GRAD_WEIGHTS_CONFIGS
 
 
+def test_beyond_2_31_elements():
+    # On the CPU only the pages that are written take memory.
+    buffer = torch.empty(2**31 + 2**20, dtype=torch.float16)
+    cotangents = buffer.as_strided((2, 3, 4), (2**31, 4, 1))
+    cotangents[0], cotangents[1] = 0, 2
+    weight = torch.ones(4, 5)
+    for method, wanted in (("gradcam", 8 / 2), ("gradcam++", 2 * 4 / 2)):
+        got = ops.head_grad_weights(
+            cotangents,
+            weight,
+            pixels=2,
+            activation_sums=torch.zeros(2, 5),
+            method=method,
+            backend="triton",
+        )
+        assert torch.equal(got, torch.tensor([[0.0], [wanted]]).expand(2, 5))
+
+
+def test_registered_as_torch_says():
+    args, rest = _arguments(B=2, T=3, C=5, D=4, valid=1)
+    tensors = [rest[name] for name in ("embeddings", "norms", "activation_sums")]
+    torch.library.opcheck(
+        torch.ops.gcfast.head_grad_weights.default,
+        (*args, *tensors),
+        {"pixels": 4, "method": "gradcam++", "precision": "tf32", "backend": "triton"},
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -2,12 +2,18 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import clustered, norm_error
+from helpers import clustered, guarded, norm_error, strided
 
+import gcfast.kernels.sample_triplets as kernels
 from gcfast import ops, reference
+from gcfast.kernels.launch import TripletsConfig
 
 CASES = [
     (1, 1, 1, 0.2, 3),
@@ -74,6 +80,153 @@ def test_many_threads_and_groups_give_the_same_bits():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+TILED = TripletsConfig(
+    block_b=16, block_n=64, tile=16, block_p=32, block_t=16, block_s=4, num_warps=4,
+    groups=2, splits=3,
+)  # fmt: skip
+
+
+def _lattice(rows, dim, classes):
+    """Points of whole coordinates: distances are whole and meet at the hinge again and again."""
+    return torch.randint(-1, 2, (rows, dim)).float(), torch.randint(classes, (rows,))
+
+
+def _assert_same_as_reference(arguments, margin, **options):
+    wanted = ops.sample_triplets(*arguments, margin=margin, **options, backend="reference")
+    got = ops.sample_triplets(*arguments, margin=margin, **options, backend="triton")
+    for name, a, b in zip(wanted._fields, wanted, got, strict=True):
+        assert torch.equal(a, b), name
+    wanted = ops.mean_cotangents(*arguments, margin=margin, backend="reference")
+    got = ops.mean_cotangents(*arguments, margin=margin, backend="triton")
+    torch.testing.assert_close(got[0], wanted[0], atol=1e-6, rtol=1e-6)
+    assert torch.equal(got[1], wanted[1])
+    assert torch.equal(got[2], wanted[2])
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("first", [None, 2])
+@pytest.mark.parametrize("case", [c for c in CASES if c[-1] < 99], ids=str)
+def test_triton_draws_what_the_reference_draws(case, first, device):
+    N, D, classes, margin, T = case
+    embeddings, labels = clustered(N, D, classes)
+    guard = guarded((N, D)).copy_(embeddings).to(device)
+    arguments = _arguments(guard, labels.to(device), torch.arange(min(N, 5), device=device))
+    _assert_same_as_reference(arguments, margin, triplets=T, seed=2**40 + 5, first=first)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("margin", [0.0, 1.0, math.inf, -math.inf])
+def test_triton_agrees_at_the_hinge_and_over_many_tiles(margin, monkeypatch, device):
+    monkeypatch.setattr(kernels, "triplets_config", lambda *_: TILED)
+    embeddings, labels = _lattice(83, 3, 3)
+    rows = torch.tensor([0, 82])
+    arguments = [a.to(device) for a in _arguments(embeddings, labels, rows)]
+    _assert_same_as_reference(arguments, margin, triplets=40, seed=1)
+    _assert_same_as_reference(arguments, margin, triplets=40, first=500)
+
+
+def test_triton_takes_anchors_in_groups_and_the_table_in_slabs(monkeypatch, device):
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 28 * 70 * 2)  # two anchors a group
+    monkeypatch.setattr(kernels, "SLAB_BYTES", 8 * 4 * 30)  # thirty rows a product
+    monkeypatch.setattr(kernels, "TRANSPOSE_BYTES", 0)
+    embeddings, labels = _lattice(70, 4, 3)
+    arguments = [
+        a.to(device) for a in _arguments(embeddings, labels, torch.tensor([3, 69, 8, 20, 41]))
+    ]
+    _assert_same_as_reference(arguments, 1.0, triplets=6)
+
+
+def test_triton_takes_any_strides(device):
+    embeddings, labels = (a.to(device) for a in clustered(70, 4, 3))
+    arguments = _arguments(embeddings, labels, torch.arange(3, device=device))
+    wanted = ops.sample_triplets(*arguments, triplets=6, margin=0.2)
+    apart = [
+        strided(a) if a.is_floating_point() else a.repeat_interleave(2)[::2] for a in arguments
+    ]
+    got = ops.sample_triplets(*apart, triplets=6, margin=0.2, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("B", "N"), [(0, 5), (2, 0)])
+def test_triton_on_nothing(B, N, device):
+    ids = torch.zeros(B + N, dtype=torch.int64, device=device)
+    arguments = (torch.ones(B, 3, device=device), ids[:B], ids[:B],
+                 torch.ones(N, 3, device=device), ids[:N])  # fmt: skip
+    drawn = ops.sample_triplets(*arguments, triplets=4, margin=0.2, backend="triton")
+    assert drawn.positives.tolist() == [[-1] * 4] * B
+    assert drawn.counts.tolist() == [0] * B
+    cotangents, counts, hardest = ops.mean_cotangents(*arguments, margin=0.2, backend="triton")
+    assert cotangents.tolist() == [[0.0] * 3] * B
+    assert counts.tolist() == [0] * B
+    assert hardest.tolist() == [[-1, -1]] * B
+
+
+def test_triton_leaves_rows_of_nan_out_of_every_pair(device):
+    embeddings, labels = clustered(70, 4, 3)
+    embeddings[5] = embeddings[66] = math.nan
+    arguments = [a.to(device) for a in _arguments(embeddings, labels, torch.tensor([0, 5, 9]))]
+    wanted = ops.sample_triplets(*arguments, triplets=50, margin=0.2, backend="reference")
+    got = ops.sample_triplets(*arguments, triplets=50, margin=0.2, backend="triton")
+    assert torch.equal(got.positives, wanted.positives)
+    assert torch.equal(got.negatives, wanted.negatives)
+    assert got.counts.tolist() == wanted.counts.tolist()
+    assert got.counts[1] == 0
+    assert got.hardest[1].tolist() == [-1, -1]
+
+
+def test_triton_lists_nothing_from_the_last_number_on(device):
+    arguments = [a.to(device) for a in _arguments(*clustered(9, 2, 2))]
+    listed = ops.sample_triplets(
+        *arguments, triplets=3, margin=0.2, first=2**63 - 1, backend="triton"
+    )
+    assert not listed.valid.any()
+
+
+def test_triton_draws_uniformly(device):
+    """A chi-square test at three standard deviations, always of the same seeds."""
+    embeddings, labels = (a.to(device) for a in clustered(90, 3, 4, spread=2.0))
+    arguments = _arguments(embeddings, labels, torch.tensor([7], device=device))
+    V = int(ops.sample_triplets(*arguments, triplets=1, margin=0.5).counts)
+    T, seeds = V - 1, 12
+    listed = ops.sample_triplets(*arguments, triplets=V, margin=0.5)
+    number = torch.full((90, 90), -1, device=device)
+    number[listed.positives[0], listed.negatives[0]] = torch.arange(V, device=device)
+    seen = torch.zeros(V, dtype=torch.int64, device=device)
+    wide = TILED._replace(tile=64, block_t=1024)
+    for seed in range(seeds):
+        drawn = kernels.launch_sample_triplets(
+            *arguments, triplets=T, margin=0.5, seed=seed, config=wide
+        )
+        seen += torch.bincount(number[drawn.positives[0], drawn.negatives[0]], minlength=V)
+    expected = seeds * T / V
+    chi2 = float((seen - expected).square().sum() / expected)
+    assert abs(chi2 - (V - 1)) < 3 * math.sqrt(2 * (V - 1))
+
+
+def test_distances_are_compiled_without_fused_multiply_add():
+    """In machine code, for NVIDIA and AMD; that they are fused otherwise shows the test can see."""
+    program = """
+import offline, triton
+from gcfast.kernels import sample_triplets
+
+[form] = [
+    s for s in sample_triplets.specialisations() if s.kernel is sample_triplets._distances_kernel
+]
+signature = {name: form.types.get(name, "constexpr") for name in form.kernel.arg_names}
+source = triton.compiler.ASTSource(form.kernel, signature, form.constants, {})
+for target, code, fused in (("sm_90", "sass", "DFMA"), ("gfx942", "amdgcn", "v_fma")):
+    for options in (form.options, {**form.options, "enable_fp_fusion": True}):
+        compiled = triton.compile(source, target=offline._gpu_target(target), options=options)
+        print(compiled.asm[code].count(fused) > 0)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["False", "True"] * 2, done.stderr
 
 
 def test_draws_are_valid_pairs_counted_and_the_hardest_is_right():

@@ -15,6 +15,7 @@ FEW = {  # axes short enough for Triton's interpreter
     "grad_weights": {"block_t": (1, 2), "splits": (1, 2)},
     "head_grad_weights": {"block_d": (16, 32)},
     "knn": {"block_n": (32,)},
+    "top_m": {"num_warps": (1, 2)},
 }
 
 
@@ -30,6 +31,7 @@ def test_variants_agree_and_are_ordered_by_time(operation, monkeypatch):
         axes=FEW[operation],
         seconds=1e-6,
         l2_bytes=0,
+        memory_bytes=2**30,
     )
     assert failed == 0
     assert len(tried) == len(set(sweep_launch.variants(base.config, FEW[operation], case)))
@@ -70,6 +72,7 @@ def test_a_variant_with_another_result_stops_the_sweep(monkeypatch):
             axes={"block_t": (1, 2)},
             seconds=1e-6,
             l2_bytes=0,
+            memory_bytes=2**30,
         )
 
 
@@ -89,6 +92,7 @@ def test_a_variant_without_room_is_counted(monkeypatch):
         axes={"block_t": (1, 2)},
         seconds=1e-6,
         l2_bytes=0,
+        memory_bytes=2**30,
     )
     assert ([one.config.block_t for one in tried], failed) == ([1], 1)
 
