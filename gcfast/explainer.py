@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -30,9 +30,12 @@ from gcfast.objectives import (
     gradients_of,
 )
 from gcfast.rows import signed_parts
-from gcfast.search import Search, make_search, temperature
 from gcfast.settings import Settings
+from gcfast.stream import overlapped
+from gcfast.transfer import Transfer, Transferred, make_transfer
 from gcfast.triplets import Anchors, Cotangents, PairSource
+
+STREAM_DEPTH = 1  # batches that wait for their transfer while the next one is in the model
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,7 @@ class _Attached:
 
     database: Database
     device: torch.device
-    channels: Tensor
-    weights: Tensor
-    offsets: Tensor
-    labels: Tensor
-    search: Search
-    temperature: float
+    transfer: Transfer
 
 
 class Explainer:
@@ -296,37 +294,126 @@ class Explainer:
         attached = self._attach()
         if len(images) == 0:
             return self._nothing(images, output_size, details)
+        activations, embeddings = self._embedded(images)
+        found = attached.transfer(embeddings)
+        return self._explained(activations, embeddings, found, output_size, options, details)
+
+    @overload
+    def explain_stream(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        size: Size | None = ...,
+        normalize: str | None = ...,
+        relu: bool = ...,
+        center: float = ...,
+        details: Literal[False] = ...,
+    ) -> Iterator[Tensor]: ...
+
+    @overload
+    def explain_stream(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        size: Size | None = ...,
+        normalize: str | None = ...,
+        relu: bool = ...,
+        center: float = ...,
+        details: Literal[True],
+    ) -> Iterator[Explanation]: ...
+
+    def explain_stream(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        size: Size | None = None,
+        normalize: str | None = "max",
+        relu: bool = True,
+        center: float = 0.0,
+        details: bool = False,
+    ) -> Iterator[Tensor] | Iterator[Explanation]:
+        """Explain one batch after another; with an index, searching while the model runs.
+
+        What :meth:`explain_batch` gives for each batch, in order. The index of batch i is searched,
+        and its rows are gathered, in the background of the forward pass of batch i + 1; until then
+        the activations of batch i are kept, so STREAM_DEPTH + 1 batches are held at most.
+
+        Args:
+            batches: any iterable of images as for :meth:`explain_batch`; read STREAM_DEPTH batches
+                ahead of what is yielded.
+            size: as for :meth:`explain_batch`.
+            normalize: as for :meth:`explain_batch`.
+            relu: as for :meth:`explain_batch`.
+            center: as for :meth:`explain_batch`.
+            details: as for :meth:`explain_batch`.
+
+        Yields:
+            Maps or explanations, one for each batch. An exception, of the iterable or of a batch,
+            comes after the explanations of the batches before it.
+
+        Raises:
+            NoDatabaseError: there is no database yet; at once.
+            TypeError, ValueError: as :meth:`explain_batch`.
+        """
+        options = MapOptions(size, normalize, relu, center)
+        self._attach()
+
+        def begin(images: Tensor) -> Callable[[], Tensor | Explanation]:
+            return self._begin(images, options, details)
+
+        return overlapped(batches, begin, STREAM_DEPTH)  # type: ignore[return-value]
+
+    def _begin(
+        self, images: Tensor, options: MapOptions, details: bool
+    ) -> Callable[[], Tensor | Explanation]:
+        """The forward pass of a batch; its transfer is under way, and waited for by the result."""
+        images = self._checked_images("images", images)
+        output_size = options.checked(images)
+        attached = self._attach()
+        if len(images) == 0:
+            return lambda: self._nothing(images, output_size, details)
+        activations, embeddings = self._embedded(images)
+        pending = attached.transfer.start(embeddings)
+        return lambda: self._explained(
+            activations, embeddings, pending.wait(), output_size, options, details
+        )
+
+    def _embedded(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(activations [B, C, H, W], embeddings [B, D]) of images that were checked."""
         captured = self.network.embed(images)
         embeddings = normalized(captured.output, self.settings.l2_normalize)
         check_embeddings(embeddings, images)
-        distances, neighbors = attached.search(embeddings, self.k)
-        mixing = None
-        if self.k > 1:
-            scale = max(attached.temperature, torch.finfo(torch.float32).tiny)
-            # From the nearest on, so that where τ is 0 (a table of twins) that one weighs 1.
-            beyond = distances - distances[:, :1]
-            mixing = torch.softmax(-beyond / scale, dim=1)
+        return captured.activations, embeddings
+
+    def _explained(
+        self,
+        activations: Tensor,
+        embeddings: Tensor,
+        found: Transferred,
+        size: tuple[int, int],
+        options: MapOptions,
+        details: bool,
+    ) -> Tensor | Explanation:
         maps = ops.sparse_cam(
-            captured.activations,
-            neighbors,
-            attached.channels,
-            attached.weights,
-            size=output_size,
-            mixing=mixing,
-            offsets=attached.offsets,
-            center=center,
-            relu=relu,
-            normalize=normalize,
+            activations,
+            found.rows,
+            found.channels,
+            found.weights,
+            size=size,
+            mixing=found.mixing,
+            offsets=found.offsets,
+            center=options.center,
+            relu=options.relu,
+            normalize=options.normalize,
         )
         if not details:
             return maps
-        found = neighbors >= 0
         return Explanation(
             maps=maps,
             embeddings=embeddings,
-            neighbors=neighbors,
-            distances=distances,
-            labels=torch.where(found, attached.labels[neighbors.clamp(min=0)], -1),
+            neighbors=found.neighbors,
+            distances=found.distances,
+            labels=found.labels(),
             flat=maps.abs().amax((1, 2)) == 0,
         )
 
@@ -506,7 +593,7 @@ class Explainer:
         return images
 
     def _attach(self) -> _Attached:
-        """The database on the model's device, with its search; made once."""
+        """The database with its transfer to the model's device; made once."""
         with self._lock:
             database, attached = self._database, self._attached
             if database is None:
@@ -515,17 +602,10 @@ class Explainer:
                 )
             device = self.network.device(torch.device("cpu"))
             if attached is None or attached.device != device:
-                table = database.embeddings.to(device)
-                tau = temperature(table, self.k) if self.k > 1 else 1.0
                 attached = self._attached = _Attached(
                     database=database,
                     device=device,
-                    channels=database.channels.to(device),
-                    weights=database.weights.to(device),
-                    offsets=database.offsets.to(device),
-                    labels=database.labels.to(device),
-                    search=make_search(self.index, table),
-                    temperature=tau,
+                    transfer=make_transfer(database, device, self.k, self.index),
                 )
             return attached
 
