@@ -201,8 +201,11 @@ py::tuple arrays_of(TransferResult& result, const Outputs& outputs) {
 
 class PyTicket {
  public:
-  PyTicket(std::shared_ptr<Ticket> ticket, Outputs outputs)
-      : ticket_(std::move(ticket)), outputs_(std::move(outputs)), process_(getpid()) {}
+  PyTicket(std::shared_ptr<Ticket> ticket, Outputs outputs, py::object engine)
+      : ticket_(std::move(ticket)),
+        outputs_(std::move(outputs)),
+        engine_(std::move(engine)),
+        process_(getpid()) {}
 
   bool done() const {
     check_process();
@@ -232,6 +235,7 @@ class PyTicket {
 
   std::shared_ptr<Ticket> ticket_;
   Outputs outputs_;
+  py::object engine_;  // whose end would fail what is waited for
   std::optional<py::tuple> arrays_;
   const pid_t process_;
 };
@@ -287,11 +291,15 @@ class PyEngine {
     return py::make_tuple(owned(result.distances, {B, k}), owned(result.neighbors, {B, k}));
   }
 
-  std::unique_ptr<PyTicket> submit(const Queries& queries, int64_t k, double temperature,
-                                   const std::optional<py::tuple>& buffers,
-                                   const py::object& ready) {
-    const TransferRequest request = checked(queries, k, temperature, true);
-    Outputs outputs = outputs_of(buffers, queries.shape(0), k);
+  // Not a method, because the ticket holds the Python object. (py::keep_alive<0, 1> would be shorter;
+  // in pybind11 3.1.0 it crashes when the arguments are of other types.)
+  static std::unique_ptr<PyTicket> submit(const py::object& self, const Queries& queries, int64_t k,
+                                          double temperature,
+                                          const std::optional<py::tuple>& buffers,
+                                          const py::object& ready) {
+    auto& engine = self.cast<PyEngine&>();
+    const TransferRequest request = engine.checked(queries, k, temperature, true);
+    Outputs outputs = engine.outputs_of(buffers, queries.shape(0), k);
     const Held owner = hold(py::make_tuple(queries, ready, buffers ? *buffers : py::tuple()));
     const float* const data = queries.data();
     TransferJob job{{}, queries.shape(0), request, outputs.pointers(), owner};
@@ -306,9 +314,9 @@ class PyEngine {
     std::shared_ptr<Ticket> ticket;
     {
       const py::gil_scoped_release unlocked;
-      ticket = engine_->submit(std::move(job));
+      ticket = engine.engine_->submit(std::move(job));
     }
-    return std::make_unique<PyTicket>(std::move(ticket), std::move(outputs));
+    return std::make_unique<PyTicket>(std::move(ticket), std::move(outputs), self);
   }
 
   void close() {
@@ -416,7 +424,7 @@ void register_transfer(py::module_& module) {
            "(distances [B,K], neighbors [B,K]).")
       .def("submit", &PyEngine::submit, py::arg("queries").noconvert(), py::kw_only(), py::arg("k"),
            py::arg("temperature") = 1.0, py::arg("buffers") = py::none(),
-           py::arg("ready") = py::none(), py::keep_alive<0, 1>(),
+           py::arg("ready") = py::none(),
            "A Ticket. `queries` must not be written to before it is done; `ready` is called by the\n"
            "worker before it reads them.")
       .def("close", &PyEngine::close,
