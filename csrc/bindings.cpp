@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings_transfer.hpp"
 #include "sample_triplets.hpp"
 
 namespace py = pybind11;
@@ -96,4 +97,5 @@ PYBIND11_MODULE(_core, module) {
              py::arg("embeddings").noconvert(), py::arg("labels").noconvert(), py::kw_only(),
              py::arg("margin"), py::arg("threads"),
              "(cotangents [B,D], counts [B], hardest [B,2]); see gcfast.ops.mean_cotangents.");
+  gcfast::register_transfer(module);
 }

@@ -8,16 +8,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "clones.hpp"
 #include "parallel_for.hpp"
-
-// One build for every x86-64: the loader takes the widest version that the processor has. No version
-// may fuse a multiplication with an addition (see CMakeLists.txt), so all of them give the same bits.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-#define GCFAST_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
-#define GCFAST_CLONES
-#endif
 
 namespace gcfast {
 namespace {

@@ -2,69 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
-from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcfast import ops
-from gcfast._checks import require_int
-from gcfast.append import append, check_appendable
-from gcfast.build import build
-from gcfast.calibration import KEY, Calibration, Fidelity, calibrated, transfer_fidelity
-from gcfast.capture import Captured
-from gcfast.database import Database
-from gcfast.errors import ModelMismatchError, NoDatabaseError
-from gcfast.explanation import Explanation, MapOptions, Size, TripletMaps
+from gcfast.building import Building
+from gcfast.calibration import KEY, Fidelity, calibrated, transfer_fidelity
+from gcfast.explainer_state import Attached
+from gcfast.explanation import Explanation, MapOptions, Size
 from gcfast.export import ExportedExplainer
-from gcfast.fingerprint import difference, fingerprint
-from gcfast.graphs import Graphs
-from gcfast.head import normalized, vjp_grad_weights
-from gcfast.hot_path import Finish, Transferred, transfer
-from gcfast.labels import numbers_like
-from gcfast.loading import check_embeddings, require_images
-from gcfast.network import Network, Reshape
-from gcfast.objectives import (
-    LossFunction,
-    Objective,
-    TripletLoss,
-    gradients_of,
-)
+from gcfast.head import normalized
+from gcfast.hot_path import Explained, Finish, Transferred, explained
+from gcfast.loading import check_embeddings
 from gcfast.ops import dispatch
+from gcfast.own_maps import OwnMaps
 from gcfast.precision import full_precision
-from gcfast.rows import signed_parts
-from gcfast.search import Search, make_search, temperature
-from gcfast.settings import Settings
-from gcfast.triplets import Anchors, Cotangents, PairSource
+from gcfast.stream import overlapped
+from gcfast.transfer import ExactTransfer
+
+STREAM_DEPTH = 1  # batches that wait for their transfer while the next one is in the model
 
 
-@dataclass(frozen=True)
-class _Attached:
-    """A database made ready on one device; never changed, so threads share it."""
-
-    database: Database
-    device: torch.device
-    channels: Tensor
-    weights: Tensor
-    offsets: Tensor
-    labels: Tensor
-    search: Search
-    temperature: float
-    calibration: Calibration | None
-
-    def confidence(self, distances: Tensor) -> Tensor | None:
-        """What is to be expected of maps at distances [B, K] of their rows."""
-        return None if self.calibration is None else self.calibration.confidence(distances[:, 0])
-
-
-class Explainer:
+class Explainer(Building, OwnMaps):
     """Explains the embeddings of one network.
 
     Args:
@@ -106,254 +69,6 @@ class Explainer:
 
     Source: paper, sections 3.1 to 3.3.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: str | nn.Module | None = None,
-        database: Database | None = None,
-        *,
-        objective: Objective | LossFunction | None = None,
-        method: str = "gradcam",
-        triplets: int | str = 50,
-        channels: int | str = 50,
-        evidence: str = "for",
-        k: int = 1,
-        index: Any = "exact",
-        l2_normalize: bool = True,
-        on_no_triplet: str = "hardest",
-        output_key: str | int | None = None,
-        reshape: Reshape | None = None,
-        seed: int = 0,
-        cuda_graphs: bool = False,
-    ) -> None:
-        self.settings = Settings.checked(
-            objective=TripletLoss() if objective is None else objective,
-            method=method,
-            triplets=triplets,
-            channels=channels,
-            evidence=evidence,
-            l2_normalize=l2_normalize,
-            on_no_triplet=on_no_triplet,
-            seed=seed,
-        )
-        self.k = require_int("k", k, 1)
-        self.index = index
-        if not isinstance(cuda_graphs, bool):
-            raise TypeError(f"`cuda_graphs` must be a bool, got {cuda_graphs!r}")
-        self.network = Network(model, layer, output_key=output_key, reshape=reshape)
-        self._graphs = Graphs(self.network.model) if cuda_graphs else None
-        self._lock = threading.Lock()
-        self._database: Database | None = None
-        self._attached: _Attached | None = None
-        if database is not None:
-            self.database = database
-
-    @property
-    def layer_name(self) -> str | None:
-        """The layer that is explained; None until the first forward pass has found it."""
-        return self.network.layer_name
-
-    @property
-    def database(self) -> Database | None:
-        """The database that explanations rest on. Setting it checks that it is this model's.
-
-        Raises:
-            TypeError: not a database.
-            ModelMismatchError: built with another model, other weights, layer or normalisation.
-        """
-        return self._database
-
-    @database.setter
-    def database(self, database: Database) -> None:
-        if not isinstance(database, Database):
-            raise TypeError(
-                f"`database` must be a gcfast.Database, got {type(database).__name__}; "
-                "gcfast.Database.open reads one"
-            )
-        manifest = database.manifest
-        if self.layer_name is None and not self.network.has_layer(manifest["layer"]):
-            raise ModelMismatchError(
-                f"the database was built with the layer {manifest['layer']!r}, which the model "
-                "lacks"
-            )
-        differs = difference(manifest["fingerprint"], fingerprint(self.network.model))
-        if differs:
-            raise ModelMismatchError(
-                f"the database was built with another model than this one: {differs}"
-            )
-        if self.layer_name is not None and manifest["layer"] != self.layer_name:
-            raise ModelMismatchError(
-                f"the database was built with the layer {manifest['layer']!r}, "
-                f"not with {self.layer_name!r}"
-            )
-        if manifest["settings"]["l2_normalize"] != self.settings.l2_normalize:
-            raise ModelMismatchError(
-                f"the database was built with l2_normalize={not self.settings.l2_normalize}, "
-                f"not with {self.settings.l2_normalize}"
-            )
-        if self.layer_name is None:
-            self.network.set_layer(manifest["layer"])
-        self._set_database(database)
-
-    def _set_database(self, database: Database) -> None:
-        with self._lock:
-            self._database, self._attached = database, None
-        database.explainer = weakref.ref(self)
-
-    def info(self) -> dict[str, Any]:
-        """The layer, the memory format the model is run in, the settings and the database."""
-        return {
-            "layer": self.layer_name,
-            "channels_last": self.network.channels_last,
-            "settings": self.settings.describe(),
-            "k": self.k,
-            "index": self.index if isinstance(self.index, str) else type(self.index).__name__,
-            "database": None if self._database is None else repr(self._database),
-        }
-
-    def build(
-        self,
-        loader: Iterable[Any],
-        *,
-        progress: bool = False,
-        preprocessing: dict[str, Any] | None = None,
-        out: str | os.PathLike[str] | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
-        storage: str = "float32",
-    ) -> Database:
-        """Build the database from labelled images, and explain from it from now on.
-
-        One forward pass over the images where the head is an affine map of the spatially averaged
-        activations (with or without L2 norm); for any other head a second one, with
-        vector-Jacobian products from the layer on. Memory: O(N D), for Grad-CAM++ O(N (D + C)),
-        spilled to temporary files above gcfast.spool.SPOOL_MEMORY_BYTES.
-
-        With ``out`` the spool and the rows are written as they are made, in ``out.partial``, which
-        becomes ``out`` at the end: a build that is killed goes on with ``resume``, at the last
-        images or the last shard of rows that were whole, and gives the same rows. Batches that are
-        done are not put through the model again, but for one, which has to give the embeddings
-        it gave before.
-
-        Args:
-            loader: any iterable of (images, labels) or (images, labels, ids), a list included:
-                images [B, 3, h, w] floating point, moved to the model's device and dtype; labels
-                [B] whole numbers or names (real numbers for a ``RankLoss``); ids [B] strings. It
-                must give the same images in the same order each time it is gone through.
-            progress: show bars on stderr.
-            preprocessing: anything that JSON can hold, kept in the manifest.
-            out: the folder to write the database to as it is made; None keeps it in memory.
-            resume: go on with the unfinished build of ``out``, if there is one.
-            overwrite: replace a gcfast database at ``out``, once the new one is whole.
-            storage: "float32" or "float16" for the rows' embeddings and weights.
-
-        Returns:
-            The database, its rows in the loader's order.
-
-        Raises:
-            TypeError, ValueError: a loader that gives something else, no labels, one class only,
-                or other images the second time; NaN, with the row; more channels than C; an
-                unfinished build with other settings; weights that float16 cannot hold.
-            ModelMismatchError: the unfinished build is of another model.
-            FileExistsError: something is at ``out``, or an unfinished build that is not resumed.
-            DamagedDatabaseError: a file of the unfinished build is missing or cut off.
-            GcfastError: another process is building there.
-            OSError: the disk is full, or another failure to write; ``resume`` goes on later.
-        """
-        database = build(
-            self.network,
-            loader,
-            self.settings,
-            progress=progress,
-            preprocessing=preprocessing,
-            out=out,
-            resume=resume,
-            overwrite=overwrite,
-            storage=storage,
-        )
-        self._set_database(database)
-        return database
-
-    def calibrate(self, loader: Iterable[Any]) -> Fidelity:
-        """Learn from labelled held-out images what a distance says of a map; kept in the database.
-
-        From then on ``explain_batch(details=True).confidence`` is the expected cosine between the
-        map and the one that the image's own triplets would give. Save the database to keep it.
-
-        Args:
-            loader: as for :meth:`build`, of images that the database was not built from; images of
-                classes that it does not know are left out and counted.
-
-        Returns:
-            What was measured, see :class:`gcfast.calibration.Fidelity`.
-
-        Raises:
-            NoDatabaseError: there is no database yet.
-            TypeError, ValueError: as :meth:`explain_labelled`; fewer than ten images, or mostly
-                images of the database.
-        """
-        database = self._attach().database
-        fidelity = transfer_fidelity(self, loader)
-        database.manifest[KEY] = calibrated(fidelity).to_dict()
-        with self._lock:
-            self._attached = None
-        return fidelity
-
-    def append(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
-        """Add rows for further images to the database, and explain from it from now on.
-
-        The new rows draw their triplets from the stored and the new embeddings together. Stored
-        rows, the mean activation and the offsets stay as they are; the manifest's ``older_rows``
-        counts the rows that have not drawn from the newest ones, which :meth:`rebuild` renews. An
-        image that was left out before, the only one of its label, has no row that could lend
-        itself. A stored index has to be made anew.
-
-        A database with a folder gets new shards there and then the manifest that names them, so
-        that a reader sees the old rows or all of them; one in memory stays there.
-
-        Args:
-            loader: as for :meth:`build`; one label is enough.
-            progress: show bars on stderr.
-
-        Returns:
-            The database with all rows, the new ones last.
-
-        Raises:
-            NoDatabaseError: there is no database yet.
-            ModelMismatchError: the model has changed since the database was built.
-            TypeError, ValueError: as :meth:`build`; settings other than the database's.
-            GcfastError: a compressed database; one that another process writes to, or has changed.
-        """
-        if self._database is None:
-            raise NoDatabaseError("there is no database to append to: call build(loader) first")
-        database = append(self._database, self.network, loader, self.settings, progress=progress)
-        self._set_database(database)
-        return database
-
-    def rebuild(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
-        """Build the database anew where it is, with its storage and preprocessing.
-
-        Args:
-            loader: all the images, as for :meth:`build`.
-            progress: show bars on stderr.
-
-        Raises:
-            NoDatabaseError: there is no database yet.
-            TypeError, ValueError: as :meth:`build`; settings other than the database's.
-        """
-        old = self._database
-        if old is None:
-            raise NoDatabaseError("there is no database to rebuild: call build(loader) first")
-        check_appendable(old, self.network, self.settings)
-        return self.build(
-            loader,
-            progress=progress,
-            preprocessing=old.manifest.get("preprocessing"),
-            out=old.path,
-            overwrite=old.path is not None,
-            storage=old.storage,
-        )
 
     @overload
     def explain_batch(
@@ -427,15 +142,13 @@ class Explainer:
         """
         options = MapOptions(size, normalize, relu, center)
         images = self._checked_images("images", images)
-        output_size = options.checked(images)
+        finish = Finish(options.checked(images), center, relu, normalize)
         attached = self._attach()
         if len(images) == 0:
-            return self._nothing(images, output_size, details)
-        finish = Finish(output_size, center, relu, normalize)
-        run = partial(self._transferred, attached=attached, finish=finish)
+            return self._nothing(images, finish.size, details, attached)
+        run = partial(self._explained, attached=attached, finish=finish)
         if self._graphs is None:
-            out = run(images)
-            return out.explanation(attached.labels) if details else out.maps
+            return _result(run(images), attached, details)
         if not images.is_cuda:
             raise ValueError(
                 f"`cuda_graphs` must be False for a model on {images.device}, got True"
@@ -443,14 +156,101 @@ class Explainer:
         return self._graphs.run(
             self.network.prepared(images),
             run,
-            lambda out: out.copied().explanation(attached.labels) if details else out.maps.clone(),
+            lambda out: _result(out.copied(), attached, details),
             owner=attached,
             key=finish,
         )
 
-    def _transferred(
-        self, images: Tensor, *, attached: _Attached, finish: Finish, waits: bool | None = None
-    ) -> Transferred:
+    @overload
+    def explain_stream(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        size: Size | None = ...,
+        normalize: str | None = ...,
+        relu: bool = ...,
+        center: float = ...,
+        details: Literal[False] = ...,
+    ) -> Iterator[Tensor]: ...
+
+    @overload
+    def explain_stream(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        size: Size | None = ...,
+        normalize: str | None = ...,
+        relu: bool = ...,
+        center: float = ...,
+        details: Literal[True],
+    ) -> Iterator[Explanation]: ...
+
+    def explain_stream(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        size: Size | None = None,
+        normalize: str | None = "max",
+        relu: bool = True,
+        center: float = 0.0,
+        details: bool = False,
+    ) -> Iterator[Tensor] | Iterator[Explanation]:
+        """Explain one batch after another; with an index, searching while the model runs.
+
+        What :meth:`explain_batch` gives for each batch, in order. The index of batch i is searched,
+        and its rows are gathered, in the background of the forward pass of batch i + 1; until then
+        the activations of batch i are kept, so STREAM_DEPTH + 1 batches are held at most.
+
+        Args:
+            batches: any iterable of images as for :meth:`explain_batch`; read STREAM_DEPTH batches
+                ahead of what is yielded.
+            size: as for :meth:`explain_batch`.
+            normalize: as for :meth:`explain_batch`.
+            relu: as for :meth:`explain_batch`.
+            center: as for :meth:`explain_batch`.
+            details: as for :meth:`explain_batch`.
+
+        Yields:
+            Maps or explanations, one for each batch. An exception, of the iterable or of a batch,
+            comes after the explanations of the batches before it.
+
+        Raises:
+            NoDatabaseError: there is no database yet; at once.
+            TypeError, ValueError: as :meth:`explain_batch`.
+        """
+        options = MapOptions(size, normalize, relu, center)
+        self._attach()
+
+        def begin(images: Tensor) -> Callable[[], Tensor | Explanation]:
+            return self._begin(images, options, details)
+
+        return overlapped(batches, begin, STREAM_DEPTH)  # type: ignore[return-value]
+
+    def _begin(
+        self, images: Tensor, options: MapOptions, details: bool
+    ) -> Callable[[], Tensor | Explanation]:
+        """The forward pass of a batch; its transfer is under way, and waited for by the result."""
+        if self._graphs is not None:
+            at_once = self.explain_batch(images, **vars(options), details=details)
+            return lambda: at_once
+        images = self._checked_images("images", images)
+        finish = Finish(options.checked(images), options.center, options.relu, options.normalize)
+        attached = self._attach()
+        if len(images) == 0:
+            return lambda: self._nothing(images, finish.size, details, attached)
+        waits = not images.is_cuda
+        activations, embeddings = self._embedded(images, waits)
+        pending = attached.transfer.start(embeddings)
+
+        def finished() -> Tensor | Explanation:
+            out = _maps(activations, embeddings, pending.wait(), finish, waits)
+            return _result(out, attached, details)
+
+        return finished
+
+    def _explained(
+        self, images: Tensor, *, attached: Attached, finish: Finish, waits: bool | None = None
+    ) -> Explained:
         """One forward pass, the search and the maps.
 
         Args:
@@ -461,22 +261,40 @@ class Explainer:
                 wait for it.
         """
         waits = not images.is_cuda if waits is None else waits
+        activations, embeddings = self._embedded(images, waits)
+        with torch.no_grad(), full_precision(images.device):
+            found = attached.transfer(embeddings)
+        return _maps(activations, embeddings, found, finish, waits)
+
+    def _embedded(self, images: Tensor, waits: bool) -> tuple[Tensor, Tensor]:
+        """(activations [B, C, H, W], embeddings [B, D]) of images that were checked."""
         captured = self.network.embed(images)
         with torch.no_grad(), full_precision(images.device):
             embeddings = normalized(captured.output, self.settings.l2_normalize)
             if waits:
                 check_embeddings(embeddings, images)
-            return transfer(
-                captured.activations,
-                embeddings,
-                (attached.channels, attached.weights, attached.offsets),
-                finish,
-                search=attached.search,
-                k=self.k,
-                temperature=attached.temperature,
-                sparse_cam=ops.sparse_cam if waits else dispatch.sparse_cam,
-                marks=not waits,
-            )
+        return captured.activations, embeddings
+
+    def _nothing(
+        self, images: Tensor, size: tuple[int, int], details: bool, attached: Attached
+    ) -> Tensor | Explanation:
+        """The explanation of no images."""
+        maps = torch.zeros((0, *size), device=images.device)
+        if not details:
+            return maps
+        ids = torch.zeros((0, self.k), dtype=torch.int64, device=images.device)
+        embeddings = maps.new_zeros((0, attached.database.dim))
+        labels = ids.to(attached.database.shards[0].labels.dtype)
+        distances = maps.new_zeros((0, self.k))
+        return Explanation(
+            maps=maps,
+            embeddings=embeddings,
+            neighbors=ids,
+            distances=distances,
+            labels=labels,
+            flat=torch.zeros(0, dtype=torch.bool, device=images.device),
+            confidence=attached.confidence(distances),
+        )
 
     def export(
         self,
@@ -510,254 +328,60 @@ class Explainer:
         """
         options = MapOptions(size, normalize, relu, center)
         fixed = options.checked(torch.empty(0, 3, 1, 1))
-        if self.index != "exact":
+        if not self._indexed("exact"):
             raise ValueError(f"`index` must be 'exact' to be exported, got {self.index!r}")
         attached = self._attach()
-        table = attached.database.embeddings.to(attached.device)
-        tables = {
-            "table": table,
-            "squares": torch.linalg.vector_norm(table, dim=1).square(),
-            "channels": attached.channels,
-            "weights": attached.weights,
-            "offsets": attached.offsets,
-            "labels": attached.labels,
-        }
+        transfer = attached.transfer
+        assert isinstance(transfer, ExactTransfer)
         return ExportedExplainer(
             self.network,
-            tables,
+            transfer,
             Finish((0, 0) if size is None else fixed, center, relu, normalize),
-            k=self.k,
-            temperature=attached.temperature,
             l2_normalize=self.settings.l2_normalize,
             details=details,
         )
 
-    def explain_labelled(
-        self,
-        images: Tensor,
-        labels: Any,
-        *,
-        size: Size | None = None,
-        normalize: str | None = "max",
-        relu: bool = True,
-        center: float = 0.0,
-    ) -> Tensor:
-        """Heat maps from the images' own triplets against the database: what transfer approximates.
+    def calibrate(self, loader: Iterable[Any]) -> Fidelity:
+        """Learn from labelled held-out images what a distance says of a map; kept in the database.
+
+        From then on ``explain_batch(details=True).confidence`` is the expected cosine between the
+        map and the one that the image's own triplets would give. Save the database to keep it.
 
         Args:
-            images: as for :meth:`explain_batch`.
-            labels: [B] whole numbers or names, of the database's classes; real numbers for a
-                ``RankLoss``.
-            size: as for :meth:`explain_batch`.
-            normalize: as for :meth:`explain_batch`.
-            relu: as for :meth:`explain_batch`.
-            center: as for :meth:`explain_batch`.
+            loader: as for :meth:`build`, of images that the database was not built from; images of
+                classes that it does not know are left out and counted.
 
         Returns:
-            [B, OH, OW] float32; zeros for a label that no row of the database has.
+            What was measured, see :class:`gcfast.calibration.Fidelity`.
 
         Raises:
-            NoDatabaseError, TypeError, ValueError: as :meth:`explain_batch`, and for labels that
-                the database does not know; an objective over the other kind of labels than the
-                database has.
-
-        Source: paper, section 3.2 and its Figure 3.
+            NoDatabaseError: there is no database yet.
+            TypeError, ValueError: as :meth:`explain_labelled`; fewer than ten images, or mostly
+                images of the database.
         """
-        options = MapOptions(size, normalize, relu, center)
-        images = self._checked_images("images", images)
-        output_size = options.checked(images)
         database = self._attach().database
-        numbers = numbers_like(
-            database.labels,
-            database.class_names,
-            labels,
-            len(images),
-            real_labels=self.settings.objective.real_labels,
-        )
-        if len(images) == 0:
-            return images.new_zeros((0, *output_size), dtype=torch.float32)
-        source = PairSource(
-            self.settings.objective,
-            database.embeddings.float(),
-            database.labels,
-            hardest=self.settings.on_no_triplet == "hardest",
-        )
-        with self.network.differentiable(images) as captured:
-            embeddings = normalized(captured.output, self.settings.l2_normalize)
-            check_embeddings(embeddings.detach(), images)
-            anchors = Anchors(
-                embeddings.detach().cpu(),
-                numbers,
-                # None of the rows, and the same for all, so that no draw depends on the batch.
-                torch.full((len(images),), len(database)),
-            )
-            parts = (
-                part._replace(
-                    values=part.values.to(images.device), valid=part.valid.to(images.device)
-                )
-                for part in signed_parts(source, anchors, self.settings)
-            )
-            weights = vjp_grad_weights(
-                captured, embeddings, parts, self.settings.method, self.network
-            )
-        return self._own_maps(captured, weights, options, output_size)
-
-    def explain_triplet(
-        self,
-        anchor: Tensor,
-        positive: Tensor,
-        negative: Tensor,
-        *,
-        size: Size | None = None,
-        normalize: str | None = "max",
-        relu: bool = True,
-        center: float = 0.0,
-    ) -> TripletMaps:
-        """Heat maps of given triplets: Grad-CAM on the objective itself, no database needed.
-
-        The hinge of a triplet that is solved already has no gradient; it is ignored with
-        ``on_no_triplet="hardest"``, and with "skip" the maps of such a triplet are zeros.
-
-        Args:
-            anchor: [B, 3, h, w], as for :meth:`explain_batch`.
-            positive: [B, 3, h, w], of the anchors' labels.
-            negative: [B, 3, h, w], of other labels.
-            size: as for :meth:`explain_batch`.
-            normalize: as for :meth:`explain_batch`.
-            relu: as for :meth:`explain_batch`.
-            center: as for :meth:`explain_batch`; above 0 it needs a database.
-
-        Returns:
-            Maps of the anchors, positives and negatives, [B, OH, OW] float32 each.
-
-        Raises:
-            NoDatabaseError: ``center`` without a database.
-            TypeError, ValueError: as :meth:`explain_batch`.
-
-        Source: paper, section 3.1.
-        """
-        options = MapOptions(size, normalize, relu, center)
-        images = [
-            self._checked_images(name, value)
-            for name, value in (("anchor", anchor), ("positive", positive), ("negative", negative))
-        ]
-        if len({len(i) for i in images}) > 1:
-            raise ValueError(
-                "`anchor`, `positive` and `negative` must have the same B, got "
-                + ", ".join(str(len(i)) for i in images)
-            )
-        sizes = [options.checked(i) for i in images]
-        if len(anchor) == 0:
-            return TripletMaps(
-                *(
-                    i.new_zeros((0, *s), dtype=torch.float32)
-                    for i, s in zip(images, sizes, strict=True)
-                )
-            )
-        settings = self.settings
-        with ExitStack() as stack:
-            captured = [stack.enter_context(self.network.differentiable(i)) for i in images]
-            embeddings = [normalized(c.output, settings.l2_normalize) for c in captured]
-            for values, given in zip(embeddings, images, strict=True):
-                check_embeddings(values.detach(), given)
-            with torch.enable_grad():
-                leaves = [values.detach().requires_grad_() for values in embeddings]
-                loss = settings.objective.loss(
-                    leaves[0], leaves[1], leaves[2], settings.on_no_triplet == "skip"
-                )
-                cotangents = gradients_of(loss, leaves)
-            maps = []
-            for one, own, cotangent, output_size in zip(
-                captured, embeddings, cotangents, sizes, strict=True
-            ):
-                valid = cotangent.new_ones((len(cotangent), 1), dtype=torch.bool)
-                part = Cotangents(settings.sign * cotangent[:, None], valid, valid[:, 0].long())
-                weights = vjp_grad_weights(one, own, [part], settings.method, self.network)
-                maps.append(self._own_maps(one, weights, options, output_size))
-        return TripletMaps(*maps)
-
-    def _own_maps(
-        self, captured: Captured, weights: Tensor, options: MapOptions, size: tuple[int, int]
-    ) -> Tensor:
-        """Maps from weights [B, C] of the images themselves."""
-        B, C = weights.shape
-        m = C if self.settings.channels == "all" else self.settings.channels
-        if m > C:
-            raise ValueError(f"`channels` must be at most the layer's C = {C}, got {m}")
-        channels, kept = ops.top_m(weights, m)
-        offsets = None
-        if options.center != 0:
-            mean = self._attach().database.mean_activation.to(kept.device)
-            offsets = (kept * mean[channels]).sum(1)
-        return ops.sparse_cam(
-            captured.activations.detach(),
-            torch.arange(B, device=kept.device)[:, None],
-            channels,
-            kept,
-            size=size,
-            offsets=offsets,
-            center=options.center,
-            relu=options.relu,
-            normalize=options.normalize,
-        )
-
-    def _checked_images(self, name: str, images: Tensor) -> Tensor:
-        images = require_images(name, images)
-        device = self.network.device(images.device)
-        if images.device != device:
-            raise ValueError(
-                f"`{name}` must be on the model's device, {device}, got {images.device}"
-            )
-        dtype = self.network.dtype()
-        autocast = torch.is_autocast_enabled(images.device.type)
-        if dtype is not None and images.dtype != dtype and not autocast:
-            wanted, got = (str(d).removeprefix("torch.") for d in (dtype, images.dtype))
-            raise TypeError(f"`{name}` must have the model's dtype, {wanted}, got {got}")
-        return images
-
-    def _attach(self) -> _Attached:
-        """The database on the model's device, with its search; made once."""
+        fidelity = transfer_fidelity(self, loader)
+        database.manifest[KEY] = calibrated(fidelity).to_dict()
         with self._lock:
-            database, attached = self._database, self._attached
-            if database is None:
-                raise NoDatabaseError(
-                    "there is no database to explain from: call build(loader), or gcfast.load"
-                )
-            device = self.network.device(torch.device("cpu"))
-            if attached is None or attached.device != device:
-                table = database.embeddings.to(device)
-                index = database.read_index() if self.index == "stored" else self.index
-                tau = temperature(table, self.k) if self.k > 1 else 1.0
-                calibration = Calibration.from_manifest(database.manifest)
-                attached = self._attached = _Attached(
-                    database=database,
-                    device=device,
-                    channels=database.channels.to(device),
-                    weights=database.weights.to(device),
-                    offsets=database.offsets.to(device),
-                    labels=database.labels.to(device),
-                    search=make_search(index, table),
-                    temperature=tau,
-                    calibration=None if calibration is None else calibration.to(device),
-                )
-            return attached
+            self._attached = None
+        return fidelity
 
-    def _nothing(
-        self, images: Tensor, size: tuple[int, int], details: bool
-    ) -> Tensor | Explanation:
-        """The explanation of no images."""
-        maps = torch.zeros((0, *size), device=images.device)
-        if not details:
-            return maps
-        attached = self._attach()
-        dim = attached.database.embeddings.shape[1]
-        ids = torch.zeros((0, self.k), dtype=torch.int64, device=images.device)
-        return Explanation(
-            maps=maps,
-            embeddings=maps.new_zeros((0, dim)),
-            neighbors=ids,
-            distances=maps.new_zeros((0, self.k)),
-            labels=ids.to(self._attach().labels.dtype),
-            flat=torch.zeros(0, dtype=torch.bool, device=images.device),
-            confidence=attached.confidence(maps.new_zeros((0, 1))),
+
+def _maps(
+    activations: Tensor, embeddings: Tensor, found: Transferred, finish: Finish, waits: bool
+) -> Explained:
+    with torch.no_grad(), full_precision(embeddings.device):
+        return explained(
+            activations,
+            embeddings,
+            found,
+            finish,
+            sparse_cam=ops.sparse_cam if waits else dispatch.sparse_cam,
+            marks=not waits,
         )
+
+
+def _result(out: Explained, attached: Attached, details: bool) -> Tensor | Explanation:
+    if not details:
+        return out.maps
+    return out.explanation(attached.transfer.labels, attached.confidence)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from gcfast.capture import first_tensor
 from gcfast.errors import UnsupportedModelError
 from gcfast.head import normalized
-from gcfast.hot_path import Finish, transfer
+from gcfast.hot_path import Finish, Tables, explained, from_tables
 from gcfast.network import Network
+from gcfast.transfer import ExactTransfer
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -37,11 +38,9 @@ class ExportedExplainer(nn.Module):
     def __init__(
         self,
         network: Network,
-        tables: dict[str, Tensor],
+        transfer: ExactTransfer,
         finish: Finish,
         *,
-        k: int,
-        temperature: float,
         l2_normalize: bool,
         details: bool,
     ) -> None:
@@ -49,7 +48,9 @@ class ExportedExplainer(nn.Module):
         self._kept: list[Tensor] = []
         self.model = _recording_copy(network, self._kept)
         self.model.eval()
-        for name, tensor in tables.items():
+        self.register_buffer("table", transfer.search.table)
+        self.register_buffer("squares", transfer.search.squares)
+        for name, tensor in transfer.tables._asdict().items():
             self.register_buffer(name, tensor)
         self._reshape = network.reshape
         # The parts of a Network that work on what a pass gave, without its hooks.
@@ -58,8 +59,8 @@ class ExportedExplainer(nn.Module):
         self._channels_last = network.channels_last and network.clone is not None
         self._layer_name = network.layer_name
         self._finish = finish  # of size (0, 0) where it is the images' own
-        self._k = k
-        self._temperature = temperature
+        self._k = transfer.k
+        self._temperature = transfer.temperature
         self._l2_normalize = l2_normalize
         self._details = details
 
@@ -84,20 +85,22 @@ class ExportedExplainer(nn.Module):
                 images = images.contiguous(memory_format=torch.channels_last)
             output = self._embedding(self.model(images), images.shape[0])
             activations = self._activations()
-            out = transfer(
+            embeddings = normalized(output, self._l2_normalize)
+            distances, neighbors = torch.ops.gcfast.knn(
+                embeddings, self.table, self._k, squares=self.squares
+            )
+            tables = Tables(self.channels, self.weights, self.offsets, self.labels)
+            out = explained(
                 activations,
-                normalized(output, self._l2_normalize),
-                (self.channels, self.weights, self.offsets),
+                embeddings,
+                from_tables(distances, neighbors, tables, self._temperature),
                 finish,
-                search=self._search,
-                k=self._k,
-                temperature=self._temperature,
                 sparse_cam=torch.ops.gcfast.sparse_cam,
                 marks=True,
             )
             if not self._details:
                 return out.maps
-            labels = out.explanation(self.labels).labels
+            labels = out.labels_from(self.labels)
             return out.maps, out.embeddings, out.neighbors, out.distances, labels
 
     def _activations(self) -> Tensor:
@@ -110,12 +113,6 @@ class ExportedExplainer(nn.Module):
                 f"which ran {times}"
             )
         return taken[0] if self._reshape is None else self._reshape(taken[0])
-
-    def _search(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = torch.ops.gcfast.knn(
-            embeddings, self.table, k, squares=self.squares
-        )
-        return found
 
 
 def _recording_copy(network: Network, kept: list[Tensor]) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gcfast.hot_path import Transferred
+from gcfast.hot_path import Explained
 
 GRAPHS_KEPT = 8  # shapes whose graphs are kept, the last used
 WARM_UPS = 3  # runs before a capture, in which libraries choose their algorithms
@@ -32,7 +32,7 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """What captures. Only one recording of a recorder runs at a time."""
 
-    def record(self, function: Callable[[], Transferred]) -> tuple[Recording, Transferred]:
+    def record(self, function: Callable[[], Explained]) -> tuple[Recording, Explained]:
         """Capture a function of no arguments."""
 
     def in_order(self) -> Any:
@@ -48,7 +48,7 @@ class CudaRecorder:
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
 
-    def record(self, function: Callable[[], Transferred]) -> tuple[Recording, Transferred]:
+    def record(self, function: Callable[[], Explained]) -> tuple[Recording, Explained]:
         """See :class:`Recorder`."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
@@ -78,7 +78,7 @@ class CudaRecorder:
 class _Captured(NamedTuple):
     recording: Recording
     images: Tensor  # read by each replay
-    out: Transferred
+    out: Explained
 
 
 class Graphs:
@@ -110,8 +110,8 @@ class Graphs:
     def run(
         self,
         images: Tensor,
-        function: Callable[[Tensor], Transferred],
-        take: Callable[[Transferred], _R],
+        function: Callable[[Tensor], Explained],
+        take: Callable[[Explained], _R],
         *,
         owner: object,
         key: Hashable,
@@ -156,7 +156,7 @@ class Graphs:
     def _capture(
         self,
         images: Tensor,
-        function: Callable[[Tensor], Transferred],
+        function: Callable[[Tensor], Explained],
         key: Hashable,
         recorder: Recorder,
     ) -> _Captured | None:

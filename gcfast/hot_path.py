@@ -15,29 +15,70 @@ from torch import Tensor
 from gcfast.explanation import Explanation
 
 
+class Tables(NamedTuple):
+    """The rows of a database, whole and on one device."""
+
+    channels: Tensor  # [N, M] int64
+    weights: Tensor  # [N, M] floating point
+    offsets: Tensor  # [N] floating point
+    labels: Tensor  # [N] int64, or float64
+
+
 class Transferred(NamedTuple):
+    """What a batch takes from the database, on the embeddings' device.
+
+    ``rows``, ``channels``, ``weights``, ``offsets`` and ``mixing`` are as ``ops.sparse_cam`` takes
+    them: the whole table with each neighbour's row and share, or, through an index, a small table
+    of one row an image. Such a row is the neighbour's own for K = 1; for K > 1 it is the mixture of
+    all: each of their channels once, with the sum of its weights times the neighbours' shares.
+    """
+
+    neighbors: Tensor  # [B, K] int64, rows of the database; -1: none
+    distances: Tensor  # [B, K] float32, squared L2; +inf where there is none
+    rows: Tensor  # [B, K or 1] int64, rows of the table below; -1: none
+    channels: Tensor  # [N or B, M or more] int64
+    weights: Tensor  # the same shape, floating point
+    offsets: Tensor  # [N or B] float32
+    mixing: Tensor | None  # [B, K]; None: one row, or those found equally
+    labels: Tensor | None  # [B, K] of the neighbours, where no table of them is at hand
+
+
+class Explained(NamedTuple):
     """What the nearest rows made of a batch."""
 
     maps: Tensor  # [B, OH, OW] float32
     embeddings: Tensor  # [B, D] float32
     neighbors: Tensor  # [B, K] int64
     distances: Tensor  # [B, K] float32
+    labels: Tensor | None  # as in Transferred
 
-    def copied(self) -> Transferred:
+    def copied(self) -> Explained:
         """The same in memory of its own."""
-        return Transferred(*(tensor.clone() for tensor in self))
+        return Explained(*(None if tensor is None else tensor.clone() for tensor in self))  # type: ignore[arg-type]
 
-    def explanation(self, labels: Tensor) -> Explanation:
-        """With the labels [N] of the table."""
-        found = self.neighbors >= 0
+    def explanation(
+        self,
+        labels: Tensor | None,
+        confidence: Callable[[Tensor], Tensor | None] = lambda _: None,
+    ) -> Explanation:
+        """With the labels [N] of the table, where they are not here, and a calibration."""
         return Explanation(
             maps=self.maps,
             embeddings=self.embeddings,
             neighbors=self.neighbors,
             distances=self.distances,
-            labels=torch.where(found, labels[self.neighbors.clamp(min=0)], -1),
+            labels=self.labels_from(labels),
             flat=self.maps.abs().amax((1, 2)) == 0,
+            confidence=confidence(self.distances),
         )
+
+    def labels_from(self, labels: Tensor | None) -> Tensor:
+        """The neighbours' labels [B, K]: those here, or by the table's [N]; -1 or NaN: none."""
+        if self.labels is not None:
+            return self.labels
+        assert labels is not None
+        none = torch.nan if labels.is_floating_point() else -1
+        return torch.where(self.neighbors >= 0, labels[self.neighbors.clamp(min=0)], none)
 
 
 class Finish(NamedTuple):
@@ -57,55 +98,62 @@ def mixing_weights(distances: Tensor, temperature: float) -> Tensor:
     return torch.softmax(-beyond / scale, dim=1)
 
 
-def marked(embeddings: Tensor, neighbors: Tensor, mixing: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Neighbours and mixing weights such that an embedding that is not finite gives NaN maps."""
+def from_tables(
+    distances: Tensor, neighbors: Tensor, tables: Tables, temperature: float
+) -> Transferred:
+    """What the neighbours [B, K] at ``distances`` lend, tau being ``temperature``."""
+    return Transferred(
+        neighbors=neighbors,
+        distances=distances,
+        rows=neighbors,
+        channels=tables.channels,
+        weights=tables.weights,
+        offsets=tables.offsets,
+        mixing=mixing_weights(distances, temperature) if neighbors.shape[1] > 1 else None,
+        labels=None,
+    )
+
+
+def marked(embeddings: Tensor, rows: Tensor, mixing: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows and mixing weights such that an embedding that is not finite gives NaN maps."""
     mark = embeddings.sum(1, keepdim=True) * 0  # [B, 1]: 0, or NaN
     # Some row must be weighed for the NaN to reach the map, whatever the search made of it.
-    neighbors = torch.where(mark == 0, neighbors, 0)
-    return neighbors, mark.expand(neighbors.shape) + (1.0 if mixing is None else mixing)
+    rows = torch.where(mark == 0, rows, 0)
+    return rows, mark.expand(rows.shape) + (1.0 if mixing is None else mixing)
 
 
-def transfer(
+def explained(
     activations: Tensor,
     embeddings: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor],
+    found: Transferred,
     finish: Finish,
     *,
-    search: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-    k: int,
-    temperature: float,
     sparse_cam: Callable[..., Tensor],
     marks: bool,
-) -> Transferred:
-    """Maps from the rows nearest to the embeddings.
+) -> Explained:
+    """Maps from what the nearest rows lend.
 
     Args:
         activations: [B, C, H, W].
         embeddings: [B, D] float32.
-        tables: channels [N, M], weights [N, M], offsets [N].
+        found: what the embeddings' neighbours lend.
         finish: how.
-        search: (embeddings, k) → (distances [B, K], rows [B, K]).
-        k: K.
-        temperature: tau, of K > 1.
         sparse_cam: the operation, in one of its forms.
         marks: give an embedding that is not finite a map of NaN, rather than rely on a check.
     """
-    distances, neighbors = search(embeddings, k)
-    mixing = mixing_weights(distances, temperature) if k > 1 else None
-    rows = neighbors
+    rows, mixing = found.rows, found.mixing
     if marks:
-        rows, mixing = marked(embeddings, neighbors, mixing)
-    channels, weights, offsets = tables
+        rows, mixing = marked(embeddings, rows, mixing)
     maps = sparse_cam(
         activations,
         rows,
-        channels,
-        weights,
+        found.channels,
+        found.weights,
         mixing=mixing,
-        offsets=offsets,
+        offsets=found.offsets,
         size=finish.size,
         center=finish.center,
         relu=finish.relu,
         normalize=finish.normalize,
     )
-    return Transferred(maps, embeddings, neighbors, distances)
+    return Explained(maps, embeddings, found.neighbors, found.distances, found.labels)

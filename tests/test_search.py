@@ -11,7 +11,9 @@ import torch
 from networks import common, loader, pictures
 
 import gcfast
-from gcfast.search import ExactSearch, FaissSearch, make_search, temperature
+from gcfast.search import ExactSearch, open_index, temperature
+from gcfast.shards import Shard
+from gcfast.transfer import ExactTransfer, make_engine, make_transfer
 
 TABLE_ROWS, WIDTH = 60, 6
 
@@ -30,13 +32,31 @@ def brute(queries: torch.Tensor, rows: torch.Tensor, k: int) -> tuple[torch.Tens
     return distances.sort(1)[0][:, :k], distances.sort(1)[1][:, :k]
 
 
+def shard(rows: torch.Tensor) -> Shard:
+    count = len(rows)
+    ids = torch.zeros(count, dtype=torch.int64)
+    return Shard(
+        rows, ids[:, None].expand(-1, 2), torch.ones(count, 2), torch.ones(count), ids, ids
+    )
+
+
+def search(index: Any, rows: torch.Tensor, queries: torch.Tensor, k: int) -> list[torch.Tensor]:
+    """(distances, rows) through an index."""
+    if index == "exact":
+        return list(ExactSearch(rows)(queries, k))
+    shards = [shard(rows[: len(rows) // 3]), shard(rows[len(rows) // 3 :])]
+    opened = open_index(index, shards, torch.device("cpu"))
+    found = make_engine(opened, shards, threads=2).search(queries.numpy(), k=k)
+    return [torch.from_numpy(array) for array in found]
+
+
 @pytest.mark.parametrize("index", ["exact", "Flat", "HNSW16", "IVF1,Flat"])
 @pytest.mark.parametrize("k", [1, 5])
 def test_every_index_finds_the_nearest_rows(index: str, k: int) -> None:
     if index != "exact":
         pytest.importorskip("faiss")
     rows, queries = table(), table()[:7]
-    distances, found = make_search(index, rows)(queries, k)
+    distances, found = search(index, rows, queries, k)
     wanted, ids = brute(queries, rows, k)
     assert found.tolist() == ids.tolist()
     assert found.dtype == torch.int64
@@ -46,7 +66,7 @@ def test_every_index_finds_the_nearest_rows(index: str, k: int) -> None:
 def test_candidates_of_a_coarse_index_are_measured_exactly(faiss: Any) -> None:
     rows = table()
     queries = rows[:5] + 0.01
-    distances, found = FaissSearch("PQ2x4np", rows)(queries, 3)
+    distances, found = search("PQ2x4np", rows, queries, 3)
     for b in range(5):
         exact = (rows[found[b]] - queries[b]).square().sum(1)
         torch.testing.assert_close(distances[b], exact)
@@ -61,7 +81,7 @@ def test_a_users_index_full_or_empty_or_of_inner_products(faiss: Any) -> None:
         empty, full = kind(WIDTH), kind(WIDTH)
         full.add(np.ascontiguousarray(rows.numpy()))
         for index in (empty, full):
-            assert FaissSearch(index, rows)(queries, 2)[1].tolist() == wanted
+            assert search(index, rows, queries, 2)[1].tolist() == wanted
             assert index.ntotal == TABLE_ROWS
 
 
@@ -69,7 +89,7 @@ def test_a_users_index_full_or_empty_or_of_inner_products(faiss: Any) -> None:
 def test_more_neighbours_than_rows(index: str) -> None:
     if index != "exact":
         pytest.importorskip("faiss")
-    distances, found = make_search(index, table()[:3])(table()[:2], 5)
+    distances, found = search(index, table()[:3], table()[:2], 5)
     assert found[:, 3:].tolist() == [[-1, -1]] * 2
     assert torch.isinf(distances[:, 3:]).all()
     assert torch.isfinite(distances[:, :3]).all()
@@ -77,28 +97,51 @@ def test_more_neighbours_than_rows(index: str) -> None:
 
 def test_indices_that_do_not_fit_are_refused(faiss: Any) -> None:
     rows = table()
+
+    def opened(index: Any, scale: float = 1.0) -> Any:
+        return open_index(index, [shard(scale * rows)], torch.device("cpu"))
+
     half = faiss.IndexFlatL2(WIDTH)
     half.add(np.ascontiguousarray(rows[:30].numpy()))
     with pytest.raises(ValueError, match="must hold the database's 60 rows, got 30"):
-        FaissSearch(half, rows)
+        opened(half)
     with pytest.raises(ValueError, match="the dimension of the database, 6, got 5"):
-        FaissSearch(faiss.IndexFlatL2(5), rows)
+        opened(faiss.IndexFlatL2(5))
     with pytest.raises(ValueError, match="must be a FAISS factory string, got 'nonsense'"):
-        FaissSearch("nonsense", rows)
+        opened("nonsense")
     with pytest.raises(ValueError, match="must be trainable on the database's 60 rows"):
-        FaissSearch("IVF100,Flat", rows)
+        opened("IVF100,Flat")
     with pytest.raises(ValueError, match="must hold the database's 60 rows, got 0"):
-        FaissSearch(faiss.index_factory(WIDTH, "IVF4,Flat"), rows)
+        opened(faiss.index_factory(WIDTH, "IVF4,Flat"))
+    with pytest.raises(ValueError, match=r"METRIC_L2, or METRIC_INNER_PRODUCT .* got metric 2"):
+        opened(faiss.IndexFlat(WIDTH, faiss.METRIC_L1))
+    with pytest.raises(ValueError, match=r"not of unit length, got METRIC_INNER_PRODUCT and rows"):
+        opened(faiss.IndexFlatIP(WIDTH), 2.0)
     with pytest.raises(TypeError, match=r"a FAISS factory string or a faiss.Index, got int"):
-        FaissSearch(3, rows)
+        opened(3)
+
+
+def test_an_index_made_here_is_trained_on_rows_of_every_shard(
+    faiss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del faiss
+    rows = table()
+    monkeypatch.setattr("gcfast.stored_index.TRAINING_ROWS", 40)
+    shards = [shard(rows[:1]), shard(rows[1:1]), shard(rows[1:])]
+    index = open_index("IVF1,Flat", shards, torch.device("cpu"))
+    spread = rows[torch.linspace(0, 59, 40, dtype=torch.float64).round().long()]
+    centre = torch.from_numpy(index.quantizer.reconstruct(0))
+    torch.testing.assert_close(centre, spread.mean(0), rtol=1e-4, atol=1e-5)
+    assert index.ntotal == TABLE_ROWS
 
 
 @pytest.mark.parametrize("index", ["Flat", object()], ids=["string", "object"])
 def test_without_faiss_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, index: Any) -> None:
+    database = gcfast.Explainer(common(), "backbone", channels=5).build(loader(*pictures(6)))
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(gcfast.MissingExtraError, match=r"pip install 'gcfast\[cpu\]'"):
-        make_search(index, table())
-    assert isinstance(make_search("exact", table()), ExactSearch)
+        make_transfer(database, torch.device("cpu"), 1, index)
+    assert isinstance(make_transfer(database, torch.device("cpu"), 1, "exact"), ExactTransfer)
 
 
 def test_an_explainer_searches_through_faiss(faiss: Any) -> None:

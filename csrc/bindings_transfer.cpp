@@ -1,0 +1,435 @@
+// What Python sees of the transfer engine, and the one place where the engine enters Python: the index.
+#include "bindings_transfer.hpp"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <memory>
+#include <optional>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "transfer_engine.hpp"
+
+namespace py = pybind11;
+
+namespace gcfast {
+namespace {
+
+using std::int64_t;
+using Queries = py::array_t<float, py::array::c_style>;
+using Files = std::vector<std::tuple<std::string, std::uint64_t, std::uint64_t, int64_t>>;
+
+constexpr std::chrono::milliseconds kSignalCheck{50};
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// A Python object that any thread may let go of.
+using Held = std::shared_ptr<py::object>;
+
+Held hold(py::object object) {
+  return {new py::object(std::move(object)), [](py::object* held) {
+            const py::gil_scoped_acquire locked;
+            delete held;
+          }};
+}
+
+// A Python exception that may be raised again on other threads, each time that it is asked for.
+struct PythonError : std::runtime_error {
+  PythonError(const std::string& text, Held raised) : std::runtime_error(text), value(raised) {}
+  Held value;
+};
+
+// Calls Python; the interpreter lock is held.
+template <typename Call>
+auto python(const Call& call) {
+  try {
+    return call();
+  } catch (py::error_already_set& error) {
+    py::object value = error.value();
+    if (error.trace()) value.attr("__traceback__") = error.trace();
+    throw PythonError(error.what(), hold(std::move(value)));
+  }
+}
+
+// The locks of indices that one thread may enter at a time, by the index's address; what is no longer
+// used is dropped when the next one comes. Guarded by the interpreter lock.
+std::shared_ptr<std::mutex> lock_of(std::uintptr_t index) {
+  static auto* const locks = new std::unordered_map<std::uintptr_t, std::weak_ptr<std::mutex>>;
+  for (auto at = locks->begin(); at != locks->end();)
+    at = at->second.expired() ? locks->erase(at) : std::next(at);
+  auto lock = (*locks)[index].lock();
+  if (lock == nullptr) (*locks)[index] = lock = std::make_shared<std::mutex>();
+  return lock;
+}
+
+// The index's own address where it has one, so that two Python objects of one index share a lock.
+std::uintptr_t address_of(const py::object& index) {
+  if (py::hasattr(index, "this")) return py::int_(index.attr("this")).cast<std::uintptr_t>();
+  return reinterpret_cast<std::uintptr_t>(index.ptr());
+}
+
+// FAISS's Python object for a pointer. It stands for the address alone, so the last one serves again:
+// in a loop over batches of one size, allocators give the same addresses. Guarded by the interpreter
+// lock.
+class Pointer {
+ public:
+  explicit Pointer(const char* cast) : cast_(py::module_::import("faiss").attr(cast)) {}
+
+  const py::object& operator()(const void* address) {
+    if (address != last_ || !object_) {
+      object_ = cast_(reinterpret_cast<std::uintptr_t>(address));
+      last_ = address;
+    }
+    return object_;
+  }
+
+ private:
+  py::object cast_, object_;
+  const void* last_ = nullptr;
+};
+
+struct FaissIndex {
+  explicit FaissIndex(const py::object& object) : search_c(object.attr("search_c")) {}
+
+  void search(int64_t n, const float* from, int64_t k, float* to, int64_t* found) {
+    // Copies, because another thread may ask for other pointers while FAISS is at work.
+    const py::object x = queries(from), D = distances(to), I = ids(found);
+    search_c(n, x, k, D, I);
+  }
+
+  py::object search_c;  // a bound method: it holds the index
+  Pointer queries{"cast_integer_to_float_ptr"}, distances{"cast_integer_to_float_ptr"},
+      ids{"cast_integer_to_idx_t_ptr"};
+};
+
+// FAISS lets go of the interpreter lock inside; it is taken here to enter and to come back.
+SearchFunction search_function(const py::object& object, bool exclusive) {
+  const std::shared_ptr<FaissIndex> index{new FaissIndex(object), [](FaissIndex* held) {
+                                            const py::gil_scoped_acquire locked;
+                                            delete held;
+                                          }};
+  const auto lock = exclusive ? lock_of(address_of(object)) : nullptr;
+  return [index, lock](int64_t n, const float* queries, int64_t k, float* distances,
+                       int64_t* found) {
+    // Before the interpreter lock: whoever is in the index needs that one to come out.
+    const auto turn = lock ? std::unique_lock<std::mutex>(*lock) : std::unique_lock<std::mutex>();
+    const py::gil_scoped_acquire locked;
+    python([&] { index->search(n, queries, k, distances, found); });
+  };
+}
+
+template <typename T>
+const T* data(const py::array& array, const char* name, std::vector<py::ssize_t> shape) {
+  require(array.dtype().is(py::dtype::of<T>()) || array.dtype().equal(py::dtype::of<T>()),
+          std::string("`") + name + "` of a shard has another dtype");
+  require((array.flags() & py::array::c_style) != 0 &&
+              std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) == shape,
+          std::string("`") + name + "` of a shard has another shape or is not contiguous");
+  return static_cast<const T*>(array.data());
+}
+
+const void* values(const py::array& array, const char* name, std::vector<py::ssize_t> shape,
+                   bool* half) {
+  *half = array.itemsize() == 2;
+  if (!*half) return data<float>(array, name, std::move(shape));
+  require(array.dtype().kind() == 'f', std::string("`") + name + "` of a shard has another dtype");
+  require((array.flags() & py::array::c_style) != 0 &&
+              std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) == shape,
+          std::string("`") + name + "` of a shard has another shape or is not contiguous");
+  return array.data();
+}
+
+Shard shard_of(const py::sequence& given, int64_t dim, int64_t width) {
+  require(given.size() == 6, "a shard must be (embeddings, channels, weights, offsets, labels, files)");
+  const auto array = [&](size_t i) { return given[i].cast<py::array>(); };
+  const py::ssize_t n = array(0).shape(0);
+  Shard shard{};
+  shard.rows = n;
+  shard.embeddings = values(array(0), "embeddings", {n, dim}, &shard.half_embeddings);
+  shard.channels = data<int64_t>(array(1), "channels", {n, width});
+  shard.weights = values(array(2), "weights", {n, width}, &shard.half_weights);
+  shard.offsets = data<float>(array(3), "offsets", {n});
+  shard.labels = data<int64_t>(array(4), "labels", {n});
+  for (auto& [path, device, inode, bytes] : given[5].cast<Files>())
+    shard.files.push_back({path, device, inode, bytes});
+  return shard;
+}
+
+struct Outputs {
+  std::optional<py::array> channels, weights, offsets;
+
+  TransferBuffers pointers() const {
+    if (!channels) return {};
+    return {static_cast<int64_t*>(const_cast<void*>(channels->data())),
+            static_cast<float*>(const_cast<void*>(weights->data())),
+            static_cast<float*>(const_cast<void*>(offsets->data()))};
+  }
+};
+
+template <typename T>
+py::array owned(std::unique_ptr<T[]>& values, std::vector<py::ssize_t> shape) {
+  T* const pointer = values.release();
+  const py::capsule owner(pointer, [](void* held) { delete[] static_cast<T*>(held); });
+  return py::array_t<T>(std::move(shape), pointer, owner);
+}
+
+template <typename T>
+py::array rows_of(T* pointer, std::unique_ptr<T[]>& own, const std::optional<py::array>& buffer,
+                  std::vector<py::ssize_t> shape) {
+  if (own) return owned(own, std::move(shape));
+  return py::array_t<T>(std::move(shape), pointer, *buffer);
+}
+
+py::tuple arrays_of(TransferResult& result, const Outputs& outputs) {
+  const py::ssize_t B = result.count, K = result.k, W = result.width;
+  return py::make_tuple(
+      owned(result.neighbors, {B, K}), owned(result.distances, {B, K}),
+      owned(result.labels, {B, K}), owned(result.rows, {B, 1}),
+      rows_of(result.channels, result.own_channels, outputs.channels, {B, W}),
+      rows_of(result.weights, result.own_weights, outputs.weights, {B, W}),
+      rows_of(result.offsets, result.own_offsets, outputs.offsets, {B}));
+}
+
+class PyTicket {
+ public:
+  PyTicket(std::shared_ptr<Ticket> ticket, Outputs outputs, py::object engine)
+      : ticket_(std::move(ticket)),
+        outputs_(std::move(outputs)),
+        engine_(std::move(engine)),
+        process_(getpid()) {}
+
+  bool done() const {
+    check_process();
+    return ticket_->wait_for(std::chrono::milliseconds{0});
+  }
+
+  py::tuple wait() {
+    check_process();
+    for (bool ended = false; !ended;) {
+      {
+        const py::gil_scoped_release unlocked;
+        ended = ticket_->wait_for(kSignalCheck);
+      }
+      if (!ended && PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+    if (!arrays_) arrays_ = arrays_of(*ticket_->result(), outputs_);
+    return *arrays_;
+  }
+
+ private:
+  void check_process() const {
+    if (getpid() != process_)
+      throw UsedAfterFork("the ticket belongs to process " + std::to_string(process_) +
+                          " and cannot be used in process " + std::to_string(getpid()) +
+                          ", forked from it");
+  }
+
+  std::shared_ptr<Ticket> ticket_;
+  Outputs outputs_;
+  py::object engine_;  // whose end would fail what is waited for
+  std::optional<py::tuple> arrays_;
+  const pid_t process_;
+};
+
+class PyEngine {
+ public:
+  PyEngine(const py::object& index, const py::list& shards, int64_t dim, int64_t width, int threads,
+           int64_t memory_bytes, bool exclusive, const py::object& on_worker_start)
+      : shards_(shards) {
+    require(threads >= 1, "`threads` must be at least 1");
+    require(memory_bytes >= 1, "`memory_bytes` must be at least 1");
+    require(dim >= 1 && width >= 1, "`dim` and `width` must be at least 1");
+    std::vector<Shard> made;
+    for (const auto& shard : shards) made.push_back(shard_of(py::cast<py::sequence>(shard), dim, width));
+    Table table(std::move(made), dim, width);
+    require(index.attr("d").cast<int64_t>() == dim,
+            "`index` must have the dimension of the database, " + std::to_string(dim) + ", got " +
+                std::to_string(index.attr("d").cast<int64_t>()));
+    require(index.attr("ntotal").cast<int64_t>() == table.rows(),
+            "`index` must hold the database's " + std::to_string(table.rows()) + " rows, got " +
+                std::to_string(index.attr("ntotal").cast<int64_t>()));
+    TransferEngine::Options options{threads, memory_bytes, {}};
+    if (!on_worker_start.is_none())
+      options.on_worker_start = [start = hold(on_worker_start)] {
+        const py::gil_scoped_acquire locked;
+        python([&] { (*start)(); });
+      };
+    engine_ = std::make_unique<TransferEngine>(std::move(table), search_function(index, exclusive),
+                                               std::move(options));
+    alive().insert(this);
+  }
+
+  PyEngine(const PyEngine&) = delete;
+  PyEngine& operator=(const PyEngine&) = delete;
+
+  ~PyEngine() {
+    alive().erase(this);
+    const py::gil_scoped_release unlocked;  // the worker may need it to come to its end
+    engine_.reset();
+  }
+
+  py::tuple transfer(const Queries& queries, int64_t k, double temperature,
+                     const std::optional<py::tuple>& buffers) const {
+    const TransferRequest request = checked(queries, k, temperature, true);
+    const Outputs outputs = outputs_of(buffers, queries.shape(0), k);
+    TransferResult result = run(queries, request, outputs);
+    return arrays_of(result, outputs);
+  }
+
+  py::tuple search(const Queries& queries, int64_t k) const {
+    TransferResult result = run(queries, checked(queries, k, 1.0, false), Outputs{});
+    const py::ssize_t B = result.count;
+    return py::make_tuple(owned(result.distances, {B, k}), owned(result.neighbors, {B, k}));
+  }
+
+  // Not a method, because the ticket holds the Python object. (py::keep_alive<0, 1> would be shorter;
+  // in pybind11 3.1.0 it crashes when the arguments are of other types.)
+  static std::unique_ptr<PyTicket> submit(const py::object& self, const Queries& queries, int64_t k,
+                                          double temperature,
+                                          const std::optional<py::tuple>& buffers,
+                                          const py::object& ready) {
+    auto& engine = self.cast<PyEngine&>();
+    const TransferRequest request = engine.checked(queries, k, temperature, true);
+    Outputs outputs = engine.outputs_of(buffers, queries.shape(0), k);
+    const Held owner = hold(py::make_tuple(queries, ready, buffers ? *buffers : py::tuple()));
+    const float* const data = queries.data();
+    TransferJob job{{}, queries.shape(0), request, outputs.pointers(), owner};
+    if (ready.is_none())
+      job.queries = [data] { return data; };
+    else
+      job.queries = [data, wait = ready.ptr()] {  // the job's owner holds it
+        const py::gil_scoped_acquire locked;
+        python([&] { py::reinterpret_borrow<py::object>(wait)(); });
+        return data;
+      };
+    std::shared_ptr<Ticket> ticket;
+    {
+      const py::gil_scoped_release unlocked;
+      ticket = engine.engine_->submit(std::move(job));
+    }
+    return std::make_unique<PyTicket>(std::move(ticket), std::move(outputs), self);
+  }
+
+  void close() {
+    const py::gil_scoped_release unlocked;
+    engine_->close();
+  }
+
+  // Before the interpreter ends: a worker that comes back from an index afterwards could not.
+  static void close_all() {
+    for (PyEngine* engine : std::set<PyEngine*>(alive())) {
+      try {
+        engine->close();
+      } catch (const UsedAfterFork&) {
+        // Its threads are another process's.
+      }
+    }
+  }
+
+ private:
+  // Guarded by the interpreter lock.
+  static std::set<PyEngine*>& alive() {
+    static auto* const engines = new std::set<PyEngine*>;
+    return *engines;
+  }
+
+  TransferRequest checked(const Queries& queries, int64_t k, double temperature, bool gather) const {
+    require(queries.ndim() == 2 && queries.shape(1) == engine_->table().dim(),
+            "`queries` must have shape [B, D] with D = " + std::to_string(engine_->table().dim()));
+    require(k >= 1, "`k` must be at least 1");
+    require(temperature >= 0, "`temperature` must be at least 0");
+    return {k, temperature, gather};
+  }
+
+  Outputs outputs_of(const std::optional<py::tuple>& buffers, int64_t count, int64_t k) const {
+    if (!buffers) return {};
+    require(buffers->size() == 3, "`buffers` must be (channels, weights, offsets)");
+    const int64_t size = count * k * engine_->table().width();
+    const auto array = [&](size_t i, char kind, py::ssize_t itemsize, int64_t least) {
+      const auto given = (*buffers)[i].cast<py::array>();
+      require(given.ndim() == 1 && given.size() >= least && given.writeable() &&
+                  given.dtype().kind() == kind && given.itemsize() == itemsize &&
+                  (given.flags() & py::array::c_style) != 0,
+              "`buffers` must be int64 and float32 of at least B*K*M and float32 of at least B "
+              "elements, contiguous and writable");
+      return given;
+    };
+    return {array(0, 'i', 8, size), array(1, 'f', 4, size), array(2, 'f', 4, count)};
+  }
+
+  TransferResult run(const Queries& queries, const TransferRequest& request,
+                     const Outputs& outputs) const {
+    const float* const data = queries.data();
+    const int64_t count = queries.shape(0);
+    // The arguments hold the arrays for the whole call; the index takes the lock back to be entered.
+    const py::gil_scoped_release unlocked;
+    return engine_->transfer(data, count, request, outputs.pointers());
+  }
+
+  py::list shards_;  // keeps what the table points to
+  std::unique_ptr<TransferEngine> engine_;
+};
+
+void set_error(const char* name, const char* text) {
+  py::set_error(py::module_::import("gcfast.errors").attr(name), text);
+}
+
+void translate(std::exception_ptr raised) {
+  try {
+    if (raised) std::rethrow_exception(raised);
+  } catch (const PythonError& error) {
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.value->ptr())), error.value->ptr());
+  } catch (const DamagedShard& error) {
+    set_error("DamagedDatabaseError", error.what());
+  } catch (const UsedAfterFork& error) {
+    set_error("GcfastError", error.what());
+  } catch (const EngineClosed& error) {
+    set_error("GcfastError", error.what());
+  }
+}
+
+}  // namespace
+
+void register_transfer(py::module_& module) {
+  py::register_local_exception_translator(translate);
+  py::class_<PyTicket>(module, "Ticket", "A batch under way; see TransferEngine.submit.")
+      .def("done", &PyTicket::done, "Whether wait() would return at once.")
+      .def("wait", &PyTicket::wait,
+           "What TransferEngine.transfer returns, or its exception; each time.");
+  py::class_<PyEngine>(
+      module, "TransferEngine",
+      "Search through a FAISS index and gather of the rows it finds; see gcfast.transfer.\n\n"
+      "shards: [(embeddings, channels, weights, offsets, labels, files)], rows in order; files:\n"
+      "[(path, device, inode, bytes)] that are looked at before each gather. exclusive: one thread\n"
+      "in the index at a time. memory_bytes bounds what is held at once beyond the result.")
+      .def(py::init<const py::object&, const py::list&, int64_t, int64_t, int, int64_t, bool,
+                    const py::object&>(),
+           py::arg("index"), py::arg("shards"), py::kw_only(), py::arg("dim"), py::arg("width"),
+           py::arg("threads"), py::arg("memory_bytes"), py::arg("exclusive") = false,
+           py::arg("on_worker_start") = py::none())
+      .def("transfer", &PyEngine::transfer, py::arg("queries").noconvert(), py::kw_only(),
+           py::arg("k"), py::arg("temperature") = 1.0, py::arg("buffers") = py::none(),
+           "(neighbors [B,K], distances [B,K], labels [B,K], rows [B,1], channels [B,W],\n"
+           "weights [B,W], offsets [B]).")
+      .def("search", &PyEngine::search, py::arg("queries").noconvert(), py::kw_only(), py::arg("k"),
+           "(distances [B,K], neighbors [B,K]).")
+      .def("submit", &PyEngine::submit, py::arg("queries").noconvert(), py::kw_only(), py::arg("k"),
+           py::arg("temperature") = 1.0, py::arg("buffers") = py::none(),
+           py::arg("ready") = py::none(),
+           "A Ticket. `queries` must not be written to before it is done; `ready` is called by the\n"
+           "worker before it reads them.")
+      .def("close", &PyEngine::close,
+           "Ends the batch under way, fails those behind it, refuses others.");
+  py::module_::import("atexit").attr("register")(py::cpp_function(&PyEngine::close_all));
+}
+
+}  // namespace gcfast

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace gcfast {
+
+// TransferEngine and Ticket.
+void register_transfer(pybind11::module_& module);
+
+}  // namespace gcfast

@@ -1,0 +1,78 @@
+// The rows of a database as the transfer engine reads them: shards of memory-mapped arrays.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace gcfast {
+
+// A shard's file was taken away or cut short while it is mapped.
+struct DamagedShard : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A file that a shard's arrays are mapped from, as it was when the table was made.
+struct MappedFile {
+  std::string path;
+  std::uint64_t device;
+  std::uint64_t inode;
+  std::int64_t bytes;  // from its start to the end of the last array in it
+};
+
+// Consecutive rows. Half-precision values are IEEE binary16.
+struct Shard {
+  std::int64_t rows;
+  const void* embeddings;        // [rows, dim]
+  const std::int64_t* channels;  // [rows, width]
+  const void* weights;           // [rows, width]
+  const float* offsets;          // [rows]
+  const std::int64_t* labels;    // [rows]
+  bool half_embeddings;
+  bool half_weights;
+  std::vector<MappedFile> files;
+};
+
+class Table {
+ public:
+  struct Row {
+    const Shard* shard;
+    std::int64_t row;  // within the shard
+  };
+
+  Table(std::vector<Shard> shards, std::int64_t dim, std::int64_t width);
+
+  std::int64_t rows() const { return starts_.back(); }
+  std::int64_t dim() const { return dim_; }
+  std::int64_t width() const { return width_; }
+
+  // The row of this number, 0 <= id < rows().
+  Row at(std::int64_t id) const;
+
+  // Throws DamagedShard unless the files behind these rows (-1: none) are there in full. To read
+  // past the end of a file that was cut short is a bus error, so it is asked before each gather;
+  // a file that is cut between the question and the gather still is one. A file that was replaced
+  // by another of its name is no damage: what is mapped is the old one, which lives on.
+  void check_files(const std::int64_t* ids, std::int64_t count) const;
+
+  // Asks the processor to fetch a row's embedding, and all of it if `whole`.
+  void prefetch(Row at, bool whole) const;
+
+  // The squared distance of a row to a query [dim]: differences in float32, their squares summed in
+  // double, in an order that depends on dim alone.
+  double squared_distance(Row at, const float* query) const;
+
+  // The row's weights [width] in float32.
+  void copy_weights(Row at, float* out) const;
+
+ private:
+  std::size_t shard_of(std::int64_t id) const;
+
+  std::vector<Shard> shards_;
+  std::vector<std::int64_t> starts_;  // the first row of each shard, and the end of the last
+  std::int64_t dim_;
+  std::int64_t width_;
+};
+
+}  // namespace gcfast
