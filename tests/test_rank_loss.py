@@ -227,6 +227,22 @@ def test_prices_are_streamed_and_appended_to(tmp_path: Path) -> None:
     assert torch.equal(longer.labels, torch.cat([PRICES, PRICES[:3] + 1]).double())
 
 
+def test_prices_come_through_an_index_too() -> None:
+    pytest.importorskip("faiss")
+    explainer, images = built(common(), rank_loss()[1])
+    wanted = explainer.explain_batch(images, details=True)
+    through = gcfast.Explainer(
+        explainer.network.model, database=explainer.database, l2_normalize=False, index="Flat", k=2
+    )
+    why = through.explain_batch(images, details=True)
+    assert why.labels.dtype == torch.float64
+    assert torch.equal(why.labels[:, :1], wanted.labels)
+    beyond = gcfast.Explainer(
+        explainer.network.model, database=explainer.database, l2_normalize=False, index="Flat", k=11
+    )
+    assert beyond.explain_batch(images, details=True).labels[:, N:].isnan().all()
+
+
 def test_a_centre_has_the_mean_price_of_its_rows() -> None:
     pytest.importorskip("faiss")
     explainer, _ = built(common(), rank_loss()[1])
