@@ -189,6 +189,8 @@ def sweep_lines(measured: Evaluation) -> list[str]:
                 f"{float(found.cosine[part].mean()):.3f}, Spearman "
                 f"{float(found.spearman[part].mean()):.3f} ({len(part)} pictures)"
             )
+        assert found.control is not None
+        lines.append(f"cosine with the map of a random row: {float(found.control.mean()):.3f}")
     return lines
 
 

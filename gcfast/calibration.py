@@ -40,6 +40,9 @@ class Fidelity:
         spearman: [n] float32, their rank correlation; 0 where one of them is flat.
         flat: how many images have a flat map among the two.
         unknown: how many images were left out because the database does not know their class.
+        control: [n] float32, or None: the cosine of the image's own map with the map that a random
+            row gives in place of the nearest. Maps of one object agree whatever weighs the
+            channels; only what exceeds this is the merit of the neighbour.
     """
 
     distances: Tensor
@@ -47,6 +50,7 @@ class Fidelity:
     spearman: Tensor
     flat: int
     unknown: int
+    control: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.distances)

@@ -234,7 +234,8 @@ class _Watch:
                 self.pointing.setdefault(name, []).append(hits.cpu())
         labels = self.labels(truth)
         if labels is not None:
-            self.sample.add(query, labels, main, self.images, self.step)
+            control = maps[0][:, names.index("random neighbour")]
+            self.sample.add(query, labels, main, control, self.images, self.step)
         self.images += len(images)
 
     def localisation(self) -> Localisation:
@@ -260,11 +261,20 @@ class _Sample:
         self.trained = trained
         self.queries: list[Query] = []
         self.maps: list[Tensor] = []
+        self.controls: list[Tensor] = []
         self.at: list[Tensor] = []  # numbers of the sampled images among the labelled ones
         self.embeddings: list[Tensor] = []  # of all labelled images
         self.labels: list[str] = []
 
-    def add(self, query: Query, labels: Sequence[str], maps: Tensor, first: int, step: int) -> None:
+    def add(
+        self,
+        query: Query,
+        labels: Sequence[str],
+        maps: Tensor,
+        controls: Tensor,
+        first: int,
+        step: int,
+    ) -> None:
         taken = (torch.arange(first, first + len(labels)) % step == 0).nonzero().flatten()
         room = FIDELITY_IMAGES - sum(map(len, self.at))
         taken = taken[:room]
@@ -275,6 +285,7 @@ class _Sample:
             chosen = taken.to(maps.device)
             self.queries.append(Query(*(part[chosen] for part in query)))
             self.maps.append(maps[chosen])
+            self.controls.append(controls[chosen])
 
     def fidelity(self) -> Fidelity | None:
         if not self.queries:
@@ -324,6 +335,7 @@ class _Sample:
             torch.cat([one.spearman for one in parts]),
             sum(one.flat for one in parts),
             unknown,
+            torch.cat([one.control for one in parts if one.control is not None]),
         )
 
     def _agreement(self, chosen: Tensor, part: Any, found: Tensor) -> Fidelity:
@@ -348,14 +360,16 @@ class _Sample:
         )
         way = Way("own", strongest(weights, [CONTROL_CHANNELS])[0])
         (own,) = low_resolution_maps(self.trained, query, [way], (0.0,))
-        lent = torch.cat(self.maps)[kept]
+        lent, control = torch.cat(self.maps)[kept], torch.cat(self.controls)[kept]
         # Fine enough for both correlations, and far cheaper to rank than at the images' size.
         H, W = lent.shape[1:]
-        large = [upsampled(m, (8 * H, 8 * W))[:, 0] for m in (own, lent[:, None])]
+        large = upsampled(torch.stack([own[:, 0], lent, control], 1), (8 * H, 8 * W))
+        mine, given, random = large.unbind(1)
         return Fidelity(
             query.distances.cpu(),
-            cosine(*large).cpu(),
-            spearman(*large).cpu(),
-            int((flat_maps(large[0]) | flat_maps(large[1])).sum()),
+            cosine(mine, given).cpu(),
+            spearman(mine, given).cpu(),
+            int((flat_maps(mine) | flat_maps(given)).sum()),
             0,
+            cosine(mine, random).cpu(),
         )

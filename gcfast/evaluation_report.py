@@ -76,10 +76,11 @@ def write_tables(measured: Evaluation, out: Path, title: str, *, seed: int = 0) 
             writer.writerow([name, "pointing game", "", *_numbers(one)])
     with (out / "fidelity.csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["distance", "cosine", "spearman"])
+        writer.writerow(["distance", "cosine", "spearman", "cosine of a random row"])
         if measured.fidelity is not None:
             points = measured.fidelity
-            parts = (points.distances, points.cosine, points.spearman)
+            assert points.control is not None
+            parts = (points.distances, points.cosine, points.spearman, points.control)
             writer.writerows(zip(*(_texts(part) for part in parts), strict=True))
     return text
 

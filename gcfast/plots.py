@@ -236,6 +236,9 @@ def fidelity(measured: Fidelity, calibration: Calibration | None = None, *, titl
             lw=2,
             label="cosine, isotonic fit",
         )
+    if measured.control is not None:
+        mean = float(measured.control.mean())
+        axes.axhline(mean, color=_GREY, ls="--", lw=1.2, label=f"cosine, a random row: {mean:.3f}")
     axes.set_ylim(min(0.0, float(measured.spearman.min()) - 0.05), 1.02)
     axes.legend(fontsize=8, frameon=False)
     return figure

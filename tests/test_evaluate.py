@@ -69,6 +69,23 @@ def test_fidelity_of_known_classes_is_explain_labelled() -> None:
     torch.testing.assert_close(fidelity.distances, why.distances[:, 0])
     torch.testing.assert_close(fidelity.cosine, cosine(own, lent), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fidelity.spearman, spearman(own, lent), rtol=1e-3, atol=1e-3)
+    # The control draws its rows as the table does, batch by batch, after the random channels.
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for count in (5, 4):
+        torch.rand((count, CHANNELS), generator=generator)
+        rows.append(torch.randint(24, (count,), generator=generator))
+    assert one.database is not None
+    random = gcfast.ops.sparse_cam(
+        one.network.embed(test).activations,
+        torch.cat(rows)[:, None],
+        one.database.channels,
+        one.database.weights,
+        size=tuple(low),
+    )
+    assert fidelity.control is not None
+    wanted = cosine(own, on_large(random))
+    torch.testing.assert_close(fidelity.control, wanted, rtol=1e-4, atol=1e-4)
     flat = flat_maps(own) | flat_maps(lent)
     assert (fidelity.flat, fidelity.unknown) == (int(flat.sum()), 0)
 

@@ -105,6 +105,9 @@ def test_fidelity_draws_the_calibration() -> None:
     assert rank.get_ydata() == pytest.approx((1 - distances).numpy())
     x, y = (torch.tensor(v) for v in (fit.get_xdata(), fit.get_ydata()))
     assert torch.equal(Calibration.fit(distances, found.cosine).confidence(x), y)
+    controlled = Fidelity(distances, distances, distances, 0, 0, torch.full((40,), 0.25))
+    *_, level = plots.fidelity(controlled).axes[0].lines
+    assert level.get_label() == "cosine, a random row: 0.250"
     few = Fidelity(distances[:3], distances[:3], distances[:3], 0, 0)
     assert len(plots.fidelity(few).axes[0].lines) == 2
 
