@@ -323,7 +323,7 @@ def specialisations() -> Iterator[Specialisation]:
     for config in SPARSE_CAM_CONFIGS:
         yield _specialisation(config, ones=("stride_act_w",))
     usual = SPARSE_CAM_CONFIGS[0]
-    # As ResNet-50 and ViT-B/16 launch it for maps of 224 x 224: whole vectors are written, and Triton
+    # As ResNet-50 and ViT-B/16 launch it for maps of 224 x 224: whole vectors are written. Triton
     # makes a constant of every integer that is 1.
     even = ("OH", "OW", "tile_w", "C", "stride_act_b")
     plain = ("stride_nei_b", "stride_nei_k", "stride_cha_m", "stride_wei_m", "stride_off", "K")
