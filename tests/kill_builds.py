@@ -1,6 +1,6 @@
 """Streaming builds that are killed with SIGKILL and resumed, each compared with an undisturbed one.
 
-    python tests/kill_builds.py FOLDER
+    python tests/kill_builds.py FOLDER "closed form"|autograd
 
 A process of its own, which imports everything once and forks a child for every build: autograd does
 not survive a fork once it has run, and importing PyTorch for each would take most of the time.
@@ -26,8 +26,8 @@ import gcfast
 from gcfast import shards, streaming
 from gcfast.manifest import partial_folder
 
-POINTS = 8  # kills at a counted operation, for each head
-MOMENTS = 2  # kills at a moment, for each head
+POINTS = 8  # kills at a counted operation
+MOMENTS = 2  # kills at a moment
 IMAGES, BATCH = 44, 4
 HEADS = {"closed form": common, "autograd": other}
 
@@ -122,45 +122,44 @@ def stage(folder: Path) -> str:
     return "rows, some" if state["shards"] else "rows"
 
 
-def main(root: Path) -> None:
+def main(root: Path, head: str) -> None:
     dice = random.Random(20)
-    for head in HEADS:
-        undisturbed = root / f"{head}.undisturbed"
-        began = time.monotonic()
-        status, operations = forked(undisturbed, head)
-        took = time.monotonic() - began
-        assert status == 0
-        wanted = content(undisturbed)
-        points: list[int | float] = sorted(dice.sample(range(1, operations + 1), POINTS))
-        points += [took * dice.uniform(0.1, 0.95) for _ in range(MOMENTS)]
-        for number, point in enumerate(points):
-            folder = root / f"{head}.{number}"
-            counted = isinstance(point, int)
-            status, _ = forked(
-                folder, head, kill_at=point if counted else None, until=None if counted else point
-            )
-            facts = {"head": head, "point": point, "of": operations, "stage": stage(folder)}
-            # Every other one is killed again while it resumes.
-            again = status
-            if number % 2 and facts["stage"] != "done":
-                again, _ = forked(folder, head, resume=True, kill_at=dice.randrange(2, 12))
-            if not folder.exists():
-                resumed, left = forked(folder, head, resume=True)
-                assert resumed == 0
-                facts["operations_left"] = left
-            rest = sorted(p.name for p in root.iterdir() if p.name.startswith(f".{folder.name}"))
-            print(
-                json.dumps(
-                    facts
-                    | {
-                        "killed": [os.WIFSIGNALED(s) for s in (status, again)],
-                        "same": content(folder) == wanted,
-                        "clean": not partial_folder(folder).exists() and not rest,
-                    }
-                ),
-                flush=True,
-            )
+    undisturbed = root / f"{head}.undisturbed"
+    began = time.monotonic()
+    status, operations = forked(undisturbed, head)
+    took = time.monotonic() - began
+    assert status == 0
+    wanted = content(undisturbed)
+    points: list[int | float] = sorted(dice.sample(range(1, operations + 1), POINTS))
+    points += [took * dice.uniform(0.1, 0.95) for _ in range(MOMENTS)]
+    for number, point in enumerate(points):
+        folder = root / f"{head}.{number}"
+        counted = isinstance(point, int)
+        status, _ = forked(
+            folder, head, kill_at=point if counted else None, until=None if counted else point
+        )
+        facts = {"head": head, "point": point, "of": operations, "stage": stage(folder)}
+        # Every other one is killed again while it resumes.
+        again = status
+        if number % 2 and facts["stage"] != "done":
+            again, _ = forked(folder, head, resume=True, kill_at=dice.randrange(2, 12))
+        if not folder.exists():
+            resumed, left = forked(folder, head, resume=True)
+            assert resumed == 0
+            facts["operations_left"] = left
+        rest = sorted(p.name for p in root.iterdir() if p.name.startswith(f".{folder.name}"))
+        print(
+            json.dumps(
+                facts
+                | {
+                    "killed": [os.WIFSIGNALED(s) for s in (status, again)],
+                    "same": content(folder) == wanted,
+                    "clean": not partial_folder(folder).exists() and not rest,
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -120,12 +120,18 @@ def test_ids_and_labels_of_every_kind(tmp_path: Path) -> None:
 
 def test_killed_at_any_moment_it_resumes_to_the_same_rows(tmp_path: Path) -> None:
     here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, here / "kill_builds.py", tmp_path],
-        capture_output=True, text=True, check=False, cwd=here,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, here / "kill_builds.py", tmp_path, head],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here,
+        )
+        for head in HEADS
+    ]  # fmt: skip
+    kills = []
+    for run in runs:
+        said, error = run.communicate()
+        assert run.returncode == 0, error
+        kills += [json.loads(line) for line in said.splitlines()]
     assert len(kills) == 20
     assert all(kill["same"] and kill["clean"] for kill in kills)
     assert all(all(kill["killed"]) for kill in kills if isinstance(kill["point"], int))
