@@ -27,6 +27,7 @@ from gcfast.search import (
 if TYPE_CHECKING:
     from gcfast import _core
 
+COLUMNS = ("embeddings", "channels", "weights", "offsets", "labels")  # what the engine reads
 MEMORY_BYTES = 64 * 2**20  # of temporary memory that the engine holds at once for a batch
 
 
@@ -150,6 +151,8 @@ class IndexTransfer:
         self.device = device
         self.index = open_index(index, shards, device)
         self.width = shards[0].channels.shape[1]
+        # Shards in float16 hold their weights times a power of two.
+        self.weight_scale = float(getattr(database, "weight_scale", 1.0))
         self.engine = make_engine(self.index, shards, threads=torch.get_num_threads())
         self.temperature = 1.0
         if k > 1:
@@ -218,6 +221,8 @@ class IndexTransfer:
         neighbors, distances, labels, rows, channels, weights, offsets = (
             tensor.to(self.device, non_blocking=pinned is not None) for tensor in tensors
         )
+        if self.weight_scale != 1:
+            weights, offsets = weights / self.weight_scale, offsets / self.weight_scale
         return Transferred(
             neighbors=neighbors,
             distances=distances,
@@ -262,7 +267,7 @@ def make_engine(
     mappings = Mappings()
     parts = []
     for shard in shards:
-        tensors = [tensor.detach().contiguous() for tensor in shard]
+        tensors = [getattr(shard, name).detach().contiguous() for name in COLUMNS]
         files = [(f.path, f.device, f.inode, f.bytes) for f in mappings.files(tensors)]
         parts.append((*(tensor.numpy() for tensor in tensors), files))
     # FAISS keeps its number of threads for each thread; the worker would start with its default.

@@ -25,7 +25,7 @@ from transfer_case import (
 
 import gcfast
 from gcfast import _core, ops
-from gcfast.search import Shard
+from gcfast.search import Shard, shards_of
 
 pytest.importorskip("faiss")
 
@@ -380,3 +380,19 @@ def test_an_explainer_with_an_index_gives_the_same_maps(k: int, index: str) -> N
         assert torch.equal(why.labels, wanted.labels)
         assert torch.equal(why.flat, wanted.flat)
         torch.testing.assert_close(why.distances, wanted.distances)
+
+
+def test_stored_weights_that_were_scaled_are_scaled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = common()
+    images, _ = pictures(6)
+    plain = gcfast.Explainer(model, "backbone", channels=5, index="Flat")
+    plain.build(loader(*pictures(30)))
+    wanted = plain.explain_batch(images, normalize=None, center=1.0)
+    database = plain.database
+    assert database is not None
+    monkeypatch.setattr(gcfast.Database, "weight_scale", 4.0, raising=False)
+    for name in ("weights", "offsets"):
+        for whole in shards_of(database):
+            getattr(whole, name).mul_(4)
+    scaled = gcfast.Explainer(model, database=database, index="Flat")
+    torch.testing.assert_close(scaled.explain_batch(images, normalize=None, center=1.0), wanted)
