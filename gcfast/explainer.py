@@ -616,7 +616,7 @@ class Explainer:
         maps = torch.zeros((0, *size), device=images.device)
         if not details:
             return maps
-        dim = self._attach().database.embeddings.shape[1]
+        dim = self._attach().transfer.dim
         ids = torch.zeros((0, self.k), dtype=torch.int64, device=images.device)
         return Explanation(
             maps=maps,

@@ -61,6 +61,8 @@ class Pending(Protocol):
 class Transfer(Protocol):
     """Search in one database, and gather from it."""
 
+    dim: int  # D
+
     def __call__(self, embeddings: Tensor) -> Transferred:
         """Of unit embeddings [B, D] on the database's device."""
 
@@ -92,6 +94,7 @@ class ExactTransfer:
         self.offsets = database.offsets.to(device)
         self.labels = database.labels.to(device)
         table = database.embeddings.to(device)
+        self.dim = table.shape[1]
         self.search = ExactSearch(table)
         self.temperature = temperature(table, k) if k > 1 else 1.0
         self.files = Mappings().files(
@@ -150,7 +153,7 @@ class IndexTransfer:
         self.k = k
         self.device = device
         self.index = open_index(index, shards, device)
-        self.width = shards[0].channels.shape[1]
+        self.dim, self.width = shards[0].embeddings.shape[1], shards[0].channels.shape[1]
         # Shards in float16 hold their weights times a power of two.
         self.weight_scale = float(getattr(database, "weight_scale", 1.0))
         self.engine = make_engine(self.index, shards, threads=torch.get_num_threads())
