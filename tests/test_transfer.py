@@ -289,6 +289,16 @@ def test_tickets_come_back_in_order_with_what_a_call_gives() -> None:
     assert ended == pytest.approx([float(batch[0, 0]) for batch in batches])
 
 
+def test_several_threads_may_wait_for_one_ticket() -> None:
+    whole = table(200)
+    made, asked = engine(flat(whole), [whole]), queries(300)
+    for _ in range(20):
+        ticket = made.submit(asked, k=3)
+        with ThreadPoolExecutor(4) as pool:
+            first, *others = pool.map(lambda _, ticket=ticket: ticket.wait(), range(4))
+        assert all(other is first for other in others)
+
+
 def test_the_worker_waits_until_the_queries_are_there() -> None:
     whole = table(200)
     asked, late = queries(4), np.zeros((4, WIDTH), np.float32)
