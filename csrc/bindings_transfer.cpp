@@ -5,7 +5,9 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <set>
 #include <stdexcept>
@@ -221,6 +223,12 @@ class PyTicket {
       }
       if (!ended && PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
+    // Making the arrays may run any Python, and so let another thread that waits come here too.
+    std::unique_lock<std::mutex> turn(taking_, std::defer_lock);
+    {
+      const py::gil_scoped_release unlocked;
+      turn.lock();
+    }
     if (!arrays_) arrays_ = arrays_of(*ticket_->result(), outputs_);
     return *arrays_;
   }
@@ -236,6 +244,7 @@ class PyTicket {
   std::shared_ptr<Ticket> ticket_;
   Outputs outputs_;
   py::object engine_;  // whose end would fail what is waited for
+  std::mutex taking_;
   std::optional<py::tuple> arrays_;
   const pid_t process_;
 };
@@ -328,7 +337,7 @@ class PyEngine {
   static void close_all() {
     for (PyEngine* engine : std::set<PyEngine*>(alive())) {
       try {
-        engine->close();
+        if (alive().count(engine) != 0) engine->close();
       } catch (const UsedAfterFork&) {
         // Its threads are another process's.
       }

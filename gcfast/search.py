@@ -26,7 +26,8 @@ class ExactSearch:
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
-        self.squares = torch.linalg.vector_norm(table, dim=1, dtype=torch.float32).square()
+        dtype = torch.promote_types(table.dtype, torch.float32)  # the table may be in float16
+        self.squares = torch.linalg.vector_norm(table, dim=1, dtype=dtype).square()
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(squared L2 distances [B, K] float32, rows [B, K] int64; +inf and -1 where none)."""

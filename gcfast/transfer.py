@@ -25,6 +25,7 @@ from gcfast.shards import Shard
 if TYPE_CHECKING:
     from gcfast import _core
 
+COLUMNS = ("embeddings", "channels", "weights", "offsets", "labels")  # what the engine reads
 MEMORY_BYTES = 64 * 2**20  # of temporary memory that the engine holds at once for a batch
 
 
@@ -236,13 +237,11 @@ def make_engine(
     mappings = Mappings()
     parts = []
     for shard in shards:
-        labels = shard.labels
-        if labels.is_floating_point():
+        tensors = [getattr(shard, name).detach().contiguous() for name in COLUMNS]
+        if tensors[-1].is_floating_point():
             # The engine moves eight bytes a label, whatever they mean; its -1 for "none" is all
             # ones, which as float64 is NaN.
-            labels = labels.view(torch.int64)
-        columns = (shard.embeddings, shard.channels, shard.weights, shard.offsets, labels)
-        tensors = [tensor.detach().contiguous() for tensor in columns]
+            tensors[-1] = tensors[-1].view(torch.int64)
         files = [(f.path, f.device, f.inode, f.bytes) for f in mappings.files(tensors)]
         parts.append((*(tensor.numpy() for tensor in tensors), files))
     # FAISS keeps its number of threads for each thread; the worker would start with its default.

@@ -25,7 +25,7 @@ from transfer_case import (
 
 import gcfast
 from gcfast import _core, ops
-from gcfast.search import Shard
+from gcfast.shards import Shard
 
 pytest.importorskip("faiss")
 
@@ -289,6 +289,16 @@ def test_tickets_come_back_in_order_with_what_a_call_gives() -> None:
     assert ended == pytest.approx([float(batch[0, 0]) for batch in batches])
 
 
+def test_several_threads_may_wait_for_one_ticket() -> None:
+    whole = table(200)
+    made, asked = engine(flat(whole), [whole]), queries(300)
+    for _ in range(20):
+        ticket = made.submit(asked, k=3)
+        with ThreadPoolExecutor(4) as pool:
+            first, *others = pool.map(lambda _, ticket=ticket: ticket.wait(), range(4))
+        assert all(other is first for other in others)
+
+
 def test_the_worker_waits_until_the_queries_are_there() -> None:
     whole = table(200)
     asked, late = queries(4), np.zeros((4, WIDTH), np.float32)
@@ -380,3 +390,19 @@ def test_an_explainer_with_an_index_gives_the_same_maps(k: int, index: str) -> N
         assert torch.equal(why.labels, wanted.labels)
         assert torch.equal(why.flat, wanted.flat)
         torch.testing.assert_close(why.distances, wanted.distances)
+
+
+def test_stored_weights_that_were_scaled_are_scaled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = common()
+    images, _ = pictures(6)
+    plain = gcfast.Explainer(model, "backbone", channels=5, index="Flat")
+    plain.build(loader(*pictures(30)))
+    wanted = plain.explain_batch(images, normalize=None, center=1.0)
+    database = plain.database
+    assert database is not None
+    monkeypatch.setattr(gcfast.Database, "weight_scale", 4.0, raising=False)
+    for name in ("weights", "offsets"):
+        for whole in database.shards:
+            getattr(whole, name).mul_(4)
+    scaled = gcfast.Explainer(model, database=database, index="Flat")
+    torch.testing.assert_close(scaled.explain_batch(images, normalize=None, center=1.0), wanted)
