@@ -50,7 +50,8 @@ def compressed(database: Database, centers: int, *, seed: int, iterations: int) 
         labels=_labels(assignment, counts, database.labels),
         triplet_counts=torch.zeros_like(counts).index_add_(0, assignment, database.triplet_counts),
     )
-    dropped = ("index", "shards", "older_rows", "weight_scale")
+    # A distance to a centre says something else than one to a row.
+    dropped = ("index", "shards", "older_rows", "weight_scale", "calibration")
     manifest = {key: value for key, value in database.manifest.items() if key not in dropped}
     manifest |= {
         "storage": "float32",
