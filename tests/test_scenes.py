@@ -194,6 +194,25 @@ def test_scores_of_one_and_two_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scenes.localised(two) is scenes.labels(two) is None
 
 
+def test_goals_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    quality = importlib.import_module("scenes_quality")
+    rows = {
+        "Grad-CAM, for, top-50": {"mask": 0.4, "share": 0.8, "right": 0.9},
+        "Grad-CAM, for, all channels": {"mask": 0.31},
+        "Grad-CAM, against, top-50": {"share": 0.65},
+        "uniform": {"mask": 0.05},
+        "random channels": {"share": 0.7},
+    }
+    lines = quality.bars(rows, {"mask": 0.43, "share": 0.79})
+    verdicts = [line.split()[-1] for line in lines]
+    assert verdicts == ["MISSED", "met", "met", "met", "met", "MISSED", "met"]
+    assert " ".join(lines[5].split()) == (
+        "mask: 50 k-means centres less all rows +0.030 goal ±0.02 MISSED"
+    )
+    assert len(quality.bars(rows)) == 5
+
+
 def test_quick_run(tmp_path: Path) -> None:
     if not STAMPS.is_dir():
         pytest.skip("Debian's package tuxpaint-stamps-default is not installed")
