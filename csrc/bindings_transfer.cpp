@@ -1,4 +1,4 @@
-// What Python sees of the transfer engine, and the one place where the engine enters Python: the index.
+// What Python sees of the transfer engine: checks, conversion and the interpreter lock.
 #include "bindings_transfer.hpp"
 
 #include <pybind11/numpy.h>
@@ -13,10 +13,10 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "faiss_index.hpp"
 #include "transfer_engine.hpp"
 
 namespace py = pybind11;
@@ -32,101 +32,6 @@ constexpr std::chrono::milliseconds kSignalCheck{50};
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
-}
-
-// A Python object that any thread may let go of.
-using Held = std::shared_ptr<py::object>;
-
-Held hold(py::object object) {
-  return {new py::object(std::move(object)), [](py::object* held) {
-            const py::gil_scoped_acquire locked;
-            delete held;
-          }};
-}
-
-// A Python exception that may be raised again on other threads, each time that it is asked for.
-struct PythonError : std::runtime_error {
-  PythonError(const std::string& text, Held raised) : std::runtime_error(text), value(raised) {}
-  Held value;
-};
-
-// Calls Python; the interpreter lock is held.
-template <typename Call>
-auto python(const Call& call) {
-  try {
-    return call();
-  } catch (py::error_already_set& error) {
-    py::object value = error.value();
-    if (error.trace()) value.attr("__traceback__") = error.trace();
-    throw PythonError(error.what(), hold(std::move(value)));
-  }
-}
-
-// The locks of indices that one thread may enter at a time, by the index's address; what is no longer
-// used is dropped when the next one comes. Guarded by the interpreter lock.
-std::shared_ptr<std::mutex> lock_of(std::uintptr_t index) {
-  static auto* const locks = new std::unordered_map<std::uintptr_t, std::weak_ptr<std::mutex>>;
-  for (auto at = locks->begin(); at != locks->end();)
-    at = at->second.expired() ? locks->erase(at) : std::next(at);
-  auto lock = (*locks)[index].lock();
-  if (lock == nullptr) (*locks)[index] = lock = std::make_shared<std::mutex>();
-  return lock;
-}
-
-// The index's own address where it has one, so that two Python objects of one index share a lock.
-std::uintptr_t address_of(const py::object& index) {
-  if (py::hasattr(index, "this")) return py::int_(index.attr("this")).cast<std::uintptr_t>();
-  return reinterpret_cast<std::uintptr_t>(index.ptr());
-}
-
-// FAISS's Python object for a pointer. It stands for the address alone, so the last one serves again:
-// in a loop over batches of one size, allocators give the same addresses. Guarded by the interpreter
-// lock.
-class Pointer {
- public:
-  explicit Pointer(const char* cast) : cast_(py::module_::import("faiss").attr(cast)) {}
-
-  const py::object& operator()(const void* address) {
-    if (address != last_ || !object_) {
-      object_ = cast_(reinterpret_cast<std::uintptr_t>(address));
-      last_ = address;
-    }
-    return object_;
-  }
-
- private:
-  py::object cast_, object_;
-  const void* last_ = nullptr;
-};
-
-struct FaissIndex {
-  explicit FaissIndex(const py::object& object) : search_c(object.attr("search_c")) {}
-
-  void search(int64_t n, const float* from, int64_t k, float* to, int64_t* found) {
-    // Copies, because another thread may ask for other pointers while FAISS is at work.
-    const py::object x = queries(from), D = distances(to), I = ids(found);
-    search_c(n, x, k, D, I);
-  }
-
-  py::object search_c;  // a bound method: it holds the index
-  Pointer queries{"cast_integer_to_float_ptr"}, distances{"cast_integer_to_float_ptr"},
-      ids{"cast_integer_to_idx_t_ptr"};
-};
-
-// FAISS lets go of the interpreter lock inside; it is taken here to enter and to come back.
-SearchFunction search_function(const py::object& object, bool exclusive) {
-  const std::shared_ptr<FaissIndex> index{new FaissIndex(object), [](FaissIndex* held) {
-                                            const py::gil_scoped_acquire locked;
-                                            delete held;
-                                          }};
-  const auto lock = exclusive ? lock_of(address_of(object)) : nullptr;
-  return [index, lock](int64_t n, const float* queries, int64_t k, float* distances,
-                       int64_t* found) {
-    // Before the interpreter lock: whoever is in the index needs that one to come out.
-    const auto turn = lock ? std::unique_lock<std::mutex>(*lock) : std::unique_lock<std::mutex>();
-    const py::gil_scoped_acquire locked;
-    python([&] { index->search(n, queries, k, distances, found); });
-  };
 }
 
 template <typename T>
@@ -151,7 +56,8 @@ const void* values(const py::array& array, const char* name, std::vector<py::ssi
 }
 
 Shard shard_of(const py::sequence& given, int64_t dim, int64_t width) {
-  require(given.size() == 6, "a shard must be (embeddings, channels, weights, offsets, labels, files)");
+  require(given.size() == 6,
+          "a shard must be (embeddings, channels, weights, offsets, labels, files)");
   const auto array = [&](size_t i) { return given[i].cast<py::array>(); };
   const py::ssize_t n = array(0).shape(0);
   Shard shard{};
@@ -258,7 +164,8 @@ class PyEngine {
     require(memory_bytes >= 1, "`memory_bytes` must be at least 1");
     require(dim >= 1 && width >= 1, "`dim` and `width` must be at least 1");
     std::vector<Shard> made;
-    for (const auto& shard : shards) made.push_back(shard_of(py::cast<py::sequence>(shard), dim, width));
+    for (const auto& shard : shards)
+      made.push_back(shard_of(py::cast<py::sequence>(shard), dim, width));
     Table table(std::move(made), dim, width);
     require(index.attr("d").cast<int64_t>() == dim,
             "`index` must have the dimension of the database, " + std::to_string(dim) + ", got " +
@@ -300,8 +207,8 @@ class PyEngine {
     return py::make_tuple(owned(result.distances, {B, k}), owned(result.neighbors, {B, k}));
   }
 
-  // Not a method, because the ticket holds the Python object. (py::keep_alive<0, 1> would be shorter;
-  // in pybind11 3.1.0 it crashes when the arguments are of other types.)
+  // Not a method, because the ticket holds the Python object. (py::keep_alive<0, 1> would be
+  // shorter; in pybind11 3.1.0 it crashes when the arguments are of other types.)
   static std::unique_ptr<PyTicket> submit(const py::object& self, const Queries& queries, int64_t k,
                                           double temperature,
                                           const std::optional<py::tuple>& buffers,
@@ -351,7 +258,8 @@ class PyEngine {
     return *engines;
   }
 
-  TransferRequest checked(const Queries& queries, int64_t k, double temperature, bool gather) const {
+  TransferRequest checked(const Queries& queries, int64_t k, double temperature,
+                          bool gather) const {
     require(queries.ndim() == 2 && queries.shape(1) == engine_->table().dim(),
             "`queries` must have shape [B, D] with D = " + std::to_string(engine_->table().dim()));
     require(k >= 1, "`k` must be at least 1");
@@ -379,7 +287,8 @@ class PyEngine {
                      const Outputs& outputs) const {
     const float* const data = queries.data();
     const int64_t count = queries.shape(0);
-    // The arguments hold the arrays for the whole call; the index takes the lock back to be entered.
+    // The arguments hold the arrays for the whole call; the index takes the lock back to be
+    // entered.
     const py::gil_scoped_release unlocked;
     return engine_->transfer(data, count, request, outputs.pointers());
   }
@@ -418,8 +327,8 @@ void register_transfer(py::module_& module) {
       module, "TransferEngine",
       "Search through a FAISS index and gather of the rows it finds; see gcfast.transfer.\n\n"
       "shards: [(embeddings, channels, weights, offsets, labels, files)], rows in order; files:\n"
-      "[(path, device, inode, bytes)] that are looked at before each gather. exclusive: one thread\n"
-      "in the index at a time. memory_bytes bounds what is held at once beyond the result.")
+      "[(path, device, inode, bytes)] that are looked at before each gather. exclusive: one\n"
+      "thread in the index at a time. memory_bytes bounds what is held at once beyond the result.")
       .def(py::init<const py::object&, const py::list&, int64_t, int64_t, int, int64_t, bool,
                     const py::object&>(),
            py::arg("index"), py::arg("shards"), py::kw_only(), py::arg("dim"), py::arg("width"),
@@ -434,8 +343,8 @@ void register_transfer(py::module_& module) {
       .def("submit", &PyEngine::submit, py::arg("queries").noconvert(), py::kw_only(), py::arg("k"),
            py::arg("temperature") = 1.0, py::arg("buffers") = py::none(),
            py::arg("ready") = py::none(),
-           "A Ticket. `queries` must not be written to before it is done; `ready` is called by the\n"
-           "worker before it reads them.")
+           "A Ticket. `queries` must not be written to before it is done; `ready` is called by\n"
+           "the worker before it reads them.")
       .def("close", &PyEngine::close,
            "Ends the batch under way, fails those behind it, refuses others.");
   py::module_::import("atexit").attr("register")(py::cpp_function(&PyEngine::close_all));

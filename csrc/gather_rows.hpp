@@ -1,5 +1,5 @@
-// From the ids that an index gave to rows as ops.sparse_cam takes them: measured, ordered, gathered and
-// merged.
+// From the ids that an index gave to rows as ops.sparse_cam takes them: measured, ordered,
+// gathered and merged.
 #pragma once
 
 #include <cstddef>
@@ -30,8 +30,8 @@ struct TransferResult {
   std::int64_t count = 0;
   std::int64_t k = 0;
   std::int64_t width = 0;                      // of the gathered rows
-  std::unique_ptr<std::int64_t[]> neighbors;   // [count, k] row numbers by rising distance; -1: none
-  std::unique_ptr<float[]> distances;          // [count, k] squared L2; infinite where there is none
+  std::unique_ptr<std::int64_t[]> neighbors;   // [count, k] row numbers, nearest first; -1: none
+  std::unique_ptr<float[]> distances;          // [count, k] squared L2; infinite where none
   std::unique_ptr<std::int64_t[]> labels;      // [count, k]; -1 where there is none
   std::unique_ptr<std::int64_t[]> rows;        // [count]: the query's gathered row, its own number;
                                                // -1 where it has no neighbour
@@ -42,7 +42,8 @@ struct TransferResult {
   std::unique_ptr<float[]> own_weights, own_offsets;
 };
 
-// Points the result's channels and weights, [count, width], into the buffers or into room of its own.
+// Points the result's channels and weights, [count, width], into the buffers or into room of its
+// own.
 void make_room(TransferResult& out, const TransferBuffers& buffers);
 
 // As std::make_unique, but not filled.

@@ -98,8 +98,9 @@ TransferResult TransferEngine::State::transfer(const float* queries, int64_t cou
       pool.run(tasks, body);
   };
 
-  const int64_t step = std::min(
-      queries_at_once(options.memory_bytes, dim, table.width(), request), std::max<int64_t>(count, 1));
+  const int64_t step =
+      std::min(queries_at_once(options.memory_bytes, dim, table.width(), request),
+               std::max<int64_t>(count, 1));
   const auto ids = room<int64_t>(step * k);
   const auto unused = room<float>(step * k);
   std::vector<MergedRows> merged;
@@ -137,8 +138,8 @@ TransferEngine::~TransferEngine() {
     stop();
     return;
   }
-  // Forked: the threads are not here, and a lock may be held for ever by one of them. Nothing can be
-  // done with what they share but leave it.
+  // Forked: the threads are not here, and a lock may be held for ever by one of them. Nothing can
+  // be done with what they share but leave it.
   (void)new std::shared_ptr<State>(std::move(state_));
   (void)worker_.release();
 }

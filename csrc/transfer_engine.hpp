@@ -1,5 +1,5 @@
-// From embeddings to the channel weights of their nearest rows, in the background if wanted. The index
-// is whatever a function says is near; nothing here knows of Python or of FAISS.
+// From embeddings to the channel weights of their nearest rows, in the background if wanted. The
+// index is whatever a function says is near; nothing here knows of Python or of FAISS.
 #pragma once
 
 #include <sys/types.h>
@@ -61,10 +61,11 @@ struct TransferJob {
 };
 
 // Searches, measures the rows that were found exactly, orders them (ties to the lower row), and
-// gathers their channels, weights and offsets, one row a query. With k > 1 a query's rows are mixed by
-// softmax(-distance / temperature) and merged: each channel that any of them has appears once, in the
-// order of its first appearance from the nearest row on, with the sum of its mixed weights; the rows of
-// a batch are as wide as its widest, the others repeat their first channel with weight 0.
+// gathers their channels, weights and offsets, one row a query. With k > 1 a query's rows are
+// mixed by softmax(-distance / temperature) and merged: each channel that any of them has appears
+// once, in the order of its first appearance from the nearest row on, with the sum of its mixed
+// weights; the rows of a batch are as wide as its widest, the others repeat their first channel
+// with weight 0.
 //
 // Results are the same bits for any number of threads. Any thread may call anything but the
 // destructor at any time.
@@ -72,7 +73,7 @@ class TransferEngine {
  public:
   struct Options {
     int threads;                // of measuring and gathering, the caller's among them
-    std::int64_t memory_bytes;  // of temporary memory, beyond the result; at least one query is taken
+    std::int64_t memory_bytes;  // held at once beyond the result; one query is always taken
     std::function<void()> on_worker_start;
   };
 

@@ -135,7 +135,8 @@ void check_result(const Rows& rows, const std::vector<float>& asked, const Trans
     widest = std::max(widest, static_cast<int64_t>(mixed.size()));
     std::map<int64_t, double> summed;
     for (int64_t m = 0; m < got.width; ++m)
-      summed[got.channels[b * got.width + m]] += static_cast<double>(got.weights[b * got.width + m]);
+      summed[got.channels[b * got.width + m]] +=
+          static_cast<double>(got.weights[b * got.width + m]);
     CHECK(summed.size() == mixed.size());
     for (const auto& [channel, weight] : mixed) CHECK(std::abs(summed[channel] - weight) < 1e-5);
   }
