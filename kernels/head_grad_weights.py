@@ -317,6 +317,8 @@ def specialisations() -> list[Specialisation]:
         blocks = {"BLOCK_C": block_c, "BLOCK_D": block_d, "PRECISION": precision}
         forms.append(_form(_head_product_kernel, blocks | {"BLOCK_B": rows}, num_warps))
         plus = every | blocks | {"BLOCK_T": rows}
+        if rows == 16:  # as a build calls it: contiguous, and P taken for 1
+            plus |= dict.fromkeys(("stride_cotangents_d", "stride_weight_c", "pixels"), 1)
         stride = "i64" if precision == "tf32" else "i32"
         forms.append(_form(_head_plus_kernel, plus, num_warps, stride=stride))
     for T, D in ((50, 128), (1, 2048)):
