@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -18,8 +19,11 @@ from gcfast.capture import Captured
 from gcfast.database import Database
 from gcfast.errors import ModelMismatchError, NoDatabaseError
 from gcfast.explanation import Explanation, MapOptions, Size, TripletMaps
+from gcfast.export import ExportedExplainer
 from gcfast.fingerprint import difference, fingerprint
+from gcfast.graphs import Graphs
 from gcfast.head import normalized, vjp_grad_weights
+from gcfast.hot_path import Finish, Transferred, transfer
 from gcfast.labels import Labels, numbers_for
 from gcfast.loading import check_embeddings, require_images
 from gcfast.network import Network, Reshape
@@ -29,6 +33,8 @@ from gcfast.objectives import (
     TripletLoss,
     gradients_of,
 )
+from gcfast.ops import dispatch
+from gcfast.precision import full_precision
 from gcfast.rows import signed_parts
 from gcfast.search import Search, make_search, temperature
 from gcfast.settings import Settings
@@ -77,6 +83,10 @@ class Explainer:
         output_key: where the embedding is in an output that is not a tensor.
         reshape: from the layer's output to [B, C, H, W]; ``TokenGrid`` for transformers.
         seed: of the draws, 0 to 2^63 − 1.
+        cuda_graphs: on a CUDA device, capture :meth:`explain_batch` for each shape of images and
+            replay it: for small batches, whose time is that of launching kernels. Captured again
+            when a weight or the database has changed; a model that cannot be captured runs without,
+            with a warning.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range, by its name.
@@ -104,6 +114,7 @@ class Explainer:
         output_key: str | int | None = None,
         reshape: Reshape | None = None,
         seed: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         self.settings = Settings.checked(
             objective=TripletLoss() if objective is None else objective,
@@ -117,7 +128,10 @@ class Explainer:
         )
         self.k = require_int("k", k, 1)
         self.index = index
+        if not isinstance(cuda_graphs, bool):
+            raise TypeError(f"`cuda_graphs` must be a bool, got {cuda_graphs!r}")
         self.network = Network(model, layer, output_key=output_key, reshape=reshape)
+        self._graphs = Graphs(self.network.model) if cuda_graphs else None
         self._lock = threading.Lock()
         self._database: Database | None = None
         self._attached: _Attached | None = None
@@ -286,7 +300,8 @@ class Explainer:
         Raises:
             NoDatabaseError: there is no database yet.
             TypeError: images of another kind or dtype.
-            ValueError: another rank or device, NaN in images or embeddings, with the row.
+            ValueError: another rank or device; NaN in images or embeddings, with the row (on a CUDA
+                device, where looking would wait for it, such an image's map is all NaN instead).
 
         Source: paper, section 3.3.
         """
@@ -296,38 +311,105 @@ class Explainer:
         attached = self._attach()
         if len(images) == 0:
             return self._nothing(images, output_size, details)
-        captured = self.network.embed(images)
-        embeddings = normalized(captured.output, self.settings.l2_normalize)
-        check_embeddings(embeddings, images)
-        distances, neighbors = attached.search(embeddings, self.k)
-        mixing = None
-        if self.k > 1:
-            scale = max(attached.temperature, torch.finfo(torch.float32).tiny)
-            # From the nearest on, so that where τ is 0 (a table of twins) that one weighs 1.
-            beyond = distances - distances[:, :1]
-            mixing = torch.softmax(-beyond / scale, dim=1)
-        maps = ops.sparse_cam(
-            captured.activations,
-            neighbors,
-            attached.channels,
-            attached.weights,
-            size=output_size,
-            mixing=mixing,
-            offsets=attached.offsets,
-            center=center,
-            relu=relu,
-            normalize=normalize,
+        finish = Finish(output_size, center, relu, normalize)
+        run = partial(self._transferred, attached=attached, finish=finish)
+        if self._graphs is None:
+            out = run(images)
+            return out.explanation(attached.labels) if details else out.maps
+        if not images.is_cuda:
+            raise ValueError(
+                f"`cuda_graphs` must be False for a model on {images.device}, got True"
+            )
+        return self._graphs.run(
+            self.network.prepared(images),
+            run,
+            lambda out: out.copied().explanation(attached.labels) if details else out.maps.clone(),
+            owner=attached,
+            key=finish,
         )
-        if not details:
-            return maps
-        found = neighbors >= 0
-        return Explanation(
-            maps=maps,
-            embeddings=embeddings,
-            neighbors=neighbors,
-            distances=distances,
-            labels=torch.where(found, attached.labels[neighbors.clamp(min=0)], -1),
-            flat=maps.abs().amax((1, 2)) == 0,
+
+    def _transferred(
+        self, images: Tensor, *, attached: _Attached, finish: Finish, waits: bool | None = None
+    ) -> Transferred:
+        """One forward pass, the search and the maps.
+
+        Args:
+            images: [B, 3, h, w], checked.
+            attached: the database on their device.
+            finish: how the maps are finished.
+            waits: whether values may be looked at; None for not on a CUDA device, where that would
+                wait for it.
+        """
+        waits = not images.is_cuda if waits is None else waits
+        captured = self.network.embed(images)
+        with torch.no_grad(), full_precision(images.device):
+            embeddings = normalized(captured.output, self.settings.l2_normalize)
+            if waits:
+                check_embeddings(embeddings, images)
+            return transfer(
+                captured.activations,
+                embeddings,
+                (attached.channels, attached.weights, attached.offsets),
+                finish,
+                search=attached.search,
+                k=self.k,
+                temperature=attached.temperature,
+                sparse_cam=ops.sparse_cam if waits else dispatch.sparse_cam,
+                marks=not waits,
+            )
+
+    def export(
+        self,
+        *,
+        size: Size | None = None,
+        normalize: str | None = "max",
+        relu: bool = True,
+        center: float = 0.0,
+        details: bool = False,
+    ) -> ExportedExplainer:
+        """The explainer as one module without hooks, which torch.compile and torch.export take.
+
+        It maps images [B, 3, h, w] to what :meth:`explain_batch` maps them to, in one graph
+        (``fullgraph=True``). Its parameters are the model's own; the database's tables are buffers.
+        Where a pass has been made before (``build``, ``explain_batch``), what it has shown is used:
+        channels-last input where the model takes it, and no copy of the activations where no later
+        layer writes over them.
+
+        Args:
+            size: as for :meth:`explain_batch`, and fixed from now on, as are the others.
+            normalize: as for :meth:`explain_batch`.
+            relu: as for :meth:`explain_batch`.
+            center: as for :meth:`explain_batch`.
+            details: give (maps, embeddings, neighbors, distances, labels) instead of the maps.
+
+        Raises:
+            NoDatabaseError: there is no database yet.
+            UnsupportedModelError: a model that cannot be copied.
+            TypeError, ValueError: an argument of the wrong kind or out of range; an ``index`` that
+                is not exact, since FAISS cannot be part of a graph.
+        """
+        options = MapOptions(size, normalize, relu, center)
+        fixed = options.checked(torch.empty(0, 3, 1, 1))
+        if self.index != "exact":
+            raise ValueError(f"`index` must be 'exact' to be exported, got {self.index!r}")
+        attached = self._attach()
+        table = attached.database.embeddings.to(attached.device)
+        tables = {
+            "table": table,
+            "squares": torch.linalg.vector_norm(table, dim=1).square(),
+            "channels": attached.channels,
+            "weights": attached.weights,
+            "offsets": attached.offsets,
+            "labels": attached.labels,
+        }
+        return ExportedExplainer(
+            self.network,
+            tables,
+            Finish((0, 0) if size is None else fixed, center, relu, normalize),
+            k=self.k,
+            temperature=attached.temperature,
+            l2_normalize=self.settings.l2_normalize,
+            details=details,
         )
 
     def explain_labelled(

@@ -200,7 +200,7 @@ class Network:
                 f"`layer` must run once in a forward pass, got {self.layer_name!r}, "
                 f"which ran {times}"
             )
-        return capture, self._embedding(output, len(images))
+        return capture, self.embedding(output, len(images))
 
     def _captured(self, capture: Capture, output: Tensor) -> Captured:
         tensor = capture.tensor
@@ -219,7 +219,7 @@ class Network:
             )
         return Captured(output, tensor, capture.tensor if capture.differentiable else None)
 
-    def _embedding(self, output: Any, count: int) -> Tensor:
+    def embedding(self, output: Any, count: int) -> Tensor:
         """The [B, D] embedding in what the model returned."""
         key = self.output_key
         if key is not None:
@@ -235,7 +235,7 @@ class Network:
                 f"`model` must return a tensor [B, D], got {type(output).__name__}; choose one of "
                 f"its parts with `output_key`: {_keys(output)}"
             )
-        if output.ndim != 2 or len(output) != count:
+        if output.ndim != 2 or output.shape[0] != count:
             raise ValueError(
                 f"`model` must return embeddings of shape [B, D] with B = {count}, "
                 f"got {list(output.shape)}"

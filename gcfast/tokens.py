@@ -40,4 +40,4 @@ class TokenGrid:
                 f"{pixels} tokens after the first {self.prefix} must fill a grid, got "
                 f"{height} x {width}; give `height` and `width`"
             )
-        return grid.transpose(1, 2).reshape(len(grid), -1, height, width)
+        return grid.transpose(1, 2).reshape(grid.shape[0], -1, height, width)

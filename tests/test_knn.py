@@ -5,11 +5,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from gcfast.kernels.knn import launch_knn
-from gcfast.kernels.launch import knn_config
 from helpers import guarded, strided
 
 from gcfast import ops, reference
+from gcfast.kernels.knn import launch_knn
+from gcfast.kernels.launch import knn_config
 
 
 def _brute_force(queries, table, metric):

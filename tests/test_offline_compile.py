@@ -4,9 +4,10 @@ import functools
 import importlib
 from pathlib import Path
 
-import gcfast.kernels
 import pytest
 from offline import SHARED_LIMIT_BYTES, TARGETS, compile_elsewhere, problems
+
+import gcfast.kernels
 
 FOLDER = Path(gcfast.kernels.__path__[0])
 KERNELS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "launch"))
