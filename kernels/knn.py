@@ -76,7 +76,7 @@ def _empty_slots(KEEP: tl.constexpr):
     return (tl.full((KEEP,), EMPTY, tl.int64) << 32) | slots.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["is_l2"])
 def _candidates_kernel(
     keys_ptr,
     queries_ptr,
@@ -188,7 +188,7 @@ def _candidates_kernel(
     tl.store(out[:, None] + tl.arange(0, KEEP)[None, :], keys, mask=mask_b[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["is_l2"])
 def _nearest_kernel(
     distances_ptr,
     ids_ptr,

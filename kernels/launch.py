@@ -158,10 +158,10 @@ def knn_config(
         block_b, num_warps, resident = (16, 4, 3) if B <= 16 else (64, 8, 2)
         block_n, block_d = 128, 32
     else:
-        block_b, num_warps, resident = (16, 4, 4) if B <= 16 else (64, 8, 2)
-        # What would not fit into registers otherwise: many slots, or queries and rows of two types.
-        crowded = keep == 64 if block_b == 16 else table_dtype != torch.float32
-        block_n, block_d = 32 if crowded else 64, 16
+        # More slots take more warps, queries and rows of two types a smaller tile: registers.
+        block_b, num_warps, resident = (16, 4 if keep == 16 else 8, 4) if B <= 16 else (64, 8, 2)
+        block_n = 64 if block_b == 16 or table_dtype == torch.float32 else 32
+        block_d = 16
     # Enough programs for every multiprocessor to be full, and none with less than a tile of rows.
     wanted = -(-resident * processors // -(-B // block_b))
     tiles = max(1, -(-N // block_n))
@@ -177,8 +177,8 @@ def knn_config(
         num_stages=2,
         splits=max(1, -(-N // rows)),
         rows_per_split=rows,
-        block_c=1024,
-        merge_block_d=64 if keep == 16 else 16,
+        block_c=512,
+        merge_block_d=32 if keep == 16 else 16,
         merge_warps=4,
     )
 
