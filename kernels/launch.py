@@ -22,7 +22,9 @@ class Specialisation(NamedTuple):
     """
 
     kernel: Any  # the @triton.jit function
-    types: dict[str, str]  # arguments at run time, as Triton names types: "*fp32", "i64", "fp32"
+    # Arguments at run time, as Triton names types: "*fp32", "i64", "fp32"; "i32:16" is a number
+    # divisible by 16, for which Triton makes other code.
+    types: dict[str, str]
     constants: dict[str, Any]  # tl.constexpr arguments, and integers that are 1
     options: dict[str, int]  # num_warps, num_stages
 

@@ -323,8 +323,19 @@ def specialisations() -> Iterator[Specialisation]:
     for config in SPARSE_CAM_CONFIGS:
         yield _specialisation(config, ones=("stride_act_w",))
     usual = SPARSE_CAM_CONFIGS[0]
-    yield _specialisation(usual, activations="*fp16", ones=("stride_act_w",))
-    yield _specialisation(usual, activations="*bf16", ones=("stride_act_c",))
+    # As ResNet-50 and ViT-B/16 launch it for maps of 224 x 224: whole vectors are written. Triton
+    # makes a constant of every integer that is 1.
+    even = ("OH", "OW", "tile_w", "C", "stride_act_b")
+    plain = ("stride_nei_b", "stride_nei_k", "stride_cha_m", "stride_wei_m", "stride_off", "K")
+    plain += ("relu", "normalize")
+    yield _specialisation(usual, activations="*fp16", ones=("stride_act_w", *plain), even=even)
+    yield _specialisation(
+        usual, activations="*bf16", ones=("stride_act_c", "slices", *plain), even=even
+    )
+    for config in (usual, SPARSE_CAM_CONFIGS[-1]):
+        sizes = ("B", "C", "H", "W", "N", "K", "M", "OH", "OW", "slices", "tile_h", "tile_w")
+        ones = [n for n in _sparse_cam_kernel.arg_names if n.startswith("stride_") or n in sizes]
+        yield _specialisation(config, has_mixing=True, ones=(*ones, "relu", "normalize"))
     yield _specialisation(usual, weights="*fp16", has_mixing=True)
     yield _specialisation(usual, out="*fp16")
     yield _specialisation(usual, out="*u8", activations="*bf16")
@@ -342,6 +353,7 @@ def _specialisation(
     stride: str = "i32",
     has_mixing: bool = False,
     ones: tuple[str, ...] = (),
+    even: tuple[str, ...] = (),
 ) -> Specialisation:
     pointers = {
         "out_ptr": out,
@@ -367,5 +379,6 @@ def _specialisation(
         "BLOCK_OW": config.block_ow,
     }
     types = {name: kind for name, kind in (pointers | types).items() if name not in ones}
+    types |= {name: types[name] + ":16" for name in even}
     constants |= dict.fromkeys(ones, 1)
     return Specialisation(_sparse_cam_kernel, types, constants, {"num_warps": config.num_warps})

@@ -93,17 +93,24 @@ def top_m_bytes(B: int, C: int, M: int, *, itemsize: int = 4) -> int:
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """Every configuration, and 16-bit weights on one of them."""
+    """Every configuration, and each other choice on one of them."""
     for config in TOP_M_CONFIGS:
-        yield _specialisation(config)
-    yield _specialisation(TOP_M_CONFIGS[0], weights="*fp16")
-    yield _specialisation(TOP_M_CONFIGS[0], weights="*bf16", stride="i64")
+        yield _specialisation(config, ones=("stride_c",))
+    yield _specialisation(TOP_M_CONFIGS[2], ones=("stride_b", "stride_c", "C", "M"))
+    yield _specialisation(TOP_M_CONFIGS[2], weights="*fp16")
+    yield _specialisation(TOP_M_CONFIGS[2], weights="*bf16", stride="i64")
 
 
 def _specialisation(
-    config: TopMConfig, *, weights: str = "*fp32", stride: str = "i32"
+    config: TopMConfig,
+    *,
+    weights: str = "*fp32",
+    stride: str = "i32",
+    ones: tuple[str, ...] = (),
 ) -> Specialisation:
     types = {"channels_ptr": "*i64", "kept_ptr": weights, "weights_ptr": weights}
     types |= {"stride_b": stride, "stride_c": stride, "C": "i32", "M": "i32"}
     constants = {"BLOCK_C": config.block_c, "BLOCK_M": config.block_m}
+    types = {name: kind for name, kind in types.items() if name not in ones}
+    constants |= dict.fromkeys(ones, 1)
     return Specialisation(_top_m_kernel, types, constants, {"num_warps": config.num_warps})

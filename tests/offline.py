@@ -109,11 +109,12 @@ def _compile(specialisation: Any, target: str) -> dict[str, Any]:
     unknown = (set(types) | set(constants)) ^ set(names)
     assert not unknown, f"{kernel.__name__}: {unknown}"
     assert not set(types) & set(constants), kernel.__name__
-    signature = {name: types.get(name, "constexpr") for name in names}
+    kinds = [types.get(name, "constexpr") for name in names]
+    signature = {name: kind.removesuffix(":16") for name, kind in zip(names, kinds, strict=True)}
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name].startswith("*")
+        for i, kind in enumerate(kinds)
+        if kind.startswith("*") or kind.endswith(":16")
     }
     shown = ", ".join(f"{k}={v}" for k, v in {**types, **constants, **options}.items())
     result = {"target": target, "name": f"{kernel.__name__}({shown})"}

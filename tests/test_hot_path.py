@@ -32,10 +32,11 @@ class NoWaiting(TorchDispatchMode):
         return out
 
 
-def _explainer(model=None, **settings):
-    explainer = Explainer((model or common()).eval(), channels=4, triplets=5, **settings)
+def _explainer(model=None, device="cpu", **settings):
+    model = (model or common()).eval().to(device)
+    explainer = Explainer(model, channels=4, triplets=5, **settings)
     explainer.build(loader(*pictures(12)))
-    explainer.explain_batch(pictures(1)[0])  # the first pass looks at the model
+    explainer.explain_batch(pictures(1)[0].to(device))  # the first pass looks at the model
     return explainer
 
 
@@ -97,23 +98,24 @@ def _explainer_without_a_pass():
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("head", ["conv", "other"])
-def test_the_kernel_under_explain_batch(head, k, monkeypatch):
+def test_the_kernel_under_explain_batch(head, k, monkeypatch, device):
     model = common() if head == "conv" else Net(OTHER_HEADS["gem"](CHANNELS))
-    explainer = _explainer(model, k=k)
-    images = pictures(3)[0]
-    wanted = explainer.explain_batch(images, size=(9, 7))
-    kernel = functools.partial(dispatch.sparse_cam, backend="triton")
-    monkeypatch.setattr(dispatch, "sparse_cam", kernel)
-    torch.testing.assert_close(_run(explainer, images).maps, wanted, atol=2e-6, rtol=2e-6)
+    explainer = _explainer(model, device, k=k)
+    images = pictures(3)[0].to(device)
+    chosen, maps = dispatch.sparse_cam, {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setattr(dispatch, "sparse_cam", functools.partial(chosen, backend=backend))
+        maps[backend] = _run(explainer, images).maps
+    torch.testing.assert_close(maps["triton"], maps["reference"], atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("k", [1, 3])
-def test_an_image_that_is_not_finite_gets_a_map_of_nan(k, value, backend, monkeypatch):
-    explainer = _explainer(k=k)
-    images = pictures(3)[0]
+def test_an_image_that_is_not_finite_gets_a_map_of_nan(k, value, backend, monkeypatch, device):
+    explainer = _explainer(device=device, k=k)
+    images = pictures(3)[0].to(device)
     wanted = explainer.explain_batch(images, size=(9, 7))
     images[1] = value
     kernel = functools.partial(dispatch.sparse_cam, backend=backend)

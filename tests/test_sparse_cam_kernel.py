@@ -9,6 +9,12 @@ from gcfast.kernels import launch
 from gcfast.kernels.sparse_cam import launch_sparse_cam, sparse_cam_bytes
 
 
+@pytest.fixture(autouse=True)
+def _on_device(device):
+    with device:
+        yield
+
+
 def _inputs(B, C, H, W, N, M, K, dtype=torch.float32):
     return {
         "activations": guarded((B, C, H, W), dtype),

@@ -9,6 +9,12 @@ from gcfast.kernels import launch
 from gcfast.kernels.top_m import launch_top_m, top_m_bytes
 
 
+@pytest.fixture(autouse=True)
+def _on_device(device):
+    with device:
+        yield
+
+
 def _agrees(weights, m, **config):
     got = launch_top_m(weights, m, **config) if config else ops.top_m(weights, m, backend="triton")
     wanted = ops.top_m(weights, m)
