@@ -66,8 +66,6 @@ AXES: dict[str, Axes] = {
         "num_warps": (2, 4, 8),
     },
 }
-# Where launch.py's function is not called <operation>_config.
-CHOOSERS = {"sample_triplets": "triplets_config"}
 
 
 class Tried(NamedTuple):
@@ -88,8 +86,7 @@ class Sweep(NamedTuple):
 
 def present_choice(operation: str, inputs: Inputs) -> Any:
     """The configuration that the launcher chooses for these inputs, taken down as it does so."""
-    module = importlib.import_module(f"gcfast.kernels.{operation}")
-    name = CHOOSERS.get(operation, f"{operation}_config")
+    module, name = importlib.import_module(f"gcfast.kernels.{operation}"), f"{operation}_config"
     choose = getattr(module, name)
     taken = []
 
