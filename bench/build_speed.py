@@ -113,7 +113,7 @@ def paper_row(model: nn.Module, layer: str, batches: list[tuple[Tensor, Tensor]]
         )
     )
     start = time.perf_counter()
-    total = torch.zeros(1)
+    total = torch.zeros(())  # without dimensions, it adds to gradients on any device
     for t in range(TRIPLETS):
         kept.clear()
         pick = [0, int(positives[t % len(positives)]), int(negatives[t % len(negatives)])]

@@ -31,6 +31,14 @@ from gcfast.kernels.launch import (
 )
 
 MEAN_BLOCKS = {"BLOCK_T": 64, "BLOCK_C": 256}
+# Integers that 16 divides where it divides C, for which Triton loads vectors.
+ROUND = ("C", "stride_gradients_b", "stride_gradients_t", "stride_gradients_h")
+# Integers that are 1, as a rule, by kernel and by whether channels come last.
+ONES = {
+    ("_grad_weights_run_kernel", False): ("splits", "stride_valid_t", "stride_activations_w"),
+    ("_grad_weights_tile_kernel", False): ("splits", "stride_valid_t", "stride_gradients_w"),
+    ("_grad_weights_tile_kernel", True): ("splits", "stride_gradients_c", "stride_activations_c"),
+}
 
 
 @triton.jit
@@ -370,7 +378,7 @@ def specialisations() -> list[Specialisation]:
         }
         is_run, is_last = layout == "run", layout == "channels last"
         config = grad_weights_config(
-            64, 50, 2048, P, itemsize, is_run=is_run, is_last=is_last, sms=132
+            64, 1 if P == 513 else 50, 2048, P, itemsize, is_run=is_run, is_last=is_last, sms=132
         )
         if config.channels:
             kernel: Any = _grad_weights_run_kernel
@@ -384,9 +392,14 @@ def specialisations() -> list[Specialisation]:
             }
         for is_plus in (False, True) if P == 49 and itemsize == 4 else (True,):
             flags = {"IS_PLUS": is_plus, "HAS_VALID": True, "IS_PARTIAL": is_plus}
-            # Strides beyond 2^31 elements for those that come once.
+            # Strides beyond 2^31 elements for those that come once; integers that are 1 elsewhere.
             stride = "i64" if layout == "gaps" or P == 513 else "i32"
-            forms.append(_form(kernel, pointers, flags | blocks, config.num_warps, stride=stride))
+            ones = () if layout == "gaps" else ONES[kernel.__name__, is_last]
+            constants = flags | blocks | dict.fromkeys(ones, 1)
+            form = _form(kernel, pointers, constants, config.num_warps, stride=stride)
+            if itemsize == 2 or is_last:  # as C = 2,048 has them
+                form.types.update({n: "i32:16" for n in ROUND if n in form.types})
+            forms.append(form)
     pointers = {"out_ptr": "*fp32", "parts_ptr": "*fp32", "valid_ptr": "*u8"}
     flags = {"HAS_VALID": True, **MEAN_BLOCKS}
     forms.append(_form(_grad_weights_mean_kernel, pointers, flags, 4))

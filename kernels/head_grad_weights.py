@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gcfast.kernels.launch import (
     HEAD_GRAD_WEIGHTS_CONFIGS,
+    IMAGES_WARPS,
     HeadConfig,
     Specialisation,
     head_grad_weights_config,
@@ -287,7 +288,7 @@ def launch_head_grad_weights(
             num_warps=num_warps,
             **given,
         )
-        config = config or head_grad_weights_config(B, 1, C, sms=sms)
+        config = config or head_grad_weights_config(B, 1, C, sms=sms, images=True)
         blocks = triton.cdiv(B, config.block_rows) * triton.cdiv(C, config.block_c)
         _head_product_kernel[(blocks,)](
             out,
@@ -315,8 +316,14 @@ def specialisations() -> list[Specialisation]:
     for config, precision in [*precise, (HEAD_GRAD_WEIGHTS_CONFIGS[-1], "tf32")]:
         rows, block_c, block_d, num_warps = config
         blocks = {"BLOCK_C": block_c, "BLOCK_D": block_d, "PRECISION": precision}
-        forms.append(_form(_head_product_kernel, blocks | {"BLOCK_B": rows}, num_warps))
+        warps = IMAGES_WARPS if rows == block_c else num_warps
+        product = _form(_head_product_kernel, blocks | {"BLOCK_B": rows}, warps)
+        if block_c == 64:  # as C = 2,048 and D = 128 have them
+            product.types.update(dict.fromkeys(("C", "D", "stride_weight_d"), "i32:16"))
+        forms.append(product)
         plus = every | blocks | {"BLOCK_T": rows}
+        if rows == 16:  # as a build calls it: contiguous, and P taken for 1
+            plus |= dict.fromkeys(("stride_cotangents_d", "stride_weight_c", "pixels"), 1)
         stride = "i64" if precision == "tf32" else "i32"
         forms.append(_form(_head_plus_kernel, plus, num_warps, stride=stride))
     for T, D in ((50, 128), (1, 2048)):

@@ -34,6 +34,7 @@ from gcfast.kernels.launch import (
     knn_config,
     multiprocessors,
 )
+from gcfast.kernels.row_squares import POINTERS, row_squares
 
 # Scores are held as float32 in the upper half of an int64 and the row's id in the lower: integers
 # in the order of (score, id). No score that is held reaches infinity, so the upper half of an empty
@@ -46,9 +47,7 @@ NOTHING = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 FARTHEST = tl.constexpr(0x7FFFFFFF << 32)
 ID_MASK = tl.constexpr(0xFFFFFFFF)
 
-SQUARES_BLOCK_N, SQUARES_BLOCK_D = 64, 64
 PRECISIONS = ("ieee", "bf16x6")
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
 @triton.jit
@@ -77,32 +76,7 @@ def _empty_slots(KEEP: tl.constexpr):
     return (tl.full((KEEP,), EMPTY, tl.int64) << 32) | slots.to(tl.int64)
 
 
-@triton.jit
-def _squares_kernel(
-    squares_ptr,
-    table_ptr,
-    stride_table_n,
-    stride_table_d,
-    N,
-    D,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """squares[n] = sum_d table[n, d]^2.  Grid: (ceil(N / BLOCK_N),)."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    rows = table_ptr + offs_n * stride_table_n  # [BLOCK_N]
-    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        offs_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-        mask = mask_n[:, None] & (offs_d < D)[None, :]
-        tile = tl.load(rows[:, None] + offs_d[None, :] * stride_table_d, mask=mask, other=0.0)
-        tile = tile.to(tl.float32)
-        total += tile * tile
-    tl.store(squares_ptr + offs_n, tl.sum(total, axis=1), mask=mask_n)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["is_l2"])
 def _candidates_kernel(
     keys_ptr,
     queries_ptr,
@@ -214,7 +188,7 @@ def _candidates_kernel(
     tl.store(out[:, None] + tl.arange(0, KEEP)[None, :], keys, mask=mask_b[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["is_l2"])
 def _nearest_kernel(
     distances_ptr,
     ids_ptr,
@@ -279,24 +253,6 @@ def _nearest_kernel(
     distances = tl.where(is_l2 != 0, distances, 0.0 - distances)  # and not -0.0
     tl.store(distances_ptr + i_b * K + place, distances, mask=place < K)
     tl.store(ids_ptr + i_b * K + place, tl.where(found, ids, -1), mask=place < K)
-
-
-def row_squares(table: Tensor) -> Tensor:
-    """Squared norms [N] float32 of the rows of [N, D], from one read and with no copy."""
-    N, D = table.shape
-    squares = torch.empty(N, dtype=torch.float32, device=table.device)
-    with torch.cuda.device_of(table):
-        _squares_kernel[(triton.cdiv(N, SQUARES_BLOCK_N),)](
-            squares,
-            table,
-            *table.stride(),
-            N,
-            D,
-            BLOCK_N=SQUARES_BLOCK_N,
-            BLOCK_D=SQUARES_BLOCK_D,
-            num_warps=4,
-        )
-    return squares
 
 
 def launch_knn(
@@ -399,19 +355,6 @@ def specialisations() -> Iterator[Specialisation]:
     """Every form of the kernels that the launchers can ask for."""
     for query_dtype, table_dtype in itertools.product(POINTERS, POINTERS):
         tables = {"queries_ptr": POINTERS[query_dtype], "table_ptr": POINTERS[table_dtype]}
-        if query_dtype == torch.float32:
-            yield Specialisation(
-                _squares_kernel,
-                {
-                    "squares_ptr": "*fp32",
-                    "table_ptr": POINTERS[table_dtype],
-                    "stride_table_n": "i32",
-                    "N": "i32",
-                    "D": "i32",
-                },
-                {"stride_table_d": 1, "BLOCK_N": SQUARES_BLOCK_N, "BLOCK_D": SQUARES_BLOCK_D},
-                {"num_warps": 4},
-            )
         forms = [form for form in KNN_FORMS if form[2:] == (query_dtype, table_dtype)]
         for B, K, _, _ in forms:
             config = knn_config(B, 10**6, K, query_dtype, table_dtype, 132)

@@ -36,18 +36,6 @@ class Specialisation(NamedTuple):
     options: dict[str, int]  # num_warps, num_stages
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; one elsewhere, where Triton's interpreter runs."""
-    if device.type != "cuda":
-        return 1
-    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
-
-
 # Programs that fill a GPU several times over: 132 multiprocessors (H100, H200) by eight.
 FULL_GRID = 1056
 
@@ -125,6 +113,18 @@ def top_m_config(C: int, M: int) -> TopMConfig:
     return TOP_M_CONFIGS[2 * (C <= 256) + (M > 64)]
 
 
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; one elsewhere, where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return 1
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
 class KnnConfig(NamedTuple):
     """How `knn` is launched: `splits` stretches of `rows_per_split` rows cover the table."""
 
@@ -167,10 +167,10 @@ def knn_config(
         block_b, num_warps, resident = (16, 4, 3) if B <= 16 else (64, 8, 2)
         block_n, block_d = 128, 32
     else:
-        block_b, num_warps, resident = (16, 4, 4) if B <= 16 else (64, 8, 2)
-        # What would not fit into registers otherwise: many slots, or queries and rows of two types.
-        crowded = keep == 64 if block_b == 16 else table_dtype != torch.float32
-        block_n, block_d = 32 if crowded else 64, 16
+        # More slots take more warps, queries and rows of two types a smaller tile: registers.
+        block_b, num_warps, resident = (16, 4 if keep == 16 else 8, 4) if B <= 16 else (64, 8, 2)
+        block_n = 64 if block_b == 16 or table_dtype == torch.float32 else 32
+        block_d = 16
     # Enough programs for every multiprocessor to be full, and none with less than a tile of rows.
     wanted = -(-resident * processors // -(-B // block_b))
     tiles = max(1, -(-N // block_n))
@@ -186,8 +186,8 @@ def knn_config(
         num_stages=2,
         splits=max(1, -(-N // rows)),
         rows_per_split=rows,
-        block_c=1024,
-        merge_block_d=64 if keep == 16 else 16,
+        block_c=512,
+        merge_block_d=32 if keep == 16 else 16,
         merge_warps=4,
     )
 
@@ -222,7 +222,7 @@ class TripletsConfig(NamedTuple):
     splits: int  # programs that share the tiles
 
 
-def triplets_config(B: int, N: int, processors: int) -> TripletsConfig:
+def sample_triplets_config(B: int, N: int, processors: int) -> TripletsConfig:
     """The launch for a group of B anchors and N rows on a GPU with so many multiprocessors."""
     tile = 64
     tiles = max(1, -(-N // tile))
@@ -269,7 +269,7 @@ def grad_weights_config(
     is_last: bool,
     sms: int,
 ) -> GradWeightsConfig:
-    """About 64 bytes in flight a thread, at half the threads that a multiprocessor can hold.
+    """32 to 128 bytes in flight a thread, at half the threads that a multiprocessor can hold.
 
     Args:
         B: images.
@@ -283,7 +283,9 @@ def grad_weights_config(
     """
     wanted = PROGRAMS_PER_SM * sms
     if is_run and P <= RUN_PIXELS and C * P < 2**31:
-        block_t = 4 if T >= 4 else 1
+        block_t = 16 // itemsize
+        if block_t > T:
+            block_t = 2  # with 1, ptxas spills the longest runs on sm_80
         vector = VECTOR_BYTES // itemsize
         step = vector // math.gcd(P, vector)  # channels whose pixels fill whole vectors
         fit = RUN_ELEMENTS // P
@@ -313,7 +315,8 @@ def grad_weights_config(
         block_c=block_c,
         block_p=block_p,
         splits=max(1, min(wanted // programs, T // 8)),
-        num_warps=4,
+        # What ptxas compiles without spilling on every target.
+        num_warps=8 if is_last else 4,
     )
 
 
@@ -338,7 +341,9 @@ class HeadConfig(NamedTuple):
     num_warps: int
 
 
-# Eight warps: with four, and for 16 x 32, ptxas spills the float32 product on sm_80.
+# Of Grad-CAM++, and with IMAGES_WARPS in place of the last's eight of Grad-CAM: what ptxas compiles
+# without spilling on every target (16 x 32, say, it does not).
+IMAGES_WARPS = 4
 HEAD_GRAD_WEIGHTS_CONFIGS = (
     HeadConfig(16, 64, 32, 8),
     HeadConfig(64, 32, 32, 8),
@@ -346,20 +351,25 @@ HEAD_GRAD_WEIGHTS_CONFIGS = (
 )
 
 
-def head_grad_weights_config(rows: int, others: int, C: int, *, sms: int) -> HeadConfig:
+def head_grad_weights_config(
+    rows: int, others: int, C: int, *, sms: int, images: bool = False
+) -> HeadConfig:
     """A tile of the product, large as long as every multiprocessor still gets one.
 
     Args:
         rows: of the left factor that can share a tile: an image's triplets, or the images.
-        others: how many such groups there are.
+        others: how many such groups there are: the images, or one.
         C: channels.
         sms: multiprocessors of the device.
+        images: the rows are images, for Grad-CAM; otherwise triplets, for Grad-CAM++.
     """
     few, narrow, wide = HEAD_GRAD_WEIGHTS_CONFIGS
+    if images:
+        wide = wide._replace(num_warps=IMAGES_WARPS)
     if rows <= few.block_rows:
         return few
     # The triplets of an image are added up by one program; images have a program a tile.
-    tiles = others if others > 1 else triton.cdiv(rows, wide.block_rows)
+    tiles = triton.cdiv(rows, wide.block_rows) if images else others
     return wide if tiles * triton.cdiv(C, wide.block_c) >= sms else narrow
 
 

@@ -95,8 +95,9 @@ def test_registered_as_torch_says(name):
 
 
 @pytest.mark.parametrize("name", ["knn", "mean_cotangents", "sample_triplets"])
-def test_kernels_are_registered_as_torch_says(name):
+def test_kernels_are_registered_as_torch_says(name, device):
     args, kwargs = CALLS[name]()
+    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
     operation = getattr(torch.ops.gcfast, name).default
     torch.library.opcheck(operation, args, {**kwargs, "backend": "triton"})
 

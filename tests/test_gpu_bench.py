@@ -261,6 +261,21 @@ def test_the_tests_it_runs_exist():
         assert (gpu.ROOT / "tests" / f"{stem}.py").exists()
 
 
+def test_each_file_of_tests_says_how_it_ended(tmp_path):
+    (tmp_path / "test_good.py").write_text("def test_it(): pass")
+    (tmp_path / "test_bad.py").write_text("def test_it(): assert 1 == 2")
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_it(): time.sleep(60)")
+    good = gpu.run_tests(tmp_path / "test_good.py", 60)
+    assert good["returncode"] == 0
+    assert good["text"].startswith("1 passed")
+    bad = gpu.run_tests(tmp_path / "test_bad.py", 60)
+    assert bad["returncode"] == 1
+    assert bad["text"].startswith("FAILED: 1 failed")
+    assert "assert 1 == 2" in bad["output"]
+    slow = gpu.run_tests(tmp_path / "test_slow.py", 1)
+    assert slow["text"] == "FAILED: not done in 1 s"
+
+
 SMALL = cases.Network("small", 12, 3, 4)
 TINY = {
     "sparse_cam": [

@@ -173,6 +173,9 @@ def test_tiles_shrink_until_every_multiprocessor_has_one():
         for others in (1, 1000):
             config = head_grad_weights_config(rows, others, 2048, sms=132)
             assert config in HEAD_GRAD_WEIGHTS_CONFIGS
+    images = head_grad_weights_config(4096, 1, 2048, sms=132, images=True)
+    assert images == HEAD_GRAD_WEIGHTS_CONFIGS[-1]._replace(num_warps=4)  # 64 x 32 programs
+    assert head_grad_weights_config(64, 1, 2048, sms=132, images=True)[:2] == (64, 32)
 
 
 def test_beyond_2_31_elements():

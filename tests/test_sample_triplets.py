@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers import clustered, guarded, norm_error, strided
 
-import gcfast.kernels.sample_triplets as kernels
 from gcfast import ops, reference
+from gcfast.kernels import anchor_pairs, mean_cotangents, sample_triplets
 from gcfast.kernels.launch import TripletsConfig
 
 CASES = [
@@ -119,7 +119,8 @@ def test_triton_draws_what_the_reference_draws(case, first, device):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("margin", [0.0, 1.0, math.inf, -math.inf])
 def test_triton_agrees_at_the_hinge_and_over_many_tiles(margin, monkeypatch, device):
-    monkeypatch.setattr(kernels, "triplets_config", lambda *_: TILED)
+    for module in (sample_triplets, mean_cotangents):
+        monkeypatch.setattr(module, "sample_triplets_config", lambda *_: TILED)
     embeddings, labels = _lattice(83, 3, 3)
     rows = torch.tensor([0, 82])
     arguments = [a.to(device) for a in _arguments(embeddings, labels, rows)]
@@ -128,9 +129,9 @@ def test_triton_agrees_at_the_hinge_and_over_many_tiles(margin, monkeypatch, dev
 
 
 def test_triton_takes_anchors_in_groups_and_the_table_in_slabs(monkeypatch, device):
-    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 28 * 70 * 2)  # two anchors a group
-    monkeypatch.setattr(kernels, "SLAB_BYTES", 8 * 4 * 30)  # thirty rows a product
-    monkeypatch.setattr(kernels, "TRANSPOSE_BYTES", 0)
+    monkeypatch.setattr(anchor_pairs, "SCRATCH_BYTES", 28 * 70 * 2)  # two anchors a group
+    monkeypatch.setattr(mean_cotangents, "SLAB_BYTES", 8 * 4 * 30)  # thirty rows a product
+    monkeypatch.setattr(anchor_pairs, "TRANSPOSE_BYTES", 0)
     embeddings, labels = _lattice(70, 4, 3)
     arguments = [
         a.to(device) for a in _arguments(embeddings, labels, torch.tensor([3, 69, 8, 20, 41]))
@@ -196,7 +197,7 @@ def test_triton_draws_uniformly(device):
     seen = torch.zeros(V, dtype=torch.int64, device=device)
     wide = TILED._replace(tile=64, block_t=1024)
     for seed in range(seeds):
-        drawn = kernels.launch_sample_triplets(
+        drawn = sample_triplets.launch_sample_triplets(
             *arguments, triplets=T, margin=0.5, seed=seed, config=wide
         )
         seen += torch.bincount(number[drawn.positives[0], drawn.negatives[0]], minlength=V)
@@ -209,11 +210,9 @@ def test_distances_are_compiled_without_fused_multiply_add():
     """In machine code, for NVIDIA and AMD; that they are fused otherwise shows the test can see."""
     program = """
 import offline, triton
-from gcfast.kernels import sample_triplets
+from gcfast.kernels import anchor_pairs as kernels
 
-[form] = [
-    s for s in sample_triplets.specialisations() if s.kernel is sample_triplets._distances_kernel
-]
+[form] = [s for s in kernels.specialisations() if s.kernel is kernels._distances_kernel]
 signature = {name: form.types.get(name, "constexpr") for name in form.kernel.arg_names}
 source = triton.compiler.ASTSource(form.kernel, signature, form.constants, {})
 for target, code, fused in (("sm_90", "sass", "DFMA"), ("gfx942", "amdgcn", "v_fma")):

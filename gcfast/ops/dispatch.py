@@ -200,7 +200,7 @@ def mean_cotangents(
     tensors = (anchors, anchor_labels, anchor_rows, embeddings, labels)
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.mean_cotangents
     if uses_triton(backend, *tensors):
-        from gcfast.kernels.sample_triplets import launch_mean_cotangents
+        from gcfast.kernels.mean_cotangents import launch_mean_cotangents
 
         run = launch_mean_cotangents
     elif backend == "auto" and not anchors.is_cuda:
