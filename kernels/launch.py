@@ -61,8 +61,8 @@ class SparseCamConfig(NamedTuple):
 
 
 SPARSE_CAM_CONFIGS = (
-    SparseCamConfig(window=8, block_m=32, block_oh=8, block_ow=256, num_warps=8),
-    SparseCamConfig(window=8, block_m=32, block_oh=32, block_ow=64, num_warps=8),
+    SparseCamConfig(window=8, block_m=16, block_oh=8, block_ow=256, num_warps=4),
+    SparseCamConfig(window=8, block_m=16, block_oh=32, block_ow=64, num_warps=4),
     SparseCamConfig(window=16, block_m=16, block_oh=8, block_ow=256, num_warps=4),
     SparseCamConfig(window=16, block_m=16, block_oh=32, block_ow=64, num_warps=4),
     SparseCamConfig(window=32, block_m=4, block_oh=16, block_ow=128, num_warps=4),
@@ -104,13 +104,14 @@ TOP_M_CONFIGS = (
     TopMConfig(block_c=1024, block_m=64, num_warps=4),
     TopMConfig(block_c=1024, block_m=256, num_warps=4),
     TopMConfig(block_c=256, block_m=64, num_warps=2),
-    TopMConfig(block_c=256, block_m=256, num_warps=2),
 )
 
 
 def top_m_config(C: int, M: int) -> TopMConfig:
     """Blocks of channels that a row fills, and room for M."""
-    return TOP_M_CONFIGS[2 * (C <= 256) + (M > 64)]
+    if M > 64:
+        return TOP_M_CONFIGS[1]
+    return TOP_M_CONFIGS[2 if C <= 256 else 0]
 
 
 @functools.cache

@@ -24,6 +24,9 @@ from gcfast.kernels.launch import (
     top_m_config,
 )
 
+# Below the key of minus infinity, whose upper half is 0x807FFFFF.
+LOWEST_KEY = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
+
 
 @triton.jit
 def _keys(weights, channels, mask):
@@ -36,7 +39,7 @@ def _keys(weights, channels, mask):
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     ordered = tl.where(weights != weights, 0x7FFFFFFF, ordered)
     keys = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - channels).to(tl.int64)
-    return tl.where(mask, keys, -0x8000000000000000)
+    return tl.where(mask, keys, LOWEST_KEY)
 
 
 @triton.jit
@@ -47,16 +50,14 @@ def _top_m_kernel(
     """channels[b], kept[b] = the M highest of weights[b] [C], highest first.  Grid: (B,)."""
     i_b = tl.program_id(0).to(tl.int64)
     weights_ptr += i_b * stride_b
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    weights = tl.load(weights_ptr + offs_c.to(tl.int64) * stride_c, mask=mask_c, other=0.0)
-    best = tl.topk(_keys(weights, offs_c, mask_c), BLOCK_M)
-    for start in range(BLOCK_C, C, BLOCK_C):
+    best = tl.full((BLOCK_M,), LOWEST_KEY, tl.int64)
+    for start in range(0, C, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
         weights = tl.load(weights_ptr + offs_c.to(tl.int64) * stride_c, mask=mask_c, other=0.0)
         others = tl.topk(_keys(weights, offs_c, mask_c), BLOCK_M)
-        best = tl.topk(tl.reshape(tl.join(best, others), (2 * BLOCK_M,)), BLOCK_M)
+        # Of two sorted halves the larger of each pair, one half turned round, are the highest.
+        best = tl.sort(tl.maximum(best, tl.flip(others, dim=0)), descending=True)
 
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
@@ -96,9 +97,9 @@ def specialisations() -> Iterator[Specialisation]:
     """Every configuration, and each other choice on one of them."""
     for config in TOP_M_CONFIGS:
         yield _specialisation(config, ones=("stride_c",))
-    yield _specialisation(TOP_M_CONFIGS[2], ones=("stride_b", "stride_c", "C", "M"))
-    yield _specialisation(TOP_M_CONFIGS[2], weights="*fp16")
-    yield _specialisation(TOP_M_CONFIGS[2], weights="*bf16", stride="i64")
+    smallest = TOP_M_CONFIGS[2]
+    yield _specialisation(smallest, weights="*fp16", ones=("stride_b", "stride_c", "C", "M"))
+    yield _specialisation(smallest, weights="*bf16", stride="i64")
 
 
 def _specialisation(
