@@ -19,7 +19,6 @@ there: one read of the table (the second query's from the L2 cache) and no norms
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -46,8 +45,6 @@ LAST_ID = tl.constexpr(0x7FFFFFFF)
 NOTHING = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 FARTHEST = tl.constexpr(0x7FFFFFFF << 32)
 ID_MASK = tl.constexpr(0xFFFFFFFF)
-
-PRECISIONS = ("ieee", "bf16x6")
 
 
 @triton.jit
@@ -93,7 +90,6 @@ def _candidates_kernel(
     rows_per_split,
     is_l2,
     IS_DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -143,7 +139,7 @@ def _candidates_kernel(
                     other=0.0,
                 )  # [BLOCK_D, BLOCK_N]
                 # Widened where the queries are, so that every product is exact before it is added.
-                score = tl.dot(query, tile.to(query.dtype), score, input_precision=PRECISION)
+                score = tl.dot(query, tile.to(query.dtype), score, input_precision="ieee")
             square = tl.load(
                 squares_ptr + offs_n.to(tl.int64) * stride_squares_n,
                 mask=mask_n & (is_l2 != 0),
@@ -262,7 +258,6 @@ def launch_knn(
     *,
     metric: str = "l2",
     squares: Tensor | None = None,
-    precision: str = "ieee",
     config: KnnConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows, as :func:`gcfast.ops.knn`, which checks: k <= 32 and D <= 2,048.
@@ -278,11 +273,6 @@ def launch_knn(
         metric: "l2" or "ip".
         squares: [N], the rows' squared norms; computed by one more read of the table where they are
             needed and not given.
-        precision: of float32 products in the first pass; 16-bit ones are exact in any case. "ieee",
-            or "tf32x3", three products of TF32 parts on tensor cores, which leaves an error of the
-            order of float32's own. Neither changes a distance: a neighbour is lost only where more
-            than the spare candidates (at least 7 for every stretch of the table) lie within the
-            rounding of the first pass.
         config: instead of the choice of ``launch.py``.
     """
     B, N = len(queries), len(table)
@@ -324,7 +314,6 @@ def launch_knn(
             config.rows_per_split,
             int(is_l2),
             IS_DOT=config.is_dot,
-            PRECISION=precision,
             KEEP=config.keep,
             BLOCK_B=config.block_b,
             BLOCK_N=config.block_n,
@@ -352,36 +341,41 @@ def launch_knn(
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """Every form of the kernels that the launchers can ask for."""
-    for query_dtype, table_dtype in itertools.product(POINTERS, POINTERS):
+    """Every form of the kernels that the launcher can ask for.
+
+    Rows of any width, and of a width divisible by 16, which are read in other code: both for
+    float32, one each for the two 16-bit types, whose code is otherwise alike.
+    """
+    widths = {
+        torch.float32: ("i32", "i32:16"),
+        torch.float16: ("i32",),
+        torch.bfloat16: ("i32:16",),
+    }
+    for B, K, query_dtype, table_dtype in KNN_FORMS:
         tables = {"queries_ptr": POINTERS[query_dtype], "table_ptr": POINTERS[table_dtype]}
-        forms = [form for form in KNN_FORMS if form[2:] == (query_dtype, table_dtype)]
-        for B, K, _, _ in forms:
-            config = knn_config(B, 10**6, K, query_dtype, table_dtype, 132)
-            is_float = config.is_dot and query_dtype == table_dtype == torch.float32
-            for precision in PRECISIONS if is_float else PRECISIONS[:1]:
-                yield Specialisation(
-                    _candidates_kernel,
-                    {
-                        "keys_ptr": "*i64",
-                        **tables,
-                        "squares_ptr": "*fp32",
-                        **dict.fromkeys(("stride_queries_b", "stride_table_n"), "i32"),
-                        **dict.fromkeys(("B", "N", "D", "rows_per_split", "is_l2"), "i32"),
-                    },
-                    {
-                        "stride_queries_d": 1,
-                        "stride_table_d": 1,
-                        "stride_squares_n": 1,
-                        "IS_DOT": config.is_dot,
-                        "PRECISION": precision,
-                        "KEEP": config.keep,
-                        "BLOCK_B": config.block_b,
-                        "BLOCK_N": config.block_n,
-                        "BLOCK_D": config.block_d,
-                    },
-                    {"num_warps": config.num_warps, "num_stages": config.num_stages},
-                )
+        config = knn_config(B, 10**6, K, query_dtype, table_dtype, 132)
+        for width in widths[table_dtype]:
+            yield Specialisation(
+                _candidates_kernel,
+                {
+                    "keys_ptr": "*i64",
+                    **tables,
+                    "squares_ptr": "*fp32",
+                    **dict.fromkeys(("stride_queries_b", "stride_table_n", "D"), width),
+                    **dict.fromkeys(("B", "N", "rows_per_split", "is_l2"), "i32"),
+                },
+                {
+                    "stride_queries_d": 1,
+                    "stride_table_d": 1,
+                    "stride_squares_n": 1,
+                    "IS_DOT": config.is_dot,
+                    "KEEP": config.keep,
+                    "BLOCK_B": config.block_b,
+                    "BLOCK_N": config.block_n,
+                    "BLOCK_D": config.block_d,
+                },
+                {"num_warps": config.num_warps, "num_stages": config.num_stages},
+            )
             if KNN_FORMS[-1][0] == B:  # the second pass does not depend on B
                 yield Specialisation(
                     _nearest_kernel,
@@ -390,8 +384,8 @@ def specialisations() -> Iterator[Specialisation]:
                         "ids_ptr": "*i64",
                         "keys_ptr": "*i64",
                         **tables,
-                        **dict.fromkeys(("stride_queries_b", "stride_table_n"), "i32"),
-                        **dict.fromkeys(("D", "K", "candidates", "is_l2"), "i32"),
+                        **dict.fromkeys(("stride_queries_b", "stride_table_n", "D"), width),
+                        **dict.fromkeys(("K", "candidates", "is_l2"), "i32"),
                     },
                     {
                         "stride_queries_d": 1,

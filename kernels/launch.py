@@ -168,10 +168,13 @@ def knn_config(
         block_b, num_warps, resident = (16, 4, 3) if B <= 16 else (64, 8, 2)
         block_n, block_d = 128, 32
     else:
-        # More slots take more warps, queries and rows of two types a smaller tile: registers.
-        block_b, num_warps, resident = (16, 4 if keep == 16 else 8, 4) if B <= 16 else (64, 8, 2)
-        block_n = 64 if block_b == 16 or table_dtype == torch.float32 else 32
-        block_d = 16
+        # As many warps as it takes for operands of float32 to stay in registers.
+        is_mixed = table_dtype != torch.float32
+        if B <= 16:
+            block_b, num_warps, resident = 16, 4 if keep == 16 and not is_mixed else 8, 4
+        else:
+            block_b, num_warps, resident = 64, 8 if is_mixed else 16, 2
+        block_n, block_d = 32 if is_mixed and B > 16 else 64, 16
     # Enough programs for every multiprocessor to be full, and none with less than a tile of rows.
     wanted = -(-resident * processors // -(-B // block_b))
     tiles = max(1, -(-N // block_n))
