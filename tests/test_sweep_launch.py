@@ -63,20 +63,20 @@ def test_a_variant_with_another_result_is_named_and_not_timed(monkeypatch):
 
     def wrong(operation, inputs, config):
         out = real(operation, inputs, config)
-        return out + 1 if config is not None and config.block_t == 2 else out
+        return out + 1 if config is not None and config.block_t == 4 else out
 
     monkeypatch.setattr(sweep_launch, "launch", wrong)
     found = sweep_launch.sweep(
         TINY["grad_weights"][0],
         gpu_timing.HostClock(),
         torch.device("cpu"),
-        axes={"block_t": (1, 2)},
+        axes={"block_t": (1, 4)},
         seconds=1e-6,
         l2_bytes=0,
         memory_bytes=2**30,
     )
     assert [one.config.block_t for one in found.tried] == [1]
-    assert [config.block_t for config in found.wrong] == [2]
+    assert [config.block_t for config in found.wrong] == [4]
     text = sweep_launch.report(TINY["grad_weights"][0], found)
     assert f"1 GAVE ANOTHER RESULT, the first {found.wrong[0]!r}" in text
 
@@ -85,7 +85,7 @@ def test_a_variant_without_room_is_counted(monkeypatch):
     real = sweep_launch.launch
 
     def small(operation, inputs, config):
-        if config is not None and config.block_t == 2:
+        if config is not None and config.block_t == 4:
             raise RuntimeError("out of resources")
         return real(operation, inputs, config)
 
@@ -94,7 +94,7 @@ def test_a_variant_without_room_is_counted(monkeypatch):
         TINY["grad_weights"][0],
         gpu_timing.HostClock(),
         torch.device("cpu"),
-        axes={"block_t": (1, 2)},
+        axes={"block_t": (1, 4)},
         seconds=1e-6,
         l2_bytes=0,
         memory_bytes=2**30,
