@@ -55,7 +55,7 @@ def append(
         spool.close()
     mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
     stored = (database.embeddings.float(), database.labels)
-    rows = Rows(embedded, settings, before=stored, mean=mean)
+    rows = Rows(embedded, settings, network.device(torch.device("cpu")), before=stored, mean=mean)
     if embedded.head is not None:
         fill_from_spool(rows, progress=progress)
     else:

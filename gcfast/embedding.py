@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gcfast import labels
-from gcfast.capture import Captured
 from gcfast.head import AffineHead, normalized, probe
 from gcfast.labels import Labels, Values
 from gcfast.loading import Batch, batches, check_embeddings, on_device
 from gcfast.network import Network
+from gcfast.offload import Columns, Offload, resident
 from gcfast.settings import Settings
 from gcfast.shards import Ids, IdTable
 from gcfast.spool import Spool
@@ -39,12 +39,13 @@ class Embedded(NamedTuple):
     mean_activation: Tensor  # [C] float64
     head: AffineHead | None
 
-    def source(self, settings: Settings) -> PairSource:
-        """The valid pairs of any anchor among these rows."""
+    def source(self, settings: Settings, device: torch.device) -> PairSource:
+        """The valid pairs of any anchor among these rows, found on the device if there is room."""
+        table = resident(self.embeddings, device)
         return PairSource(
             settings.objective,
-            self.embeddings,
-            self.labels,
+            table,
+            self.labels.to(table.device),
             hardest=settings.on_no_triplet == "hardest",
         )
 
@@ -162,6 +163,14 @@ def embed_all(
         spool.close()
 
 
+class _Launched(NamedTuple):
+    """What is known of a batch while its columns are on their way to the host."""
+
+    batch: Batch
+    images: Tensor  # on the device, to be looked at where an embedding is not finite
+    pixels: int
+
+
 class EmbeddingStage:
     """Stage 1 with its settings; arguments as for :func:`embed_all`."""
 
@@ -193,17 +202,36 @@ class EmbeddingStage:
         """
         done = totals.rows
         before = totals.embedded(spool) if done else None
+        offload: Offload[_Launched] | None = None
         row = 0
+
+        def take(columns: Columns, launched: _Launched) -> None:
+            self._take(columns, launched, spool, totals)
+            if totals.head is None and one_pass:
+                raise ValueError(
+                    "`loader` must be one that can be gone through twice, got a one-shot iterator "
+                    f"({type(loader).__name__}): this model's head needs a second pass over the "
+                    "images"
+                )
+            after_batch()
+
         bar = tqdm(desc="embedding", unit=" images", disable=not progress, leave=False)
         real = isinstance(totals.labels, Values)
         for batch in batches(loader, real_labels=real):
             if before is not None and row < done:
                 self._compare(batch, before, row)
             else:
-                self._add(batch, spool, totals, one_pass, loader)
-                after_batch()
+                images = on_device(batch.images, self.network)
+                if offload is None:
+                    offload = Offload(images.device)
+                    if not done:
+                        totals.head = probe(self.network, images, self.l2_normalize)
+                for taken in offload.put(*self._launch(batch, images, totals)):
+                    take(*taken)
             row += len(batch.images)
             bar.update(len(batch.images))
+        for taken in offload.drain() if offload is not None else []:
+            take(*taken)
         bar.close()
         if row < done:
             raise other_images(f"it gave {done} images or more before and {row} now")
@@ -220,60 +248,47 @@ class EmbeddingStage:
             captured = self.network.embed(on_device(batch.images, self.network))
             before.check_embeddings(normalized(captured.output, self.l2_normalize), row)
 
-    def _add(
-        self, batch: Batch, spool: Spool, totals: Totals, one_pass: bool, loader: Iterable[Any]
-    ) -> None:
-        row, start = totals.rows, totals.first + totals.rows
-        images = on_device(batch.images, self.network)
-        if row == 0:
-            totals.head = probe(self.network, images, self.l2_normalize)
+    def _launch(self, batch: Batch, images: Tensor, totals: Totals) -> tuple[Columns, _Launched]:
+        """What the device makes of a batch; nothing here waits for it."""
         captured = self.network.embed(images)
         embeddings = normalized(captured.output, self.l2_normalize)
+        C = captured.activations.shape[1]
+        if self.channels != "all" and int(self.channels) > C:
+            raise ValueError(f"`channels` must be at most the layer's C = {C}, got {self.channels}")
+        pooled = captured.activations.float().mean((2, 3))  # [B, C]
+        columns = {"embeddings": embeddings, "sums": pooled.sum(0, dtype=torch.float64)}
+        if totals.head is not None:
+            columns["norms"], columns["agreed"] = totals.head.norms_and_agreement(
+                pooled, embeddings, captured.output.dtype
+            )
+            if self.keep_pooled:
+                columns["pooled"] = pooled
+        pixels = math.prod(captured.activations.shape[2:])
+        return columns, _Launched(batch, images, pixels)
+
+    def _take(self, columns: Columns, launched: _Launched, spool: Spool, totals: Totals) -> None:
+        """Check and spool a batch whose columns are on the host."""
+        batch, images, pixels = launched
+        B, start = len(images), totals.first + totals.rows
+        embeddings = columns["embeddings"]
         check_embeddings(embeddings, images, first=start)
-        if row == 0:
-            C = captured.activations.shape[1]
-            if self.channels != "all" and int(self.channels) > C:
-                raise ValueError(
-                    f"`channels` must be at most the layer's C = {C}, got {self.channels}"
-                )
-        columns = {"embeddings": embeddings, **self._activations(captured, embeddings, totals)}
-        if totals.head is None:
-            spool.drop(*CLOSED_FORM)  # affine as far as the probe saw; autograd takes all the rows
-            if one_pass:
-                raise ValueError(
-                    "`loader` must be one that can be gone through twice, got a one-shot iterator "
-                    f"({type(loader).__name__}): this model's head needs a second pass over the "
-                    "images"
-                )
-        ids = IdTable.encoded(batch.ids or [str(start + i) for i in range(len(images))])
+        sums = columns["sums"] * pixels
+        totals.channel_sum = totals.channel_sum + sums if totals.rows else sums
+        totals.pixel_count += pixels * B
+        kept = {"embeddings": embeddings}
+        if totals.head is not None and bool(columns["agreed"]):
+            kept |= {"norms": columns["norms"], "pixels": torch.full((B,), pixels)}
+            if self.keep_pooled:
+                kept["pooled"] = columns["pooled"]
+        else:
+            totals.head = None  # affine as far as the probe saw; autograd takes all the rows
+            spool.drop(*CLOSED_FORM)
+        ids = IdTable.encoded(batch.ids or [str(start + i) for i in range(B)])
         spool.add(
-            **_on_host(columns),
+            **kept,
             labels=totals.labels.add(batch.labels),
             id_ends=ids.ends + totals.id_bytes,
             id_bytes=ids.content,
         )
         totals.id_bytes += len(ids.content)
-        totals.rows += len(images)
-
-    def _activations(
-        self, captured: Captured, embeddings: Tensor, totals: Totals
-    ) -> dict[str, Tensor]:
-        """Add to the sums; returns the columns of the closed form, while it holds."""
-        pooled = captured.activations.float().mean((2, 3))  # [B, C]
-        pixels = math.prod(captured.activations.shape[2:])
-        sums = pooled.sum(0, dtype=torch.float64).cpu() * pixels
-        totals.channel_sum = totals.channel_sum + sums if totals.rows else sums
-        totals.pixel_count += pixels * len(pooled)
-        if totals.head is None:
-            return {}
-        norms = totals.head.norms_if_agreed(pooled, embeddings, captured.output.dtype)
-        if norms is None:
-            totals.head = None
-            return {}
-        columns = {"norms": norms, "pixels": torch.full((len(pooled),), pixels)}
-        return columns | {"pooled": pooled} if self.keep_pooled else columns
-
-
-def _on_host(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The columns of a batch in the memory of the host."""
-    return {name: column.cpu() for name, column in columns.items()}
+        totals.rows += B

@@ -58,12 +58,12 @@ class AffineHead(NamedTuple):
         norms = raw.norm(dim=1).clamp(min=1e-12)
         return raw / norms[:, None], norms
 
-    def norms_if_agreed(
+    def norms_and_agreement(
         self, pooled: Tensor, embeddings: Tensor, precision: torch.dtype
-    ) -> Tensor | None:
-        """|u| [B] where the embeddings [B, D] are what this head makes of the pooled activations.
+    ) -> tuple[Tensor, Tensor]:
+        """|u| [B], and whether the embeddings [B, D] are what this head makes of the pooled maps.
 
-        None where they are not.
+        The latter is a bool tensor without dimensions: nothing here waits for the device.
         """
         projected, norms = self.project(pooled)
         wanted = embeddings.double()
@@ -71,12 +71,12 @@ class AffineHead(NamedTuple):
         sizes = wanted.norm(dim=1)
         # Each row by itself, so that one stranger does not hide in a large batch; a row near zero
         # is measured against the others.
-        scale = sizes.clamp(min=max(float(sizes.square().mean().sqrt()), 1e-30))
-        return norms if bool((missed <= TOLERANCES[precision] * scale).all()) else None
+        scale = sizes.maximum(sizes.square().mean().sqrt().clamp(min=1e-30))
+        return norms, (missed <= TOLERANCES[precision] * scale).all()
 
     def agrees(self, pooled: Tensor, embeddings: Tensor, precision: torch.dtype) -> bool:
         """Whether the embeddings [B, D] are what this head makes of the pooled activations."""
-        return self.norms_if_agreed(pooled, embeddings, precision) is not None
+        return bool(self.norms_and_agreement(pooled, embeddings, precision)[1])
 
     def grad_weights(
         self,

@@ -15,6 +15,7 @@ from gcfast.embedding import Embedded, other_images
 from gcfast.head import normalized, vjp_grad_weights
 from gcfast.loading import batches, on_device
 from gcfast.network import Network
+from gcfast.offload import Columns, Offload
 from gcfast.settings import Settings
 from gcfast.shards import Shard
 from gcfast.triplets import Anchors, Cotangents, PairSource
@@ -90,6 +91,7 @@ class Rows:
     Args:
         embedded: what stage 1 found out about the images that rows are made for.
         settings: of the build.
+        device: of the model, where the rows are made.
         before: rows that lend partners too and have lower numbers: their embeddings [R, D] float32
             and labels [R].
         mean: [C] float64, the mean activation of the offsets; None is that of the images.
@@ -102,6 +104,7 @@ class Rows:
         self,
         embedded: Embedded,
         settings: Settings,
+        device: torch.device,
         *,
         before: tuple[Tensor, Tensor] | None = None,
         mean: Tensor | None = None,
@@ -118,7 +121,11 @@ class Rows:
                 embeddings=torch.cat([before[0], embedded.embeddings]),
                 labels=torch.cat([before[1], embedded.labels]),
             )
-        self.source = everyone.source(settings)
+        self.source = everyone.source(settings, device)
+        # What still waits for a GPU, once for each batch of rows: whether any anchor is without a
+        # valid pair (its hardest is then put in), how many pairs there are when all are listed, and
+        # in a second pass whether these are the images of the first, before the backward pass.
+        self.offload: Offload[int] = Offload(device)
         self.mean = embedded.mean_activation if mean is None else mean
         self.start = start
         self.flush = flush
@@ -129,10 +136,11 @@ class Rows:
 
     def anchors(self, start: int, stop: int) -> Anchors:
         """Rows start to stop of the spool as anchors."""
+        where = self.source.embeddings.device
         return Anchors(
-            self.embedded.embeddings[start:stop],
-            self.embedded.labels[start:stop],
-            torch.arange(self.first + start, self.first + stop),
+            self.embedded.embeddings[start:stop].to(where),
+            self.embedded.labels[start:stop].to(where),
+            torch.arange(self.first + start, self.first + stop, device=where),
         )
 
     def parts(
@@ -146,24 +154,40 @@ class Rows:
             yield Cotangents(part.values.to(device), part.valid.to(device), part.counts)
 
     def add(self, start: int, weights: Tensor, first: Cotangents) -> None:
-        """Keep the rows that have a triplet; weights [B, C]."""
-        found = first.valid.any(1)
-        require_finite_rows("grad-weights", weights, first=start)
-        channels, values = ops.top_m(weights[found].cpu(), self.m)
+        """Keep the rows that have a triplet; weights [B, C], taken up one batch behind on a GPU."""
+        channels, values = ops.top_m(weights, self.m)
+        columns = {
+            "found": first.valid.any(1),
+            "finite": torch.isfinite(weights).all(1),
+            "counts": first.counts,
+            "channels": channels,
+            "values": values,
+        }
+        for taken in self.offload.put(columns, start):
+            self._keep(*taken)
+
+    def _keep(self, columns: Columns, start: int) -> None:
+        found = columns["found"]
+        require_finite_rows(
+            "grad-weights", torch.where(columns["finite"], 0.0, torch.nan)[:, None], first=start
+        )
+        channels, values = columns["channels"][found], columns["values"][found]
         offsets = (values * self.mean[channels]).sum(1).float()
         rows = found.nonzero().flatten() + start
         # Rows that exist are computed once more with their neighbours and dropped: a matrix product
         # of other sizes may round otherwise.
         skip = int((rows < self.start).sum())
-        columns = [c[skip:] for c in (rows, channels, values, offsets, first.counts[found])]
-        while len(columns[0]):
-            taken = self.table.put(*columns)
-            columns = [column[taken:] for column in columns]
+        kept = [c[skip:] for c in (rows, channels, values, offsets, columns["counts"][found])]
+        while len(kept[0]):
+            taken = self.table.put(*kept)
+            kept = [column[taken:] for column in kept]
             if self.flush is not None and self.table.filled == len(self.table.rows):
                 self._flush()
 
     def finish(self) -> None:
-        """Flush what is left."""
+        """Take up what is under way, and flush what is left."""
+        for taken in self.offload.drain():
+            self._keep(*taken)
         if self.flush is not None and self.table.filled:
             self._flush()
 
@@ -180,7 +204,8 @@ class Rows:
 
 def rows_from_spool(embedded: Embedded, settings: Settings, *, progress: bool) -> Rows:
     """Stage 2 in closed form: from the spool alone."""
-    rows = Rows(embedded, settings)
+    assert embedded.head is not None
+    rows = Rows(embedded, settings, embedded.head.weight.device)
     fill_from_spool(rows, progress=progress)
     return rows
 
@@ -222,7 +247,7 @@ def rows_from_second_pass(
     progress: bool,
 ) -> Rows:
     """Stage 2 by autograd; raises as :func:`fill_from_second_pass`."""
-    rows = Rows(embedded, settings)
+    rows = Rows(embedded, settings, network.device(torch.device("cpu")))
     fill_from_second_pass(network, loader, rows, progress=progress)
     return rows
 

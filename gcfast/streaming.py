@@ -346,6 +346,7 @@ class _Unfinished:
         rows = Rows(
             embedded,
             settings,
+            network.device(torch.device("cpu")),
             start=made[-1]["next"] if made else 0,
             capacity=shards.SHARD_ROWS,
             flush=flush,
