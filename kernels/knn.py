@@ -30,6 +30,7 @@ from gcfast.kernels.launch import (
     KNN_FORMS,
     KnnConfig,
     Specialisation,
+    fitting_warps,
     knn_config,
     multiprocessors,
 )
@@ -318,7 +319,7 @@ def launch_knn(
             BLOCK_B=config.block_b,
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
+            num_warps=fitting_warps(config.num_warps),
             num_stages=config.num_stages,
         )
         _nearest_kernel[(B,)](

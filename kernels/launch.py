@@ -126,6 +126,16 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
+MAX_THREADS = 512  # of a program: beyond, AMD's registers are too few
+
+
+def fitting_warps(num_warps: int, lanes: int | None = None) -> int:
+    """That many warps, or as many as make MAX_THREADS where one has 64 lanes (AMD) and not 32."""
+    if lanes is None:
+        lanes = 64 if torch.version.hip else 32
+    return min(num_warps, MAX_THREADS // lanes)
+
+
 class KnnConfig(NamedTuple):
     """How `knn` is launched: `splits` stretches of `rows_per_split` rows cover the table."""
 

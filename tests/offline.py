@@ -104,7 +104,12 @@ def _compile(specialisation: Any, target: str) -> dict[str, Any]:
     import triton
     from triton.compiler import ASTSource
 
+    from gcfast.kernels.launch import fitting_warps
+
     kernel, types, constants, options = specialisation
+    if "num_warps" in options:
+        lanes = _gpu_target(target).warp_size
+        options = {**options, "num_warps": fitting_warps(options["num_warps"], lanes)}
     names = kernel.arg_names
     unknown = (set(types) | set(constants)) ^ set(names)
     assert not unknown, f"{kernel.__name__}: {unknown}"
