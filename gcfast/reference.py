@@ -190,11 +190,12 @@ def knn(
             scores = torch.addmm(square.to(dtype), queries, rows.T, alpha=-2)  # [B, tile]
         else:
             scores = -(queries @ rows.T)
-        near, ids = scores.topk(min(spare, scores.shape[1]), largest=False)
+        near, ids = _smallest(scores, min(spare, scores.shape[1]))
         best, best_ids = torch.cat([best, near], 1), torch.cat([best_ids, ids + start], 1)
         if best.shape[1] > spare:
-            best, order = best.topk(spare, largest=False)
-            best_ids = best_ids.gather(1, order)
+            # Tiles come in order and so do ids among equals, which a stable sort leaves so.
+            best, order = best.sort(dim=1, stable=True)
+            best, best_ids = best[:, :spare], best_ids.gather(1, order[:, :spare])
 
     ids = best_ids.sort(1).values  # by id first, so that the stable sort below settles ties by id
     candidates = table[ids].to(dtype)  # [B, spare, D]
@@ -205,6 +206,27 @@ def knn(
     distances, order = distances.sort(dim=1, stable=True)
     distances, ids = distances[:, :k], ids.gather(1, order)[:, :k]
     return (distances if metric == "l2" else -distances), ids
+
+
+def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The smallest of each row with their columns, in order, ties to the lower column."""
+    if not scores.is_cpu:
+        return _smallest_by_sort(scores, count)
+    near, ids = scores.topk(count, largest=False)
+    ids, order = ids.sort(dim=1)
+    near, order = near.gather(1, order).sort(dim=1, stable=True)
+    ids = ids.gather(1, order)
+    # `topk` takes any of those that tie for the last place. Looking whether there are such rows
+    # waits for a device, so elsewhere all are sorted.
+    tied = ((scores <= near[:, -1:]).sum(1) > count).nonzero().flatten()
+    if len(tied):
+        near[tied], ids[tied] = _smallest_by_sort(scores[tied], count)
+    return near, ids
+
+
+def _smallest_by_sort(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    ordered, columns = scores.sort(dim=1, stable=True)
+    return ordered[:, :count], columns[:, :count]
 
 
 def philox(counter: tuple[Tensor | int, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -91,7 +91,7 @@ class Trained:
         self.kept = main.tensors()[1]  # [N], rows of the spool that the database has
         self.table = self.database.embeddings.to(self.device)
         self.mean = self.embedded.mean_activation.to(self.device)  # [C] float64
-        self.source = self.embedded.source(self.settings)
+        self.source = self.embedded.source(self.settings, torch.device("cpu"))
 
     def main_settings(self) -> Settings:
         """Of the database that the main row explains from."""

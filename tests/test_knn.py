@@ -49,6 +49,18 @@ def test_matches_brute_force(shape, dtype, metric, backend, device):
     _check(queries, table, k, metric, 1e-5, backend)
 
 
+@BACKENDS
+@pytest.mark.parametrize("tile_rows", [1000, 20])
+def test_of_many_equal_rows_the_lowest_are_taken(tile_rows, backend, device, monkeypatch):
+    monkeypatch.setattr(reference, "KNN_TILE_BYTES", 8 * 2 * tile_rows)
+    table = torch.randn(1, 4).expand(60, 4).clone()
+    table[::7] += 1
+    queries = table[[1, 0]].to(device)
+    _, rows = ops.knn(queries, table.to(device), 5, backend=backend)
+    near = [[i for i in range(60) if i % 7], [i for i in range(60) if i % 7 == 0]]
+    assert rows.tolist() == [near[0][:5], near[1][:5]]
+
+
 def test_many_tiles_give_the_same_answer(monkeypatch):
     queries, table = torch.randn(7, 16), torch.randn(211, 16)
     wanted = ops.knn(queries, table, 5)
