@@ -74,6 +74,7 @@ def evaluate_database(options: argparse.Namespace) -> int:
             compress=compressor(),
             total=len(test.samples),
             seed=options.seed,
+            thorough=options.thorough,
             check=lambda trained: check_rows(trained, database, from_database),
             progress=sys.stderr.isatty(),
         )

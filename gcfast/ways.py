@@ -30,6 +30,7 @@ METHOD_NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++"}
 CONTROL_CHANNELS = 50
 TRIPLETS = 50
 MAIN_ROW = "Grad-CAM, for, top-50"
+ROWS = 17  # of the table
 
 Count = int | Literal["all"]
 

@@ -166,6 +166,26 @@ def test_sweeps_and_localisation() -> None:
     assert found.flat == 0
 
 
+def test_thorough_localises_every_row_and_measures_max_box_acc() -> None:
+    labels = ["a"] * 8
+    torch.manual_seed(0)
+    quick = measured(labels, triplet_counts=(1,))[0]
+    torch.manual_seed(0)  # the same network and pictures
+    found, one, test, train = measured(labels, triplet_counts=(1,), thorough=True)
+    rows = [*found.tables[0.0].scores, f"{MAIN_ROW}, center=1"]
+    assert len(rows) == 18
+    assert set(found.localisation.iou) == set(found.localisation.pointing) == set(rows)
+    assert list(quick.localisation.best) == []
+    for name, iou in quick.localisation.iou.items():
+        assert torch.equal(found.localisation.iou[name], iou)
+    assert list(found.localisation.best) == list(quick.localisation.iou)
+    one.build(train)
+    for center, name in ((0.0, MAIN_ROW), (1.0, f"{MAIN_ROW}, center=1")):
+        maps = one.explain_batch(test, center=center)
+        wanted = gcfast.metrics.best_box_iou(maps, truth(labels).boxes)
+        torch.testing.assert_close(found.localisation.best[name], wanted)
+
+
 def test_boxes_alone_give_one_column() -> None:
     score = AnnotationScore()
     boxes_only = truth(["a"] * 3)._replace(masks=None)
