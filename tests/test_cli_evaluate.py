@@ -219,12 +219,29 @@ def test_what_is_skipped_is_listed(
     assert status == 0
     assert "images, skipped: 1" in err
     assert "a/1.png: unreadable" in err
-    assert "classes of one image, without triplets of their own: 1" in err
+    assert "classes of one image, without triplets of their own: 1, b\n" in err
     assert [r["image"] for r in read(tmp_path / "out" / "skipped.csv")] == ["a/1.png"]
     assert {r["column"] for r in read(tmp_path / "out" / "table.csv")} == {"box"}
     assert "cannot use a/1.png" in fails(
         capsys, "evaluate", *arguments, *MODEL, "--force", "--strict"
     )
+
+
+@pytest.mark.usefixtures("here")
+def test_training_pictures_that_the_reader_leaves_out_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reader's reason stands before the error that the missing row ends in."""
+    draw_cub(tmp_path)
+    boxes = tmp_path / "CUB_200_2011" / "bounding_boxes.txt"
+    boxes.write_text("".join(boxes.read_text().splitlines(keepends=True)[1:]))
+    status, _, err = run(
+        capsys, "evaluate", "--database", "db", "--data", "cub:.", "--train", f"cub:{tmp_path}",
+        "--out", tmp_path / "out", *MODEL,
+    )  # fmt: skip
+    assert status == 2
+    assert "training pictures, left out: 1\n  001.Bird/0.png: no box in bounding_boxes.txt" in err
+    assert "`--train` must give the 15 pictures" in err
 
 
 def test_other_training_pictures_are_refused(
