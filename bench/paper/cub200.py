@@ -70,6 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     add("--workers", type=int, default=0, help="processes that decode (default: %(default)s)")
     add("--stamps", type=Path, metavar="DIR", help="of --data scenes, as bench/scenes.py takes it")
+    add("--thorough", action="store_true", help="localise every row, and MaxBoxAccV2")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--threads", type=int, help="of torch (default: torch's own choice)")
     add("--out", type=Path, metavar="DIR", help="default: bench/out/cub200-DATA")
@@ -86,7 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(
-    subject: Subject, explainer: gcfast.Explainer, seed: int
+    subject: Subject, explainer: gcfast.Explainer, seed: int, thorough: bool = False
 ) -> tuple[Evaluation, gcfast.Database]:
     """Everything, and the database of the explainer's settings, from one pass over each half."""
     databases = []
@@ -109,6 +110,7 @@ def measure(
         center_counts=SWEEP,
         total=subject.images,
         seed=seed,
+        thorough=thorough,
         check=build,
         progress=sys.stderr.isatty(),
     )
@@ -207,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     settings: dict[str, Any] = {**gcfast.PAPER, "seed": options.seed}
     explainer = gcfast.Explainer(subject.network, subject.layer, **settings)
-    measured, database = measure(subject, explainer, options.seed)
+    measured, database = measure(subject, explainer, options.seed, options.thorough)
     database.save(options.out / "paper.gcfast", overwrite=True)
     recall = recall_at_1(explainer, subject)
 
