@@ -256,7 +256,11 @@ def test_houses_without_masks_and_wrong_options(
          "--epochs", "1", "--out", str(tmp_path)]
     )  # fmt: skip
     assert "no masks: maps are not scored" in capsys.readouterr().out
-    assert "maps" not in json.loads((tmp_path / "house_prices.json").read_text())
+    saved = json.loads((tmp_path / "house_prices.json").read_text())
+    assert "maps" not in saved
+    # In full, where the printed list stops after ten.
+    report = read_houses(folder / "tiles", folder / "sales.csv").report
+    assert (saved["run"]["imputed"], saved["run"]["left_out"]) == (report.imputed, report.skipped)
     for arguments in (["--tiles", "x"], ["--masks", "x"]):
         with pytest.raises(SystemExit):
             house_prices.main(arguments)
