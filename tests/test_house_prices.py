@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import house_prices
@@ -139,6 +140,20 @@ def test_noisy_rows_are_counted_imputed_and_listed(folder: Path, tmp_path: Path)
     assert "left out: no usable price, 3" in text
     assert "left out: impossible price, 2" in text
     assert "… and 5 more" in text
+
+
+def test_a_mask_of_another_size_is_named(folder: Path, tmp_path: Path) -> None:
+    """Stretched over its tile it would lie beside what it marks."""
+    masks = tmp_path / "masks"
+    shutil.copytree(folder / "masks", masks)
+    with Image.open(masks / "00003.png") as one:
+        part = one.crop((0, 0, 20, 24))
+    part.save(masks / "00003.png")
+    with pytest.raises(
+        ValueError,
+        match=r"sizes of their tiles, 1 have others: 00003\.png has 20 x 24, its tile 32 x 32",
+    ):
+        read_houses(folder / "tiles", folder / "sales.csv", masks)
 
 
 def test_what_is_imputed_comes_from_the_training_rows(folder: Path, tmp_path: Path) -> None:
