@@ -288,6 +288,24 @@ def test_the_same_script_on_drawn_birds(
     assert (saved["rows"], saved["images"]) == (16, 6)
     figures = {(f["row"], f["column"]): f["value"] for f in saved["figures"]}
     assert figures["Grad-CAM, for, top-50", "box"] > figures["uniform", "box"]
+    assert "50 k-means centres: not measured, the database has fewer rows" in printed
     # Nothing was published about these pictures.
     ours = [line for line in printed.splitlines() if line.startswith("recall@1")]
     assert ours[0].split()[-1] == "-"
+
+
+def test_without_faiss_everything_else_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network may have been trained for hours when the sweep over centres comes."""
+
+    def compress(*_: object) -> None:
+        raise gcfast.MissingExtraError("compress needs FAISS")
+
+    monkeypatch.setattr("gcfast.cli_evaluate.find_spec", lambda _: None)
+    monkeypatch.setattr(gcfast.Database, "compress", compress)
+    for name, count in (("TRAINING_LABELS", 4), ("UNSEEN_LABELS", 3)):
+        monkeypatch.setattr(species, name, getattr(species, name)[:count])
+    cub200.main(["--data", "demo", "--quick", "--threads", "1", "--out", str(tmp_path)])
+    assert "50 k-means centres: not measured, FAISS is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "centers.png").exists()

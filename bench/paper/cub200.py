@@ -35,6 +35,7 @@ from torch import Tensor
 import gcfast
 from gcfast import ops
 from gcfast.build import assemble
+from gcfast.cli_evaluate import compressor
 from gcfast.evaluate import PAPER_ROW, AnnotationScore, Evaluation, evaluate
 from gcfast.evaluation import MAIN_ROW
 from gcfast.evaluation_report import draw, write_tables
@@ -106,7 +107,7 @@ def measure(
             truth.boxes,
             truth.box_mask if truth.masks is None else truth.masks,
         ),
-        compress=gcfast.Database.compress,
+        compress=compressor(),
         center_counts=SWEEP,
         total=subject.images,
         seed=seed,
@@ -240,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{row}, {column}: {found[row, column]:.3f}, all rows {plain[MAIN_ROW][column]:.3f}"
         )
     if not centres:
-        lines.append(f"{CENTERS} k-means centres: not measured, the database has fewer rows")
+        why = "the database has fewer rows" if compressor() else "FAISS is not installed"
+        lines.append(f"{CENTERS} k-means centres: not measured, {why}")
     skipped = [] if subject.skipped is None else subject.skipped()
     lines += [f"images that could not be used: {len(skipped)}"]
     lines += [f"  {name}: {reason}" for name, reason in skipped]
