@@ -398,6 +398,19 @@ def test_folder_with_masks(tmp_path: Path) -> None:
     assert int(truth.masks[0].sum()) == 7 * 8
 
 
+def test_a_mask_of_ones_is_not_called_empty(tmp_path: Path) -> None:
+    folder(tmp_path)
+    for name in ("a/1", "a/2", "b/3"):
+        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        mask = rectangle(16, 16, (2, 3, 9, 11))
+        mask = mask.point(lambda v: v // 255) if name == "a/1" else mask
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    loader = ScoredLoader(open_dataset(f"folder:{tmp_path}"), VIEW)
+    assert [len(images) for images, _ in loader] == [2]
+    reason = "the mask has no value of at least 128, its highest is 1"
+    assert loader.skipped == [("a/1.jpg", reason)]
+
+
 def test_folder_with_boxes(tmp_path: Path) -> None:
     folder(tmp_path)
     lines = "path,x0,y0,x1,y1\na/1.jpg,2,3,9,11\na/1.jpg,12,0,15.6,4\nb/3.jpg,0,0,16,16\n"
