@@ -121,8 +121,10 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
 
 
 def statistics(values: Tensor, seed: int = 0) -> list[Statistic]:
-    """Of each column of [B, V]; rows that are NaN throughout are images without the score."""
+    """Of each column of [B, V], over the images that have it, NaN being "has not"."""
     kept = values[~values.isnan().all(1)]
+    if bool(kept.isnan().any()):  # columns of other images: one by one
+        return [statistics(column[:, None], seed)[0] for column in values.unbind(1)]
     B, V = kept.shape
     if B == 0:
         return [Statistic(0, *[math.nan] * 4)] * V
