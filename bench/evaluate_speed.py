@@ -3,8 +3,9 @@
     python bench/evaluate_speed.py [--network efficientnet-lite0] [--train 512] [--test 512]
 
 One side is everything that the command measures but for reading files and drawing: the table with
-both centres, the sweeps over M and T, localisation, pointing game and fidelity. The other is one
-forward pass over the same training and test images, channels-last as gcfast runs them.
+both centres, the sweeps over M, T and (where FAISS is installed) k-means centres, localisation,
+pointing game and fidelity, without `--thorough`. The other is one forward pass over the same
+training and test images, channels-last as gcfast runs them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from paired import conditions, paired
 from subjects import NETWORKS, loader, network
 
 import gcfast
+from gcfast.cli_evaluate import compressor
 from gcfast.datasets import Truth
 from gcfast.evaluate import AnnotationScore, evaluate
 
@@ -66,6 +68,7 @@ def main() -> None:
             AnnotationScore(),
             labels=lambda truth: truth.labels,
             localised=lambda truth: (truth.boxes, truth.masks),
+            compress=compressor(),
             total=arguments.test,
         )
 

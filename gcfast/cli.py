@@ -259,6 +259,11 @@ def _add_evaluate(commands: Any) -> None:
         "--force", action="store_true", help="write into a folder that is not empty"
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of the controls and intervals")
+    evaluate.add_argument(
+        "--thorough",
+        action="store_true",
+        help="localise every row's maps, and MaxBoxAccV2: half a second an image more",
+    )
     _add_model(evaluate)
 
     def run(options: argparse.Namespace) -> int:

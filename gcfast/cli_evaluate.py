@@ -51,7 +51,7 @@ def evaluate_database(options: argparse.Namespace) -> int:
     explainer = gcfast.load(options.database, network.module, reshape=reshape, **settings)
     database = explainer.database
     assert database is not None
-    train, from_database = _training(options, preprocessing, database, root)
+    train, from_database, left_out = _training(options, preprocessing, database, root)
     loader = ScoredLoader(
         test,
         preprocessing,
@@ -74,11 +74,12 @@ def evaluate_database(options: argparse.Namespace) -> int:
             compress=compressor(),
             total=len(test.samples),
             seed=options.seed,
+            thorough=options.thorough,
             check=lambda trained: check_rows(trained, database, from_database),
             progress=sys.stderr.isatty(),
         )
     finally:
-        _tell_skipped(loader, test, train)
+        _tell_skipped(loader, test, [*left_out, *train.unreadable])
     seconds = time.perf_counter() - started
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "skipped.csv").open("w", encoding="utf-8", newline="") as file:
@@ -131,15 +132,20 @@ def _training(
     preprocessing: Preprocessing,
     database: Database,
     root: Path | None,
-) -> tuple[ImageLoader, bool]:
-    """The pictures that the variants of the table are built from, and whether by the database."""
+) -> tuple[ImageLoader, bool, list[tuple[str, str]]]:
+    """The pictures that the variants of the table are built from.
+
+    Returns:
+        (loader, whether the database said where they are, what the reader left out and why).
+    """
     common = {
         "batch_size": options.batch_size,
         "workers": options.workers,
         "strict": options.strict,
     }
     if options.train is not None:
-        return labelled_loader(open_dataset(options.train, "train"), preprocessing, **common), False
+        found = open_dataset(options.train, "train")
+        return labelled_loader(found, preprocessing, **common), False, found.skipped
     if root is None:
         raise ValueError(
             "`--train` must name the pictures that the database was built from, which it does not "
@@ -159,7 +165,8 @@ def _training(
             file=sys.stderr,
         )
     labels = [database.label_name(label) for label in database.labels.tolist()]
-    return ImageLoader(files, database.ids, labels, preprocessing=preprocessing, **common), True
+    loader = ImageLoader(files, database.ids, labels, preprocessing=preprocessing, **common)
+    return loader, True, []
 
 
 def _on_device(loader: ScoredLoader, device: torch.device) -> Iterator[tuple[Tensor, Truth]]:
@@ -167,10 +174,10 @@ def _on_device(loader: ScoredLoader, device: torch.device) -> Iterator[tuple[Ten
         yield images.to(device), truth
 
 
-def _tell_skipped(loader: ScoredLoader, test: ScoredSet, train: ImageLoader) -> None:
+def _tell_skipped(loader: ScoredLoader, test: ScoredSet, train: list[tuple[str, str]]) -> None:
     """Counts and lists what was left out, on standard error."""
     for what, listed in (
-        ("training pictures, unreadable", train.unreadable),
+        ("training pictures, left out", train),
         ("images, skipped", loader.skipped),
     ):
         if listed:
@@ -179,6 +186,7 @@ def _tell_skipped(loader: ScoredLoader, test: ScoredSet, train: ImageLoader) -> 
                 print(f"  {name}: {reason}", file=sys.stderr)
     if test.single:
         print(
-            f"classes of one image, without triplets of their own: {len(test.single)}",
+            f"classes of one image, without triplets of their own: {len(test.single)}, "
+            + ", ".join(test.single),
             file=sys.stderr,
         )

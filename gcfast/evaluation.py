@@ -6,7 +6,7 @@ One forward pass over the training images and one over the test images serve all
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -121,22 +121,27 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
 
 
 def statistics(values: Tensor, seed: int = 0) -> list[Statistic]:
-    """Of each column of [B, V]; rows that are NaN throughout are images without the score."""
+    """Of each column of [B, V], over the images that have it, NaN being "has not"."""
     kept = values[~values.isnan().all(1)]
+    if bool(kept.isnan().any()):  # columns of other images: one by one
+        return [statistics(column[:, None], seed)[0] for column in values.unbind(1)]
     B, V = kept.shape
     if B == 0:
         return [Statistic(0, *[math.nan] * 4)] * V
-    generator = torch.Generator().manual_seed(seed)
-    means = []
-    for _ in range(0, BOOTSTRAP_DRAWS, 100):  # a hundred draws at once: 100 B numbers
-        drawn = torch.randint(B, (100, B), generator=generator)
-        counts = torch.zeros((100, B), dtype=torch.float64)
-        counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        means.append(counts @ kept.double() / B)
-    low, high = torch.cat(means).quantile(torch.tensor(INTERVAL, dtype=torch.float64), dim=0)
+    means = torch.cat([counts @ kept.double() / B for counts in resampled(B, seed)])
+    low, high = means.quantile(torch.tensor(INTERVAL, dtype=torch.float64), dim=0)
     deviation = kept.double().std(0) if B > 1 else torch.zeros(V, dtype=torch.float64)
     columns = (kept.double().mean(0), deviation, low, high)
     return [Statistic(B, *map(float, one)) for one in zip(*columns, strict=True)]
+
+
+def resampled(images: int, seed: int) -> Iterator[Tensor]:
+    """How often each image is in each draw of the bootstrap, [100, B] float64, until all are."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(0, BOOTSTRAP_DRAWS, 100):  # a hundred draws at once: 100 B numbers
+        drawn = torch.randint(images, (100, images), generator=generator)
+        counts = torch.zeros((100, images), dtype=torch.float64)
+        yield counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
 
 
 def quality_table(

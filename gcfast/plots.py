@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from gcfast import report
-from gcfast.calibration import Calibration, Fidelity
+from gcfast.calibration import IMAGES_A_KNOT, Calibration, Fidelity
 from gcfast.errors import MissingExtraError
 from gcfast.evaluation import Statistic
 
@@ -224,7 +224,7 @@ def fidelity(measured: Fidelity, calibration: Calibration | None = None, *, titl
         (_COLORS[1], "Spearman", measured.spearman),
     ):
         axes.plot(distances, values.numpy(), ".", color=color, ms=4, alpha=0.45, label=name)
-    if calibration is None and len(measured) >= 10:
+    if calibration is None and len(measured) >= IMAGES_A_KNOT:
         calibration = Calibration.fit(measured.distances, measured.cosine)
     if calibration is not None:
         at = torch.linspace(float(distances.min()), float(distances.max()), 200)

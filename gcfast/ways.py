@@ -30,6 +30,7 @@ METHOD_NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++"}
 CONTROL_CHANNELS = 50
 TRIPLETS = 50
 MAIN_ROW = "Grad-CAM, for, top-50"
+ROWS = 17  # of the table
 
 Count = int | Literal["all"]
 
@@ -67,11 +68,17 @@ class Trained:
 
     Raises:
         UnsupportedModelError: the head does not average the activations and map them affinely.
-        ValueError: as :meth:`gcfast.Explainer.build`; fewer than 50 channels.
+        ValueError: an objective over real numbers, which has no classes to compare; as
+            :meth:`gcfast.Explainer.build`; fewer than 50 channels.
     """
 
     def __init__(self, explainer: Explainer, loader: Iterable[Any], progress: bool) -> None:
         self.network, self.settings = explainer.network, explainer.settings
+        if self.settings.objective.real_labels:
+            raise ValueError(
+                "`explainer` must have an objective over classes to be evaluated, got "
+                f"{self.settings.objective!r}"
+            )
         self.embedded = embed_all(
             self.network,
             loader,

@@ -16,6 +16,7 @@ import gcfast
 from gcfast.cli import main
 from gcfast.cli_evaluate import compressor
 from gcfast.evaluate import CHANNEL_COUNTS, LOCALISED
+from gcfast.evaluation import MAIN_ROW
 from gcfast.metrics import mask_score
 
 pytest.importorskip("scipy", reason="SciPy (gcfast's extra evaluate) is not installed")
@@ -173,10 +174,23 @@ def test_everything_is_measured_and_drawn(
 
     # Seeded throughout: a second run writes the same numbers. The database knows its pictures.
     again = tmp_path / "again"
-    arguments = ("--database", "db", "--data", "cub:.", "--out", again)
+    arguments = ("--database", "db", "--data", "cub:.", "--out", again, "--thorough")
     assert run(capsys, "evaluate", *arguments, *MODEL)[0] == 0
-    for name in ("table.csv", "sweeps.csv", "localisation.csv", "fidelity.csv", "table.txt"):
+    for name in ("table.csv", "sweeps.csv", "fidelity.csv"):
         assert (again / name).read_bytes() == (out / name).read_bytes()
+    # `--thorough` adds to what is there.
+    thorough = read(again / "localisation.csv")
+    assert all(row in thorough for row in localised)
+    assert len(thorough) == (17 + 1) * (9 + 1) + len(LOCALISED) + 1
+    text, more = ((path / "table.txt").read_text() for path in (out, again))
+    assert more.startswith(text.rstrip())
+    main = [line for line in more.splitlines() if line.startswith("MaxBoxAccV2, Grad-CAM, for")]
+    (row,) = (r for r in thorough if r["measure"] == "MaxBoxAccV2" and r["row"] == MAIN_ROW)
+    assert main[0] == (
+        f"MaxBoxAccV2, {MAIN_ROW}: {float(row['mean']):.3f} "
+        f"[{float(row['low']):.3f}, {float(row['high']):.3f}]"
+    )
+    assert float(row["low"]) <= float(row["mean"]) <= float(row["high"])
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -205,12 +219,29 @@ def test_what_is_skipped_is_listed(
     assert status == 0
     assert "images, skipped: 1" in err
     assert "a/1.png: unreadable" in err
-    assert "classes of one image, without triplets of their own: 1" in err
+    assert "classes of one image, without triplets of their own: 1, b\n" in err
     assert [r["image"] for r in read(tmp_path / "out" / "skipped.csv")] == ["a/1.png"]
     assert {r["column"] for r in read(tmp_path / "out" / "table.csv")} == {"box"}
     assert "cannot use a/1.png" in fails(
         capsys, "evaluate", *arguments, *MODEL, "--force", "--strict"
     )
+
+
+@pytest.mark.usefixtures("here")
+def test_training_pictures_that_the_reader_leaves_out_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reader's reason stands before the error that the missing row ends in."""
+    draw_cub(tmp_path)
+    boxes = tmp_path / "CUB_200_2011" / "bounding_boxes.txt"
+    boxes.write_text("".join(boxes.read_text().splitlines(keepends=True)[1:]))
+    status, _, err = run(
+        capsys, "evaluate", "--database", "db", "--data", "cub:.", "--train", f"cub:{tmp_path}",
+        "--out", tmp_path / "out", *MODEL,
+    )  # fmt: skip
+    assert status == 2
+    assert "training pictures, left out: 1\n  001.Bird/0.png: no box in bounding_boxes.txt" in err
+    assert "`--train` must give the 15 pictures" in err
 
 
 def test_other_training_pictures_are_refused(

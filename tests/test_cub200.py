@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cub200
 import numpy as np
 import pytest
 import torch
-from cub200_data import Drawn
+from cub200_data import Drawn, cached_name
 from cub200_network import (
     Crops,
     Embedder,
@@ -126,6 +127,21 @@ def test_a_small_cub_from_training_to_tables_twice(
     built = gcfast.Explainer(network, layer, **(gcfast.PAPER | {"seed": 0})).build(loader)
     for name in ("channels", "weights", "embeddings", "offsets", "triplet_counts"):
         assert torch.equal(getattr(built, name), getattr(database, name))
+
+
+def test_another_training_is_another_file_in_the_cache(root: Path) -> None:
+    """Weights of another size, recipe, origin or set of pictures must not be taken for these."""
+    samples = read_cub(root, "train").samples
+    recipe = Recipe(epochs=2, steps=3)
+    common = ("torchvision/resnet50, ImageNet weights", recipe, 224, 0, samples)
+    names = {cached_name(*common)}
+    for at, other in enumerate(
+        ("timm/resnet50, w.pth", replace(recipe, margin=0.3), 128, 1, samples[1:])
+    ):
+        names.add(cached_name(*common[:at], other, *common[at + 1 :]))  # type: ignore[arg-type]
+    assert len(names) == 6
+    assert cached_name(*common) in names
+    assert all(name.endswith(".safetensors") and "/" not in name for name in names)
 
 
 def test_the_network_is_trained_and_comes_back(root: Path, tmp_path: Path) -> None:
@@ -272,6 +288,24 @@ def test_the_same_script_on_drawn_birds(
     assert (saved["rows"], saved["images"]) == (16, 6)
     figures = {(f["row"], f["column"]): f["value"] for f in saved["figures"]}
     assert figures["Grad-CAM, for, top-50", "box"] > figures["uniform", "box"]
+    assert "50 k-means centres: not measured, the database has fewer rows" in printed
     # Nothing was published about these pictures.
     ours = [line for line in printed.splitlines() if line.startswith("recall@1")]
     assert ours[0].split()[-1] == "-"
+
+
+def test_without_faiss_everything_else_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network may have been trained for hours when the sweep over centres comes."""
+
+    def compress(*_: object) -> None:
+        raise gcfast.MissingExtraError("compress needs FAISS")
+
+    monkeypatch.setattr("gcfast.cli_evaluate.find_spec", lambda _: None)
+    monkeypatch.setattr(gcfast.Database, "compress", compress)
+    for name, count in (("TRAINING_LABELS", 4), ("UNSEEN_LABELS", 3)):
+        monkeypatch.setattr(species, name, getattr(species, name)[:count])
+    cub200.main(["--data", "demo", "--quick", "--threads", "1", "--out", str(tmp_path)])
+    assert "50 k-means centres: not measured, FAISS is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "centers.png").exists()

@@ -169,7 +169,9 @@ def test_cub_lines_that_are_not_as_published(tmp_path: Path) -> None:
     for text, words in (
         ("1 2 3\n", "must hold a number and 4 values a line, got '1 2 3' in line 1"),
         (before + "1 0 0 1 1\n", "must hold each number once, 1 comes again in line 9"),
-        (before.replace("24.0", "left"), "must give x y width height, got left 8.0 16.0 16.0"),
+        (before.replace("24.0", "left"), "must give x y width .*, got left 8.0 16.0 16.0"),
+        (before.replace("24.0", "nan"), "must give x y width .*, got nan 8.0 16.0 16.0"),
+        (before.replace("16.0 16.0", "16.0 0"), "height above 0, got 24.0 8.0 16.0 0"),
     ):
         (top / "bounding_boxes.txt").write_text(text)
         with pytest.raises(ValueError, match=words):
@@ -338,6 +340,41 @@ def test_coco_refuses_in_words(tmp_path: Path) -> None:
             decode_segmentation(bad, 2, 2)
 
 
+def test_coco_skips_pictures_whose_instances_are_incomplete(tmp_path: Path) -> None:
+    """A bird that the mask or the boxes do not know would make good heat look misplaced."""
+    whole = (8, 4, 4, 4)
+    coco(
+        tmp_path,
+        [
+            instance(7, whole),
+            instance(7, (16, 4, 0, 8)),
+            instance(8, whole),
+            instance(8, (16, 4, 4, 8), segmentation=[]),
+            instance(9, whole),
+            instance(9, (20, 0, 4, 4), bbox=["a", 0, 1, 1]),
+        ],
+    )
+    test = open_dataset(f"coco:{tmp_path}")
+    assert test.samples == []
+    assert test.skipped == [
+        ("000000000007.jpg", "an instance without a box"),
+        ("000000000008.jpg", "an instance without a segmentation"),
+        ("000000000009.jpg", "an instance without a box"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [("images", "height"), ("images", "id"), ("annotations", "image_id")]
+)
+def test_coco_records_that_lack_a_key(tmp_path: Path, part: str, key: str) -> None:
+    file = coco(tmp_path, [instance(7, (8, 4, 4, 4))]) / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    del content[part][0][key]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"must hold images, annotations and categ.*'{key}'"):
+        open_dataset(f"coco:{tmp_path}")
+
+
 # Folders
 
 
@@ -359,6 +396,19 @@ def test_folder_with_masks(tmp_path: Path) -> None:
     _, truth = batch_of(test)
     assert truth.boxes[0].tolist() == [[2, 3, 9, 11]]  # the mask's extent
     assert int(truth.masks[0].sum()) == 7 * 8
+
+
+def test_a_mask_of_ones_is_not_called_empty(tmp_path: Path) -> None:
+    folder(tmp_path)
+    for name in ("a/1", "a/2", "b/3"):
+        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        mask = rectangle(16, 16, (2, 3, 9, 11))
+        mask = mask.point(lambda v: v // 255) if name == "a/1" else mask
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    loader = ScoredLoader(open_dataset(f"folder:{tmp_path}"), VIEW)
+    assert [len(images) for images, _ in loader] == [2]
+    reason = "the mask has no value of at least 128, its highest is 1"
+    assert loader.skipped == [("a/1.jpg", reason)]
 
 
 def test_folder_with_boxes(tmp_path: Path) -> None:
@@ -390,6 +440,9 @@ def test_folder_refuses_in_words(tmp_path: Path) -> None:
         boxes.write_text(text)
         with pytest.raises(error, match=words):
             open_dataset(f"folder:{tmp_path}")
+    boxes.write_text("x0,y0,x1,y1,path\n1,1,2,2\n")
+    with pytest.raises(ValueError, match="must name a picture in each line, line 2 names none"):
+        open_dataset(f"folder:{tmp_path}")
 
 
 def test_another_kind_of_data_is_refused(tmp_path: Path) -> None:

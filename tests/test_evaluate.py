@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import common, loader, pictures
+from networks import DIM, Net, common, loader, pictures
 from torch import Tensor
 
 import gcfast
@@ -164,6 +164,55 @@ def test_sweeps_and_localisation() -> None:
     assert torch.equal(found.localisation.pointing[MAIN_ROW], hits)
     assert found.localisation.iou[MAIN_ROW].shape == (8, 9)
     assert found.flat == 0
+
+
+def test_thorough_localises_every_row_and_measures_max_box_acc() -> None:
+    labels = ["a"] * 8
+    torch.manual_seed(0)
+    quick = measured(labels, triplet_counts=(1,))[0]
+    torch.manual_seed(0)  # the same network and pictures
+    found, one, test, train = measured(labels, triplet_counts=(1,), thorough=True)
+    rows = [*found.tables[0.0].scores, f"{MAIN_ROW}, center=1"]
+    assert len(rows) == 18
+    assert set(found.localisation.iou) == set(found.localisation.pointing) == set(rows)
+    assert list(quick.localisation.best) == []
+    for name, iou in quick.localisation.iou.items():
+        assert torch.equal(found.localisation.iou[name], iou)
+    assert list(found.localisation.best) == list(quick.localisation.iou)
+    one.build(train)
+    for center, name in ((0.0, MAIN_ROW), (1.0, f"{MAIN_ROW}, center=1")):
+        maps = one.explain_batch(test, center=center)
+        wanted = gcfast.metrics.best_box_iou(maps, truth(labels).boxes)
+        torch.testing.assert_close(found.localisation.best[name], wanted)
+
+
+def test_all_that_is_measured_shares_one_forward_pass() -> None:
+    seen: list[Tensor] = []
+    register = torch.nn.modules.module.register_module_forward_pre_hook
+    hook = register(
+        lambda module, inputs: seen.append(inputs[0]) if isinstance(module, Net) else None
+    )
+    try:
+        test = measured(["a"] * 8, thorough=True)[2]
+    finally:
+        hook.remove()
+    for image in test:
+        assert sum(bool((other == image).all()) for batch in seen for other in batch) == 1
+
+
+def test_prices_are_not_evaluated_as_classes() -> None:
+    objective = gcfast.RankLoss(torch.nn.Linear(DIM, 2))
+    images, _ = pictures(9)
+    one = gcfast.Explainer(common(CHANNELS), "backbone", objective=objective, l2_normalize=False)
+    with pytest.raises(ValueError, match=r"`explainer` must have .* over classes .*got RankLoss"):
+        evaluate(
+            one,
+            loader(images, torch.arange(9.0)),
+            [(images, truth(["a"] * 9))],
+            AnnotationScore(),
+            labels=lambda t: t.labels,
+            localised=lambda t: (t.boxes, t.masks),
+        )
 
 
 def test_boxes_alone_give_one_column() -> None:

@@ -244,6 +244,13 @@ def test_statistics_by_hand() -> None:
     first, second = statistics(values)
     assert (first.images, first.mean, first.deviation) == (3, 2.0, 1.0)
     assert second == (3, 0.5, 0.0, 0.5, 0.5)
+    # Columns that other images have are what each is alone.
+    apart = torch.stack([values[:, 0], torch.tensor([nan, 4.0, nan, 6.0])], 1)
+    assert statistics(apart, seed=2) == [
+        *statistics(apart[:, :1], seed=2),
+        *statistics(apart[:, 1:], seed=2),
+    ]
+    assert [(one.images, one.mean) for one in statistics(apart)] == [(3, 2.0), (2, 5.0)]
     (empty,) = statistics(values[1:2, :1])
     assert empty.images == 0
     assert empty.mean != empty.mean

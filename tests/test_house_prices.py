@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import house_prices
@@ -141,6 +142,20 @@ def test_noisy_rows_are_counted_imputed_and_listed(folder: Path, tmp_path: Path)
     assert "… and 5 more" in text
 
 
+def test_a_mask_of_another_size_is_named(folder: Path, tmp_path: Path) -> None:
+    """Stretched over its tile it would lie beside what it marks."""
+    masks = tmp_path / "masks"
+    shutil.copytree(folder / "masks", masks)
+    with Image.open(masks / "00003.png") as one:
+        part = one.crop((0, 0, 20, 24))
+    part.save(masks / "00003.png")
+    with pytest.raises(
+        ValueError,
+        match=r"sizes of their tiles, 1 have others: 00003\.png has 20 x 24, its tile 32 x 32",
+    ):
+        read_houses(folder / "tiles", folder / "sales.csv", masks)
+
+
 def test_what_is_imputed_comes_from_the_training_rows(folder: Path, tmp_path: Path) -> None:
     later = {i: {"area": "4000", "type": "castle"} for i in range(24, 40)}
     sales = spoiled(folder, tmp_path, {**later, 3: {"area": "", "type": ""}})
@@ -256,7 +271,11 @@ def test_houses_without_masks_and_wrong_options(
          "--epochs", "1", "--out", str(tmp_path)]
     )  # fmt: skip
     assert "no masks: maps are not scored" in capsys.readouterr().out
-    assert "maps" not in json.loads((tmp_path / "house_prices.json").read_text())
+    saved = json.loads((tmp_path / "house_prices.json").read_text())
+    assert "maps" not in saved
+    # In full, where the printed list stops after ten.
+    report = read_houses(folder / "tiles", folder / "sales.csv").report
+    assert (saved["run"]["imputed"], saved["run"]["left_out"]) == (report.imputed, report.skipped)
     for arguments in (["--tiles", "x"], ["--masks", "x"]):
         with pytest.raises(SystemExit):
             house_prices.main(arguments)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gcfast
+from gcfast.evaluation_report import max_box_acc_statistic
 from gcfast.metrics import (
     best_box_iou,
     box_iou,
@@ -76,6 +77,20 @@ def test_max_box_acc_v2_by_hand() -> None:
     assert max_box_acc_v2(iou) == pytest.approx((1 + 2 / 3 + 1 / 3) / 3)
     with pytest.raises(ValueError, match=r"`iou` must hold images and thresholds, got \[0, 2\]"):
         max_box_acc_v2(iou[:0])
+
+
+def test_max_box_acc_v2_chooses_its_threshold_anew_in_each_draw() -> None:
+    best = torch.rand(12, 5)
+    one = max_box_acc_statistic(best, seed=3)
+    assert (one.images, one.mean) == (12, max_box_acc_v2(best))
+    assert one.deviation != one.deviation
+    generator = torch.Generator().manual_seed(3)
+    values = []
+    for _ in range(10):
+        for picks in torch.randint(12, (100, 12), generator=generator):
+            values.append(max_box_acc_v2(best[picks]))
+    low, high = np.quantile(values, [0.025, 0.975])
+    assert (one.low, one.high) == pytest.approx((low, high), abs=1e-6)
 
 
 def test_v2_stretches_each_map_first() -> None:

@@ -188,3 +188,24 @@ def test_mask_score_is_quantus_relevance_mass_accuracy() -> None:
     metric = RelevanceMassAccuracy(abs=False, normalise=False, disable_warnings=True)
     theirs = metric.evaluate_batch(maps[:, None].numpy(), masks[:, None].numpy()).tolist()
     assert mask_score(maps, masks).tolist() == pytest.approx(theirs, abs=1e-6)
+
+
+def test_shares_refuse_what_gives_no_share() -> None:
+    """Signed maps, boxes of another shape, and a match that names no object."""
+    maps, masks = torch.ones(2, 4, 4), torch.ones(2, 4, 4, dtype=torch.bool)
+    signed = maps.clone()
+    signed[1, 0, 0] = -2.5
+    with pytest.raises(ValueError, match=r"`maps` must not be negative, got -2\.5 in row 1"):
+        mask_score(signed, masks)
+    with pytest.raises(ValueError, match=r"`maps` must have shape \[B, H, W\], got \[4, 4\]"):
+        box_score(maps[0], torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=r"`boxes` must have shape \[B, 4\] with B = 2"):
+        box_score(maps, torch.zeros(1, 4))
+    two = torch.stack([masks, masks], 1)
+    two[:, 0, :2] = two[:, 1, 2:] = False
+    with pytest.raises(ValueError, match=r"`match` must lie in \[-1, 2\), got 0 to 2"):
+        two_object_scores(maps, two, torch.tensor([0, 2]))
+    with pytest.raises(TypeError, match="`match` must have dtype int64, got float32"):
+        two_object_scores(maps, two, torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match="`maps` must not be negative"):
+        two_object_scores(signed, two, torch.tensor([0, 1]))

@@ -7,6 +7,8 @@ gcfast.datasets.Truth: boxes, masks and labels of one object a picture.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from cub200_network import Recipe, make_network, restore, save, train
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gcfast.datasets import ScoredLoader, Truth, labelled_loader, read_cub
+from gcfast.datasets import Sample, ScoredLoader, Truth, labelled_loader, read_cub
 from gcfast.metrics import box_masks
 from gcfast.preprocessing import Preprocessing
 
@@ -74,6 +76,23 @@ class Drawn:
             yield inputs, Truth(ids, labels, list(boxes[:, None]), inside, masks)
 
 
+def cached_name(
+    origin: str, recipe: Recipe, size: int, seed: int, samples: Sequence[Sample]
+) -> str:
+    """The file of a trained network: another for whatever makes it another network.
+
+    Args:
+        origin: where its ImageNet weights are from.
+        recipe: how it is trained.
+        size: of its input.
+        seed: of the training.
+        samples: the training pictures.
+    """
+    what = [origin, repr(recipe), size, seed, [(sample.id, sample.label) for sample in samples]]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    return f"cub200-{seed}-{recipe.epochs}x{recipe.steps}-{digest[:12]}.safetensors"
+
+
 def cub(options: argparse.Namespace) -> Subject:
     """CUB-200-2011, its network trained here or read from the cache.
 
@@ -91,8 +110,9 @@ def cub(options: argparse.Namespace) -> Subject:
         whole = "" if count == CUB_IMAGES[half] else f"; the published split has {CUB_IMAGES[half]}"
         facts.append(f"{half}: {count} images of {len(found.class_names)} species{whole}")
     recipe = Recipe(epochs=options.epochs, steps=options.steps)
-    name = f"cub200-{options.backbone}-{options.seed}-{options.epochs}x{options.steps}"
-    path = options.weights or options.cache / f"{name.replace('/', '-')}.safetensors"
+    path = options.weights or options.cache / cached_name(
+        origin, recipe, options.size, options.seed, halves["train"].samples
+    )
     if path.exists() and not options.retrain:
         restore(network, path)
         facts.append(f"weights: {path}")

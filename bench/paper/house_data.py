@@ -183,7 +183,8 @@ def read_houses(tiles: Path, sales: Path, masks: Path | None = None) -> Houses:
 
     Raises:
         FileNotFoundError: a folder or the file is not there.
-        ValueError: a column is missing, or fewer than ten rows are usable.
+        ValueError: a column is missing, fewer than ten rows are usable, or a mask is missing,
+            unreadable or of another size than its tile.
     """
     for path, what in ((tiles, "tiles"), (sales, "csv"), (masks, "masks")):
         if path is not None and not path.exists():
@@ -233,6 +234,14 @@ def read_houses(tiles: Path, sales: Path, masks: Path | None = None) -> Houses:
         if lost:
             raise ValueError(f"`masks` must have a picture for each tile, {len(lost)} are missing "
                              f"or unreadable: {', '.join(lost[:3])}")  # fmt: skip
+        other = [
+            f"{row['tile']} has {a[0]} x {a[1]}, its tile {b[0]} x {b[1]}"
+            for row in rows
+            if (a := _size(masks / row["tile"])) != (b := _size(tiles / row["tile"]))
+        ]
+        if other:
+            raise ValueError(f"`masks` must have the sizes of their tiles, {len(other)} have "
+                             f"others: {'; '.join(other[:3])}")  # fmt: skip
         index = np.stack([mask for mask in loaded if mask is not None])
         shown = index[:, None] == np.arange(1, len(PARTS) + 1)[:, None, None]
     return Houses(
@@ -294,3 +303,8 @@ def _picture(path: Path, mode: str, side: int | None) -> NDArray[np.uint8] | Non
             size, Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
         )
     return np.asarray(picture)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as opened:
+        return opened.size

@@ -114,7 +114,7 @@ def train(
         order = torch.randperm(len(price), generator=generator)
         total = []
         for batch in order.split(BATCH)[: max(1, len(price) // BATCH)]:
-            turns, mirror = torch.randint(8, (1,), generator=generator).item() % 4, 0
+            turns = int(torch.randint(4, (1,), generator=generator))
             mirror = int(torch.randint(2, (1,), generator=generator))
             values = torch.rot90(to_input(images[batch.numpy()]), turns, (2, 3))
             values = values.flip(3) if mirror else values

@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "losses": training.losses,
         "pair_accuracy": ranked,
         "left_out": houses.report.skipped,
-        "imputed": len(houses.report.imputed),
+        "imputed": houses.report.imputed,
         "seconds": {"all": round(seconds, 1), "training": round(training.seconds, 1)},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }

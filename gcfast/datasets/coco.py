@@ -7,6 +7,7 @@ at https://cocodataset.org/#format-data.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ def read_coco(
     """The images on which a category is, with its boxes and masks.
 
     An image's mask is the union of the category's instances, crowds included; its boxes are those
-    of the instances that are no crowd. Images without such a box are skipped and counted.
+    of the instances that are no crowd. Images without such a box are skipped and counted, and so
+    are those with an instance that lacks its box or its segmentation: heat on it would count as
+    misplaced.
 
     Args:
         root: the folder with ``annotations/instances_<split>.json`` and ``<split>/`` (or
@@ -70,7 +73,8 @@ def read_coco(
     file = root / "annotations" / f"instances_{name}.json"
     try:
         content = json.loads(file.read_bytes())
-        images, annotations = content["images"], content["annotations"]
+        images = [(i["id"], i["file_name"], i["height"], i["width"]) for i in content["images"]]
+        annotations = [(a["image_id"], a["category_id"], a) for a in content["annotations"]]
         numbers = {c["name"]: c["id"] for c in content["categories"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -82,27 +86,31 @@ def read_coco(
         )
     folder = root / name if (root / name).is_dir() else root / "images" / name
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for annotation in annotations:
-        if annotation.get("category_id") == numbers[category]:
-            by_image[annotation["image_id"]].append(annotation)
+    for image, category_number, annotation in annotations:
+        if category_number == numbers[category]:
+            by_image[image].append(annotation)
     samples, skipped = [], []
-    for image in images:
-        instances = by_image.get(image["id"])
+    for image, file_name, height, width in images:
+        instances = by_image.get(image)
         if not instances:
             continue
-        path = folder / image["file_name"]
+        path = folder / file_name
         if not path.is_file():
             raise FileNotFoundError(f"COCO at {root} lacks {path.relative_to(root)}")
-        boxes = tuple(
-            _box(i["bbox"]) for i in instances if not i.get("iscrowd") and _has_area(i.get("bbox"))
-        )
-        if not boxes:
-            crowd = any(i.get("iscrowd") for i in instances)
-            skipped.append((image["file_name"], "a crowd only, no box" if crowd else "no box"))
+        single = [i for i in instances if not i.get("iscrowd")]
+        reason = ""
+        if not single:
+            reason = "a crowd only, no box"
+        elif not all(_has_area(i.get("bbox")) for i in single):
+            reason = "an instance without a box"
+        elif not all(i.get("segmentation") for i in instances):
+            reason = "an instance without a segmentation"
+        if reason:
+            skipped.append((file_name, reason))
             continue
-        parts = tuple(i["segmentation"] for i in instances if i.get("segmentation"))
-        mask = Regions(parts, image["height"], image["width"])
-        samples.append(Sample(path, image["file_name"], category, boxes, mask))
+        mask = Regions(tuple(i["segmentation"] for i in instances), height, width)
+        boxes = tuple(_box(i["bbox"]) for i in single)
+        samples.append(Sample(path, file_name, category, boxes, mask))
     return ScoredSet(f"COCO {name}, {category}", samples, skipped, has_masks=True)
 
 
@@ -191,4 +199,8 @@ def _box(values: Sequence[float]) -> Box:
 
 
 def _has_area(values: Any) -> bool:
-    return isinstance(values, list) and len(values) == 4 and values[2] > 0 and values[3] > 0
+    if not isinstance(values, list) or len(values) != 4:
+        return False
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        return False
+    return bool(values[2] > 0 and values[3] > 0)

@@ -9,6 +9,7 @@ Source: Wah et al., "The Caltech-UCSD Birds-200-2011 dataset", CNS-TR-2011-001.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from gcfast.datasets.samples import Box, MaskFile, Sample, ScoredSet
@@ -90,9 +91,12 @@ def _box(values: list[str], root: Path) -> Box:
     try:
         x, y, width, height = map(float, values)
     except ValueError:
+        x = y = width = height = math.nan
+    if not (all(map(math.isfinite, (x, y, width, height))) and width > 0 and height > 0):
         raise ValueError(
-            f"{root / 'bounding_boxes.txt'} must give x y width height, got {' '.join(values)}"
-        ) from None
+            f"{root / 'bounding_boxes.txt'} must give x y width height, width and height above 0, "
+            f"got {' '.join(values)}"
+        )
     return x, y, x + width, y + height
 
 

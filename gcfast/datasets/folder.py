@@ -76,5 +76,8 @@ def _boxes(path: Path) -> dict[str, list[Box]]:
                     f"{path} must give x0 < x1 and y0 < y1 in pixels, line {reader.line_num} "
                     f"gives {', '.join(str(row[c]) for c in _COLUMNS[1:])}"
                 )
+            if not row["path"]:
+                raise ValueError(f"{path} must name a picture in each line, line "
+                                 f"{reader.line_num} names none")  # fmt: skip
             boxes[Path(row["path"]).as_posix()].append((x0, y0, x1, y1))
     return boxes

@@ -40,9 +40,19 @@ class MaskFile:
     path: Path
 
     def read(self) -> NDArray[np.bool_]:
-        """The mask [h, w]."""
+        """The mask [h, w].
+
+        Raises:
+            ValueError: there is something in it, but nothing of at least 128.
+        """
         with Image.open(self.path) as picture:
-            return np.asarray(picture.convert("L")) >= 128
+            values = np.asarray(picture.convert("L"))
+        mask: NDArray[np.bool_] = values >= 128
+        if not mask.any() and values.any():
+            raise ValueError(
+                f"the mask has no value of at least 128, its highest is {values.max()}"
+            )
+        return mask
 
 
 @dataclass(frozen=True)

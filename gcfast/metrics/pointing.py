@@ -34,7 +34,8 @@ def pointing_game(maps: Tensor, masks: Tensor, tolerance: int = 15) -> Tensor:
         ValueError: another shape or device; NaN or infinity in a map; a negative tolerance.
 
     Source: Zhang et al., "Top-down neural attention by excitation backprop", ECCV 2016, section
-        4.2 (arXiv:1608.00507).
+        4.2 (arXiv:1608.00507), which averages the accuracies of its categories; the mean of what is
+        returned here is over images.
     """
     sizes = require_shape("maps", maps, "B H W")
     require_dtype("masks", masks, (torch.bool,))

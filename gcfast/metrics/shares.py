@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gcfast._checks import require_dtype, require_finite_rows, require_same_device, require_shape
+from gcfast._checks import (
+    require_dtype,
+    require_finite_rows,
+    require_ids,
+    require_same_device,
+    require_shape,
+)
 
 
 def mask_score(maps: Tensor, masks: Tensor) -> Tensor:
@@ -20,7 +26,7 @@ def mask_score(maps: Tensor, masks: Tensor) -> Tensor:
 
     Raises:
         TypeError: masks that are not bool.
-        ValueError: another shape or device; NaN or infinity in a map.
+        ValueError: another shape or device; NaN, infinity or a negative value in a map.
 
     Source: paper, section 4.1.2.
     """
@@ -28,7 +34,7 @@ def mask_score(maps: Tensor, masks: Tensor) -> Tensor:
     require_dtype("masks", masks, (torch.bool,))
     require_shape("masks", masks, "B H W", sizes)
     require_same_device(maps=maps, masks=masks)
-    require_finite_rows("maps", maps)
+    _require_heat(maps)
     total = maps.double().sum((1, 2))
     inside = torch.where(masks, maps.double(), 0.0).sum((1, 2))
     return torch.where(total > 0, inside / total.clamp(min=1e-300), 0.0).float()
@@ -54,10 +60,12 @@ def box_score(maps: Tensor, boxes: Tensor) -> Tensor:
         [B] float32 in [0, 1]; 0 for a flat map.
 
     Raises:
-        ValueError: as :func:`mask_score`.
+        ValueError: as :func:`mask_score`; boxes that are not [B, 4].
 
     Source: paper, section 4.1.2.
     """
+    require_shape("boxes", boxes, "B 4", require_shape("maps", maps, "B H W"))
+    require_same_device(maps=maps, boxes=boxes)
     return mask_score(maps, box_masks(boxes, *maps.shape[1:]))
 
 
@@ -109,15 +117,18 @@ def two_object_scores(maps: Tensor, masks: Tensor, match: Tensor) -> tuple[Tenso
         -1.
 
     Raises:
-        TypeError: masks that are not bool.
-        ValueError: another shape or device; NaN or infinity in a map; an empty mask, with its row.
+        TypeError: masks that are not bool, ``match`` that is not int64.
+        ValueError: another shape or device; NaN, infinity or a negative value in a map; an empty
+            mask, with its row; a ``match`` out of range.
     """
     sizes = require_shape("maps", maps, "B H W")
     require_dtype("masks", masks, (torch.bool,))
     require_shape("masks", masks, "B 2 H W", sizes)
     require_shape("match", match, "B", sizes)
+    require_dtype("match", match, (torch.int64,))
+    require_ids("match", match, -1, 2)
     require_same_device(maps=maps, masks=masks, match=match)
-    require_finite_rows("maps", maps)
+    _require_heat(maps)
     heat = torch.where(masks, maps.double()[:, None], 0.0).sum((2, 3))  # [B, 2]
     share, right = two_object_shares(heat[:, None], masks.sum((2, 3)), match)
     return share[:, 0], right[:, 0]
@@ -141,3 +152,13 @@ def two_object_shares(heat: Tensor, areas: Tensor, match: Tensor) -> tuple[Tenso
         share.masked_fill(nothing, torch.nan).float(),
         right.masked_fill(nothing, torch.nan).float(),
     )
+
+
+def _require_heat(maps: Tensor) -> None:
+    """A share of signed values is none: it may lie outside [0, 1]."""
+    require_finite_rows("maps", maps)
+    if maps.numel() and bool(maps.amin() < 0):
+        row = int((maps.flatten(1).amin(1) < 0).nonzero()[0])
+        raise ValueError(
+            f"`maps` must not be negative, got {float(maps[row].min()):g} in row {row}"
+        )
