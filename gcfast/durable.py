@@ -16,6 +16,18 @@ try:
 except ImportError:  # not on Windows, where two writers of one folder are the user's to avoid
     fcntl = None  # type: ignore[assignment]
 
+_held: set[int] = set()  # descriptors of locked folders
+
+
+def _let_go() -> None:
+    """A forked process (a loader's worker) may live longer than the work that the lock is for."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
 
 def write(path: Path, content: bytes) -> None:
     """Write a file and flush it to the disk; not whole before it returns."""
@@ -51,33 +63,48 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
         doing: what the other process does, for the error: "building in".
 
     Raises:
-        GcfastError: another process holds it.
+        GcfastError: another process holds it, or put another folder in its place just now.
     """
     descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
+    process = os.getpid()
     try:
         if fcntl is not None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise GcfastError(f"another process is {doing} {folder}") from None
+            # It may have been moved away between the two calls.
+            if not (folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())):
+                raise GcfastError(f"another process was {doing} {folder} and has replaced it")
         yield
     finally:
-        os.close(descriptor)
+        if os.getpid() == process:
+            if fcntl is not None:  # a child that was just forked has the descriptor too
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            _held.discard(descriptor)
+            os.close(descriptor)
 
 
 def move_into_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its name; what has that name goes when the new one is there."""
+    """Rename a finished folder to its name; what has that name goes when the new one is there.
+
+    Raises:
+        GcfastError: another process writes to what has that name.
+    """
     sync_folder(folder)
     if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        os.rename(target, old / target.name)
-        try:
-            os.rename(folder, target)
-        except OSError:
-            os.rename(old / target.name, target)
-            old.rmdir()
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        # Whoever adds to the old folder would do so by its name, and so to the new one.
+        with locked(target, "writing to"):
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.rename(target, old / target.name)
+            try:
+                os.rename(folder, target)
+            except OSError:
+                os.rename(old / target.name, target)
+                old.rmdir()
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(folder, target)
     sync_folder(target.parent)

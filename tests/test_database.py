@@ -327,6 +327,18 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "settings": ({"settings": None}, "'settings' must be a dict, got None"),
     "fingerprint": ({"fingerprint": "abc"}, "'fingerprint' must be a dict, got 'abc'"),
     "class names": ({"class_names": {"a": 1}}, "'class_names' must be a list"),
+    "members": ({"members": {"file": "m", "bytes": 1}}, "it lacks 'sha256'"),
+    "members elsewhere": (
+        {"members": {"file": "../m", "bytes": 1, "sha256": ""}},
+        "'members' must lie in the folder, got '../m'",
+    ),
+    "index": ({"index": "index.faiss"}, "'index' must be a dict, got 'index.faiss'"),
+    "index's rows": (
+        {"index": {"file": "i", "bytes": 1, "sha256": "", "rows": "4", "factory": "Flat"}},
+        "'index''s 'rows' must be a int",
+    ),
+    "scale": ({"weight_scale": 0}, "'weight_scale' must be positive and finite, got 0"),
+    "storage": ({"storage": "int8"}, "'storage' must be float32 or float16, got 'int8'"),
 }
 
 
