@@ -330,12 +330,12 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "members": ({"members": {"file": "m", "bytes": 1}}, "it lacks 'sha256'"),
     "members elsewhere": (
         {"members": {"file": "../m", "bytes": 1, "sha256": ""}},
-        "'members' must lie in the folder, got '../m'",
+        "the members file must lie in the folder, got '../m'",
     ),
-    "index": ({"index": "index.faiss"}, "'index' must be a dict, got 'index.faiss'"),
+    "index": ({"index": "index.faiss"}, "the index must be a dict, got 'index.faiss'"),
     "index's rows": (
         {"index": {"file": "i", "bytes": 1, "sha256": "", "rows": "4", "factory": "Flat"}},
-        "'index''s 'rows' must be a int",
+        "the index's 'rows' must be a int",
     ),
     "scale": ({"weight_scale": 0}, "'weight_scale' must be positive and finite, got 0"),
     "storage": ({"storage": "int8"}, "'storage' must be float32 or float16, got 'int8'"),
