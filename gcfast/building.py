@@ -62,7 +62,7 @@ class Building(ExplainerState):
             ModelMismatchError: the unfinished build is of another model.
             FileExistsError: something is at ``out``, or an unfinished build that is not resumed.
             DamagedDatabaseError: a file of the unfinished build is missing or cut off.
-            GcfastError: another process is building there.
+            GcfastError: another process is building there, or writes to what is to be replaced.
             OSError: the disk is full, or another failure to write; ``resume`` goes on later.
         """
         database = build(

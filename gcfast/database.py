@@ -239,7 +239,8 @@ class Database:
         if self.path is None:
             raise NoDatabaseError("there is no folder to store an index in: save the database")
         index = stored_index.made(factory, self.shards)
-        self.manifest = stored_index.store(index, factory, self.path, self.manifest["shards"])
+        entry = stored_index.store(index, factory, self.path, self.manifest["shards"])
+        self.manifest = {**self.manifest, "index": entry}
 
     def read_index(self) -> Any:
         """The stored FAISS index; its checksum is compared unless ``open`` was told not to.
@@ -357,6 +358,7 @@ class Database:
             FileExistsError: ``path`` exists and is not to be, or must not be, replaced.
             ValueError: another ``storage``, or weights that float16 cannot hold.
             DamagedDatabaseError: this database was opened, and its files have changed since.
+            GcfastError: another process writes to the database that is to be replaced.
             OSError: the disk is full, or another failure to write; ``path`` is as it was.
         """
         conversion = Conversion(self, self.storage if storage is None else storage)
