@@ -79,7 +79,7 @@ def test_a_folder_that_was_replaced_while_it_was_being_locked(
 
     monkeypatch.setattr(durable.fcntl, "flock", late)
     with (
-        pytest.raises(gcfast.GcfastError, match="was writing to .*db and has replaced it"),
+        pytest.raises(gcfast.GcfastError, match=r"was writing to .*db and has replaced it"),
         durable.locked(folder, "writing to"),
     ):
         raise AssertionError
@@ -96,12 +96,15 @@ def test_a_database_is_not_replaced_under_a_writer(
     two = gcfast.load(tmp_path / "db", one.network.model)
     write_shard = append_module.write_shard
 
+    def replace() -> None:
+        if how == "save":
+            two.database.save(tmp_path / "db", overwrite=True)
+        else:
+            two.rebuild(loader(images[:8], labels[:8]))
+
     def interrupted(*arguments: Any) -> dict[str, Any]:
         with pytest.raises(gcfast.GcfastError, match="another process is writing to"):
-            if how == "save":
-                two.database.save(tmp_path / "db", overwrite=True)
-            else:
-                two.rebuild(loader(images[:8], labels[:8]))
+            replace()
         return write_shard(*arguments)
 
     monkeypatch.setattr(append_module, "write_shard", interrupted)
