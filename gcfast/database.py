@@ -22,8 +22,9 @@ from gcfast import stored_index
 from gcfast._checks import require_int
 from gcfast.compress import compressed
 from gcfast.errors import GcfastError, NoDatabaseError
-from gcfast.manifest import INDEX, check_target, read_manifest
+from gcfast.manifest import INDEX, check_target
 from gcfast.members import Members, MembersFile
+from gcfast.opening import opened
 from gcfast.saving import Conversion, write_database
 from gcfast.shards import FIELDS, Ids, Shard, ShardFile
 
@@ -386,16 +387,14 @@ class Database:
             DamagedDatabaseError: the manifest or a shard is missing, truncated or not as written.
             GcfastError: written by a newer version.
         """
-        manifest = read_manifest(Path(path))
         folder = Path(path).absolute()
-        files = [ShardFile(folder, entry) for entry in manifest["shards"]]
+        manifest, files, members = opened(folder)
         one = cls.__new__(cls)
         one._shards = [file.tensors for file in files]
         one.ids, one.manifest, one.path = Ids([file.ids for file in files]), manifest, folder
         one._prepare(files, verify=verify is not False)
-        if "members" in manifest:
-            one._members_file = MembersFile(folder, manifest["members"])
-            one.members = one._members_file.members
+        if members is not None:
+            one._members_file, one.members = members, members.members
         if verify or (verify is None and sum(file.bytes for file in files) <= VERIFY_BYTES):
             _ = one.shards
         return one

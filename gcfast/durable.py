@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -86,8 +87,14 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
             os.close(descriptor)
 
 
-def move_into_place(folder: Path, target: Path) -> None:
+def move_into_place(folder: Path, target: Path, *, swap: bool = False) -> None:
     """Rename a finished folder to its name; what has that name goes when the new one is there.
+
+    Args:
+        folder: flushed but for its list of names.
+        target: the name.
+        swap: exchange the two in one step where the system can, so that there is no moment, and no
+            crash, without a folder of that name. The old one is then for a moment at ``folder``.
 
     Raises:
         GcfastError: another process writes to what has that name.
@@ -96,6 +103,14 @@ def move_into_place(folder: Path, target: Path) -> None:
     if target.exists():
         # Whoever adds to the old folder would do so by its name, and so to the new one.
         with locked(target, "writing to"):
+            if swap and _exchange(folder, target):
+                try:
+                    sync_folder(target.parent)
+                except OSError:
+                    _exchange(folder, target)
+                    raise
+                shutil.rmtree(folder, ignore_errors=True)
+                return
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.rename(target, old / target.name)
             try:
@@ -108,6 +123,16 @@ def move_into_place(folder: Path, target: Path) -> None:
     else:
         os.rename(folder, target)
     sync_folder(target.parent)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Give each the other's name, in one step; False where the system has none for that."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or a C library before 2018
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0)
 
 
 def open_permissions(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders that one process holds: also with children, and when they are replaced meanwhile."""
+"""Folders that one process holds, also with children, and that are replaced meanwhile."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from networks import common, loader, pictures
 
 import gcfast
 from gcfast import append as append_module
-from gcfast import durable
+from gcfast import durable, opening, shards
 from gcfast.database import Database
 
 pytest.importorskip("fcntl")
 
 KILLED = """
 import multiprocessing, os, pathlib, signal, sys, time
-from gcfast import durable
+from gcfast import durable, opening, shards
 
 with durable.locked(pathlib.Path(sys.argv[1]), "writing to"):
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
@@ -121,3 +121,73 @@ def test_a_database_is_not_replaced_under_a_writer(
         )
         assert len(resumed) == 8
         assert torch.isfinite(resumed.weights).all()
+
+
+# --- readers of a database that is replaced
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A database of 9 rows in three shards."""
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
+    images, labels = pictures(9)
+    database = gcfast.Explainer(common(), "backbone", channels=5).build(loader(images, labels))
+    database.save(tmp_path / "db")
+    return tmp_path / "db"
+
+
+def test_there_is_no_moment_without_a_database(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a crash between any two steps would leave, and what a reader finds."""
+    database, found = Database.open(saved), []
+
+    def watched(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            out = function(*arguments, **options)
+            found.append(len(Database.open(saved, verify=True)))
+            return out
+
+        return call
+
+    for name in ("rename", "fsync", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    database.save(saved, overwrite=True)
+    assert len(found) > 4
+    assert set(found) == {len(database)}
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_system_that_cannot_exchange_two_names(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    database = Database.open(saved)
+    database.save(saved, overwrite=True)
+    assert len(Database.open(saved, verify=True)) == len(database)
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_database_that_is_replaced_while_it_is_opened(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Never one's manifest with the other's rows."""
+    larger = gcfast.Explainer(common(), "backbone", channels=4).build(loader(*pictures(31)))
+    small, opened = len(Database.open(saved)), []
+
+    class Interrupted(opening.ShardFile):
+        def __init__(self, *arguments: Any) -> None:
+            if at == 1:
+                super().__init__(*arguments)
+            if not opened:
+                opened.append(arguments)
+                larger.save(saved, overwrite=True)
+            if at == 0:
+                super().__init__(*arguments)
+
+    monkeypatch.setattr(opening, "ShardFile", Interrupted)
+    got = Database.open(saved, verify=True)
+    assert len(got) == 31 != small
+    assert got.manifest == larger.manifest
+    assert torch.equal(got.weights, larger.weights)
