@@ -309,13 +309,15 @@ class Database:
         """
         return self._attached_to().append(loader, progress=progress)
 
-    def rebuild(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
+    def rebuild(
+        self, loader: Iterable[Any], *, progress: bool = False, resume: bool = False
+    ) -> Database:
         """Make all rows anew; see :meth:`gcfast.Explainer.rebuild`.
 
         Raises:
             GcfastError: no explainer has this database, so that there is no model.
         """
-        return self._attached_to().rebuild(loader, progress=progress)
+        return self._attached_to().rebuild(loader, progress=progress, resume=resume)
 
     def _attached_to(self) -> Explainer:
         explainer = None if self.explainer is None else self.explainer()
@@ -387,8 +389,7 @@ class Database:
             DamagedDatabaseError: the manifest or a shard is missing, truncated or not as written.
             GcfastError: written by a newer version.
         """
-        folder = Path(path).absolute()
-        manifest, files, members = opened(folder)
+        manifest, files, members = opened(folder := Path(path).absolute())
         one = cls.__new__(cls)
         one._shards = [file.tensors for file in files]
         one.ids, one.manifest, one.path = Ids([file.ids for file in files]), manifest, folder
