@@ -389,7 +389,8 @@ class Database:
             DamagedDatabaseError: the manifest or a shard is missing, truncated or not as written.
             GcfastError: written by a newer version.
         """
-        manifest, files, members = opened(folder := Path(path).absolute())
+        folder = Path(path).absolute()
+        manifest, files, members = opened(Path(path))
         one = cls.__new__(cls)
         one._shards = [file.tensors for file in files]
         one.ids, one.manifest, one.path = Ids([file.ids for file in files]), manifest, folder

@@ -11,13 +11,14 @@ from gcfast.members import MembersFile
 from gcfast.shards import ShardFile
 
 
-def opened(folder: Path) -> tuple[dict[str, Any], list[ShardFile], MembersFile | None]:
+def opened(path: Path) -> tuple[dict[str, Any], list[ShardFile], MembersFile | None]:
     """The manifest and its files, all of one database, also while another takes its place.
 
     Raises:
         NoDatabaseError, DamagedDatabaseError, GcfastError: as :meth:`gcfast.Database.open`.
     """
-    manifest = read_manifest(folder)
+    folder = path.absolute()  # the process may change its own
+    manifest = read_manifest(path)
     while True:
         damage, members = None, None
         try:
@@ -26,7 +27,7 @@ def opened(folder: Path) -> tuple[dict[str, Any], list[ShardFile], MembersFile |
                 members = MembersFile(folder, manifest["members"])
         except DamagedDatabaseError as error:
             damage = error
-        now = read_manifest(folder)
+        now = read_manifest(path)
         if now == manifest:
             if damage is not None:
                 raise damage
