@@ -23,8 +23,8 @@ bool nearer(const std::pair<float, int64_t>& a, const std::pair<float, int64_t>&
 }
 
 // softmax(-distance / temperature) over the neighbours that are there, which come first.
-void mix(const float* distances, const int64_t* neighbors, int64_t k, double temperature,
-         std::vector<double>& shares) {
+void share(const float* distances, const int64_t* neighbors, int64_t k, double temperature,
+           std::vector<double>& shares) {
   shares.clear();
   // From the nearest on, so that where the temperature is 0 (a table of twins) that one weighs 1.
   const double scale = std::max(temperature, static_cast<double>(FLT_MIN));
@@ -34,7 +34,7 @@ void mix(const float* distances, const int64_t* neighbors, int64_t k, double tem
     shares.push_back(std::exp(-beyond / scale));
     total += shares.back();
   }
-  for (double& share : shares) share /= total;
+  for (double& each : shares) each /= total;
 }
 
 }  // namespace
@@ -47,43 +47,14 @@ void make_room(TransferResult& out, const TransferBuffers& buffers) {
   out.weights = buffers.weights == nullptr ? out.own_weights.get() : buffers.weights;
 }
 
-int64_t MergedRows::widest() const {
-  size_t width = 0, begin = 0;
-  for (const size_t end : ends) {
-    width = std::max(width, end - begin);
-    begin = end;
-  }
-  return static_cast<int64_t>(width);
-}
-
-void MergedRows::unpack(TransferResult& out) const {
-  size_t begin = 0;
-  int64_t b = first;
-  for (const size_t end : ends) {
-    int64_t* const to_channels = out.channels + b * out.width;
-    float* const to_weights = out.weights + b * out.width;
-    const auto own = static_cast<int64_t>(end - begin);
-    std::copy_n(channels.data() + begin, own, to_channels);
-    std::copy_n(weights.data() + begin, own, to_weights);
-    std::fill_n(to_channels + own, out.width - own, own > 0 ? to_channels[0] : 0);
-    std::fill_n(to_weights + own, out.width - own, 0.0f);
-    begin = end;
-    ++b;
-  }
-}
-
-void Gatherer::run(int64_t begin, int64_t end, MergedRows* merged) {
-  if (merged != nullptr) merged->first = found_.first + begin;
+void Gatherer::run(int64_t begin, int64_t end) {
   for (int64_t q = begin; q < std::min(begin + kAhead, end); ++q) prefetch(q);
   for (int64_t q = begin; q < end; ++q) {
     if (q + kAhead < end) prefetch(q + kAhead);
     order(q);
     if (!request_.gather) continue;
     label(q);
-    if (merged == nullptr)
-      copy(q);
-    else
-      merge(q, *merged);
+    if (request_.k == 1) copy(q);
   }
 }
 
@@ -144,30 +115,69 @@ void Gatherer::copy(int64_t query) {
   out_.offsets[b] = at.shard->offsets[at.row];
 }
 
-void Gatherer::merge(int64_t query, MergedRows& merged) {
-  const int64_t k = request_.k, M = table_.width(), b = found_.first + query;
-  const int64_t* const neighbors = out_.neighbors.get() + b * k;
-  mix(out_.distances.get() + b * k, neighbors, k, request_.temperature, shares_);
-  if (merger_ == nullptr) {
-    merger_ = std::make_unique<RowMerger>(k * M);
-    weights_.resize(static_cast<size_t>(M));
+Mixer::Mixer(const Table& table, const TransferRequest& request, TransferResult& out)
+    : table_(table),
+      request_(request),
+      out_(out),
+      merger_(request.k * table.width()),
+      weights_(static_cast<size_t>(table.width())) {}
+
+int64_t Mixer::widest(int64_t begin, int64_t end) {
+  const int64_t k = request_.k, M = table_.width();
+  int64_t widest = 0;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t* const neighbors = out_.neighbors.get() + b * k;
+    merger_.clear();
+    for (int64_t i = 0; i < k && neighbors[i] >= 0; ++i) {
+      const Table::Row at = table_.at(neighbors[i]);
+      for (int64_t m = 0; m < M; ++m) merger_.add(at.shard->channels[at.row * M + m], 0);
+    }
+    widest = std::max(widest, static_cast<int64_t>(merger_.channels().size()));
   }
-  merger_->clear();
+  return widest;
+}
+
+void Mixer::run(int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < std::min(begin + kAhead, end); ++b) prefetch(b);
+  for (int64_t b = begin; b < end; ++b) {
+    if (b + kAhead < end) prefetch(b + kAhead);
+    mix(b);
+  }
+}
+
+void Mixer::prefetch(int64_t query) const {
+  const int64_t* const neighbors = out_.neighbors.get() + query * request_.k;
+  for (int64_t i = 0; i < request_.k && neighbors[i] >= 0; ++i)
+    table_.prefetch_weights(table_.at(neighbors[i]));
+}
+
+void Mixer::mix(int64_t query) {
+  const int64_t k = request_.k, M = table_.width();
+  const int64_t* const neighbors = out_.neighbors.get() + query * k;
+  share(out_.distances.get() + query * k, neighbors, k, request_.temperature, shares_);
+  merger_.clear();
   double offset = 0;
   for (size_t i = 0; i < shares_.size(); ++i) {
     const Table::Row at = table_.at(neighbors[i]);
     const int64_t* const channels = at.shard->channels + at.row * M;
     table_.copy_weights(at, weights_.data());
     for (int64_t m = 0; m < M; ++m)
-      merger_->add(channels[m], shares_[i] * static_cast<double>(weights_[static_cast<size_t>(m)]));
+      merger_.add(channels[m], shares_[i] * static_cast<double>(weights_[static_cast<size_t>(m)]));
     offset += shares_[i] * static_cast<double>(at.shard->offsets[at.row]);
   }
-  out_.rows[static_cast<size_t>(b)] = shares_.empty() ? -1 : b;
-  out_.offsets[b] = static_cast<float>(offset);
-  const auto& channels = merger_->channels();
-  merged.channels.insert(merged.channels.end(), channels.begin(), channels.end());
-  for (const double sum : merger_->sums()) merged.weights.push_back(static_cast<float>(sum));
-  merged.ends.push_back(merged.channels.size());
+  out_.rows[static_cast<size_t>(query)] = shares_.empty() ? -1 : query;
+  out_.offsets[query] = static_cast<float>(offset);
+
+  const auto& channels = merger_.channels();
+  const auto& sums = merger_.sums();
+  const auto own = static_cast<int64_t>(channels.size());
+  int64_t* const to_channels = out_.channels + query * out_.width;
+  float* const to_weights = out_.weights + query * out_.width;
+  std::copy(channels.begin(), channels.end(), to_channels);
+  std::transform(sums.begin(), sums.end(), to_weights,
+                 [](double sum) { return static_cast<float>(sum); });
+  std::fill_n(to_channels + own, out_.width - own, own > 0 ? to_channels[0] : 0);
+  std::fill_n(to_weights + own, out_.width - own, 0.0f);
 }
 
 }  // namespace gcfast

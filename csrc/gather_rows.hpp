@@ -59,18 +59,6 @@ struct Found {
   std::int64_t first;       // the first one's number in the batch
 };
 
-// The merged rows of consecutive queries, until the width of all is known.
-struct MergedRows {
-  std::int64_t first = 0;
-  std::vector<std::int64_t> channels;
-  std::vector<float> weights;
-  std::vector<std::size_t> ends;
-
-  std::int64_t widest() const;
-  // Lays them side by side, out.width each.
-  void unpack(TransferResult& out) const;
-};
-
 // One thread's part of the work.
 class Gatherer {
  public:
@@ -78,24 +66,45 @@ class Gatherer {
            TransferResult& out)
       : table_(table), request_(request), found_(found), out_(out) {}
 
-  // The queries [begin, end) of those found; rows of k > 1 neighbours go to `merged`.
-  void run(std::int64_t begin, std::int64_t end, MergedRows* merged);
+  // The queries [begin, end) of those found: measured and ordered, and where one row is gathered for
+  // each, that too.
+  void run(std::int64_t begin, std::int64_t end);
 
  private:
   void prefetch(std::int64_t query) const;
   void order(std::int64_t query);
   void label(std::int64_t query);
   void copy(std::int64_t query);
-  void merge(std::int64_t query, MergedRows& merged);
 
   const Table& table_;
   const TransferRequest& request_;
   const Found& found_;
   TransferResult& out_;
   std::vector<std::pair<float, std::int64_t>> near_;
+};
+
+// One thread's part of the mixing of k > 1 rows, whose neighbours are in the result. How wide the
+// rows are is not known before all have been looked at, and to keep them until then would take as much
+// memory again as the result: so they are counted first and mixed then.
+class Mixer {
+ public:
+  Mixer(const Table& table, const TransferRequest& request, TransferResult& out);
+
+  // How many channels the neighbours of the widest of the queries [begin, end) have.
+  std::int64_t widest(std::int64_t begin, std::int64_t end);
+  // Their mixed rows, out.width each.
+  void run(std::int64_t begin, std::int64_t end);
+
+ private:
+  void prefetch(std::int64_t query) const;
+  void mix(std::int64_t query);
+
+  const Table& table_;
+  const TransferRequest& request_;
+  TransferResult& out_;
+  RowMerger merger_;
   std::vector<double> shares_;
   std::vector<float> weights_;
-  std::unique_ptr<RowMerger> merger_;
 };
 
 }  // namespace gcfast

@@ -111,11 +111,16 @@ void Table::prefetch(Row at, bool whole) const {
   const int64_t embedding = dim_ * (shard.half_embeddings ? 2 : 4);
   prefetch_array(static_cast<const char*>(shard.embeddings) + at.row * embedding, embedding);
   if (!whole) return;
+  prefetch_weights(at);
+  prefetch_array(shard.labels + at.row, 8);
+}
+
+void Table::prefetch_weights(Row at) const {
+  const Shard& shard = *at.shard;
   const int64_t weights = width_ * (shard.half_weights ? 2 : 4);
   prefetch_array(shard.channels + at.row * width_, width_ * 8);
   prefetch_array(static_cast<const char*>(shard.weights) + at.row * weights, weights);
   prefetch_array(shard.offsets + at.row, 4);
-  prefetch_array(shard.labels + at.row, 8);
 }
 
 double Table::squared_distance(Row at, const float* query) const {

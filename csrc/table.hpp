@@ -58,6 +58,8 @@ class Table {
 
   // Asks the processor to fetch a row's embedding, and all of it if `whole`.
   void prefetch(Row at, bool whole) const;
+  // Its channels, weights and offset.
+  void prefetch_weights(Row at) const;
 
   // The squared distance of a row to a query [dim]: differences in float32, their squares summed in
   // double, in an order that depends on dim alone.

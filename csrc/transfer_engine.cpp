@@ -19,6 +19,8 @@ using std::size_t;
 constexpr int64_t kBlock = 64;             // queries that one thread takes at a time
 constexpr int64_t kSerialBytes = 1 << 17;  // of rows, below which a second thread does not pay
 
+int64_t blocks_of(int64_t queries) { return (queries + kBlock - 1) / kBlock; }
+
 void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
   for (int64_t i = 0; i < count; ++i)
     if (ids[i] < -1 || ids[i] >= rows)
@@ -99,32 +101,35 @@ TransferResult TransferEngine::State::transfer(const float* queries, int64_t cou
   };
 
   const int64_t step =
-      std::min(queries_at_once(options.memory_bytes, dim, table.width(), request),
-               std::max<int64_t>(count, 1));
+      std::min(queries_at_once(options.memory_bytes, dim, k), std::max<int64_t>(count, 1));
   const auto ids = room<int64_t>(step * k);
   const auto unused = room<float>(step * k);
-  std::vector<MergedRows> merged;
+  int64_t widest = 1;
+  std::vector<int64_t> widths;
   for (int64_t first = 0; first < count; first += step) {
     const int64_t n = std::min(step, count - first);
     const Found found{queries + first * dim, ids.get(), first};
     search(n, found.queries, k, unused.get(), ids.get());
     check_ids(ids.get(), n * k, table.rows());
     table.check_files(ids.get(), n * k);
-    const int64_t blocks = (n + kBlock - 1) / kBlock;
-    const size_t before = merged.size();
-    if (merging) merged.resize(before + static_cast<size_t>(blocks));
+    const int64_t blocks = blocks_of(n);
+    widths.assign(static_cast<size_t>(blocks), 1);
     loop(blocks, n * k * (4 * dim + 12 * out.width), [&](int64_t i) {
-      Gatherer(table, request, found, out)
-          .run(i * kBlock, std::min(n, (i + 1) * kBlock),
-               merging ? &merged[before + static_cast<size_t>(i)] : nullptr);
+      const int64_t begin = i * kBlock, end = std::min(n, begin + kBlock);
+      Gatherer(table, request, found, out).run(begin, end);
+      if (merging)
+        widths[static_cast<size_t>(i)] =
+            Mixer(table, request, out).widest(first + begin, first + end);
     });
+    for (const int64_t width : widths) widest = std::max(widest, width);
   }
   if (merging) {
-    out.width = 1;
-    for (const MergedRows& rows : merged) out.width = std::max(out.width, rows.widest());
+    out.width = widest;
     make_room(out, buffers);
-    loop(static_cast<int64_t>(merged.size()), count * out.width * 12,
-         [&](int64_t i) { merged[static_cast<size_t>(i)].unpack(out); });
+    table.check_files(out.neighbors.get(), count * k);  // other parts were searched meanwhile
+    loop(blocks_of(count), count * out.width * 12, [&](int64_t i) {
+      Mixer(table, request, out).run(i * kBlock, std::min(count, (i + 1) * kBlock));
+    });
   }
   return out;
 }
@@ -138,8 +143,8 @@ TransferEngine::~TransferEngine() {
     stop();
     return;
   }
-  // Forked: the threads are not here, and a lock may be held for ever by one of them. Nothing can
-  // be done with what they share but leave it.
+  // Forked: the threads are not here, and a lock may be held for ever by one of them. Nothing can be
+  // done with what they share but leave it.
   (void)new std::shared_ptr<State>(std::move(state_));
   (void)worker_.release();
 }
@@ -154,12 +159,9 @@ void TransferEngine::check_process() const {
                         "by \"spawn\"");
 }
 
-int64_t TransferEngine::queries_at_once(int64_t memory_bytes, int64_t dim, int64_t width,
-                                        const TransferRequest& request) {
-  // The query as the index may copy it, ids and distances here and in the index; merged rows.
-  int64_t each = 4 * dim + 24 * request.k;
-  if (request.gather && request.k > 1) each += 16 * request.k * width;
-  return std::max<int64_t>(1, memory_bytes / each);
+int64_t TransferEngine::queries_at_once(int64_t memory_bytes, int64_t dim, int64_t k) {
+  // The query as the index may copy it, ids and distances here and in the index.
+  return std::max<int64_t>(1, memory_bytes / (4 * dim + 24 * k));
 }
 
 TransferResult TransferEngine::transfer(const float* queries, int64_t count,

@@ -98,8 +98,7 @@ class TransferEngine {
   void check_process() const;
 
   // How many queries are taken at once.
-  static std::int64_t queries_at_once(std::int64_t memory_bytes, std::int64_t dim,
-                                      std::int64_t width, const TransferRequest& request);
+  static std::int64_t queries_at_once(std::int64_t memory_bytes, std::int64_t dim, std::int64_t k);
 
  private:
   struct State;  // shared with the worker, which may outlive the engine when it destroys it itself

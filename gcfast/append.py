@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from gcfast import durable, shards
+from gcfast.calibration import KEY
 from gcfast.database import Database
 from gcfast.embedding import Embedded, EmbeddingStage, Totals
 from gcfast.errors import GcfastError, ModelMismatchError
@@ -74,7 +75,10 @@ def append(
     if database.path is None:
         return database.extended(added, ids, manifest | new)
     _write(database, database.path, added, ids, new)
-    return Database.open(database.path)
+    together = Database.open(database.path)
+    if KEY in manifest:  # it may not have been saved
+        together.manifest[KEY] = manifest[KEY]
+    return together
 
 
 def check_appendable(database: Database, network: Network, settings: Settings) -> None:

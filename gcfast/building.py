@@ -62,7 +62,7 @@ class Building(ExplainerState):
             ModelMismatchError: the unfinished build is of another model.
             FileExistsError: something is at ``out``, or an unfinished build that is not resumed.
             DamagedDatabaseError: a file of the unfinished build is missing or cut off.
-            GcfastError: another process is building there.
+            GcfastError: another process is building there, or writes to what is to be replaced.
             OSError: the disk is full, or another failure to write; ``resume`` goes on later.
         """
         database = build(
@@ -85,8 +85,9 @@ class Building(ExplainerState):
         The new rows draw their triplets from the stored and the new embeddings together. Stored
         rows, the mean activation and the offsets stay as they are; the manifest's ``older_rows``
         counts the rows that have not drawn from the newest ones, which :meth:`rebuild` renews. An
-        image that was left out before, the only one of its label, has no row that could lend
-        itself. A stored index has to be made anew.
+        image that was left out before, the only one of its label or (``on_no_triplet="skip"``) one
+        without a valid triplet, has no row that could lend itself. A stored index has to be made
+        anew.
 
         A database with a folder gets new shards there and then the manifest that names them, so
         that a reader sees the old rows or all of them; one in memory stays there.
@@ -110,16 +111,24 @@ class Building(ExplainerState):
         self._set_database(database)
         return database
 
-    def rebuild(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
+    def rebuild(
+        self, loader: Iterable[Any], *, progress: bool = False, resume: bool = False
+    ) -> Database:
         """Build the database anew where it is, with its storage and preprocessing.
+
+        A stored index and a calibration are of the old rows, and go with them.
 
         Args:
             loader: all the images, as for :meth:`build`.
             progress: show bars on stderr.
+            resume: go on with an unfinished rebuild, if there is one.
 
         Raises:
             NoDatabaseError: there is no database yet.
+            ModelMismatchError: the model has changed since the database was built.
             TypeError, ValueError: as :meth:`build`; settings other than the database's.
+            GcfastError: a compressed database; and as :meth:`build`.
+            FileExistsError: an unfinished rebuild that is not resumed.
         """
         old = self._database
         if old is None:
@@ -130,6 +139,7 @@ class Building(ExplainerState):
             progress=progress,
             preprocessing=old.manifest.get("preprocessing"),
             out=old.path,
+            resume=resume,
             overwrite=old.path is not None,
             storage=old.storage,
         )

@@ -22,8 +22,9 @@ from gcfast import stored_index
 from gcfast._checks import require_int
 from gcfast.compress import compressed
 from gcfast.errors import GcfastError, NoDatabaseError
-from gcfast.manifest import INDEX, check_target, read_manifest
+from gcfast.manifest import INDEX, check_target
 from gcfast.members import Members, MembersFile
+from gcfast.opening import opened
 from gcfast.saving import Conversion, write_database
 from gcfast.shards import FIELDS, Ids, Shard, ShardFile
 
@@ -239,7 +240,8 @@ class Database:
         if self.path is None:
             raise NoDatabaseError("there is no folder to store an index in: save the database")
         index = stored_index.made(factory, self.shards)
-        self.manifest = stored_index.store(index, factory, self.path, self.manifest["shards"])
+        entry = stored_index.store(index, factory, self.path, self.manifest["shards"])
+        self.manifest = {**self.manifest, "index": entry}
 
     def read_index(self) -> Any:
         """The stored FAISS index; its checksum is compared unless ``open`` was told not to.
@@ -307,13 +309,15 @@ class Database:
         """
         return self._attached_to().append(loader, progress=progress)
 
-    def rebuild(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
+    def rebuild(
+        self, loader: Iterable[Any], *, progress: bool = False, resume: bool = False
+    ) -> Database:
         """Make all rows anew; see :meth:`gcfast.Explainer.rebuild`.
 
         Raises:
             GcfastError: no explainer has this database, so that there is no model.
         """
-        return self._attached_to().rebuild(loader, progress=progress)
+        return self._attached_to().rebuild(loader, progress=progress, resume=resume)
 
     def _attached_to(self) -> Explainer:
         explainer = None if self.explainer is None else self.explainer()
@@ -357,6 +361,7 @@ class Database:
             FileExistsError: ``path`` exists and is not to be, or must not be, replaced.
             ValueError: another ``storage``, or weights that float16 cannot hold.
             DamagedDatabaseError: this database was opened, and its files have changed since.
+            GcfastError: another process writes to the database that is to be replaced.
             OSError: the disk is full, or another failure to write; ``path`` is as it was.
         """
         conversion = Conversion(self, self.storage if storage is None else storage)
@@ -384,16 +389,14 @@ class Database:
             DamagedDatabaseError: the manifest or a shard is missing, truncated or not as written.
             GcfastError: written by a newer version.
         """
-        manifest = read_manifest(Path(path))
         folder = Path(path).absolute()
-        files = [ShardFile(folder, entry) for entry in manifest["shards"]]
+        manifest, files, members = opened(Path(path))
         one = cls.__new__(cls)
         one._shards = [file.tensors for file in files]
         one.ids, one.manifest, one.path = Ids([file.ids for file in files]), manifest, folder
         one._prepare(files, verify=verify is not False)
-        if "members" in manifest:
-            one._members_file = MembersFile(folder, manifest["members"])
-            one.members = one._members_file.members
+        if members is not None:
+            one._members_file, one.members = members, members.members
         if verify or (verify is None and sum(file.bytes for file in files) <= VERIFY_BYTES):
             _ = one.shards
         return one

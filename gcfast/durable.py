@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -15,6 +16,18 @@ try:
     import fcntl
 except ImportError:  # not on Windows, where two writers of one folder are the user's to avoid
     fcntl = None  # type: ignore[assignment]
+
+_held: set[int] = set()  # descriptors of locked folders
+
+
+def _let_go() -> None:
+    """A forked process (a loader's worker) may live longer than the work that the lock is for."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -51,36 +64,75 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
         doing: what the other process does, for the error: "building in".
 
     Raises:
-        GcfastError: another process holds it.
+        GcfastError: another process holds it, or put another folder in its place just now.
     """
     descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
+    process = os.getpid()
     try:
         if fcntl is not None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise GcfastError(f"another process is {doing} {folder}") from None
+            # It may have been moved away between the two calls.
+            if not (folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())):
+                raise GcfastError(f"another process was {doing} {folder} and has replaced it")
         yield
     finally:
-        os.close(descriptor)
+        if os.getpid() == process:
+            if fcntl is not None:  # a child that was just forked has the descriptor too
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            _held.discard(descriptor)
+            os.close(descriptor)
 
 
-def move_into_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its name; what has that name goes when the new one is there."""
+def move_into_place(folder: Path, target: Path, *, swap: bool = False) -> None:
+    """Rename a finished folder to its name; what has that name goes when the new one is there.
+
+    Args:
+        folder: flushed but for its list of names.
+        target: the name.
+        swap: exchange the two in one step where the system can, so that there is no moment, and no
+            crash, without a folder of that name. The old one is then for a moment at ``folder``.
+
+    Raises:
+        GcfastError: another process writes to what has that name.
+    """
     sync_folder(folder)
     if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        os.rename(target, old / target.name)
-        try:
-            os.rename(folder, target)
-        except OSError:
-            os.rename(old / target.name, target)
-            old.rmdir()
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        # Whoever adds to the old folder would do so by its name, and so to the new one.
+        with locked(target, "writing to"):
+            if swap and _exchange(folder, target):
+                try:
+                    sync_folder(target.parent)
+                except OSError:
+                    _exchange(folder, target)
+                    raise
+                shutil.rmtree(folder, ignore_errors=True)
+                return
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.rename(target, old / target.name)
+            try:
+                os.rename(folder, target)
+            except OSError:
+                os.rename(old / target.name, target)
+                old.rmdir()
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(folder, target)
     sync_folder(target.parent)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Give each the other's name, in one step; False where the system has none for that."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or a C library before 2018
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0)
 
 
 def open_permissions(folder: Path) -> None:

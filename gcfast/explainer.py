@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -359,11 +360,13 @@ class Explainer(Building, OwnMaps):
             TypeError, ValueError: as :meth:`explain_labelled`; fewer than ten images, or mostly
                 images of the database.
         """
-        database = self._attach().database
+        attached = self._attach()
         fidelity = transfer_fidelity(self, loader)
-        database.manifest[KEY] = calibrated(fidelity).to_dict()
+        calibration = calibrated(fidelity)
+        attached.database.manifest[KEY] = calibration.to_dict()
         with self._lock:
-            self._attached = None
+            if self._attached is attached:  # its index stays, which may have taken long to make
+                self._attached = replace(attached, calibration=calibration.to(attached.device))
         return fidelity
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,13 @@ MANIFEST_KEYS: dict[str, type] = {
     "mean_activation": list,
     "shards": list,
 }
-SHARD_KEYS: dict[str, type] = {"file": str, "rows": int, "bytes": int, "sha256": str}
+FILE_KEYS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}
+# What a manifest says of each kind of file.
+FILES: dict[str, dict[str, type]] = {
+    "shards": {**FILE_KEYS, "rows": int},
+    "members": FILE_KEYS,
+    "index": {**FILE_KEYS, "rows": int, "factory": str},
+}
 
 
 def encoded(manifest: dict[str, Any]) -> bytes:
@@ -101,11 +108,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not manifest["shards"]:
             raise ValueError("it lists no shards")
         for shard in manifest["shards"]:
-            for key, kind in SHARD_KEYS.items():
-                if not isinstance(shard[key], kind):
-                    raise TypeError(f"a shard's {key!r} must be a {kind.__name__}")
-            if Path(shard["file"]).name != shard["file"]:
-                raise ValueError(f"a shard must lie in the folder, got {shard['file']!r}")
+            _check_file("a shard", shard, FILES["shards"])
+        for name, what in (("members", "the members file"), ("index", "the index")):
+            if name in manifest:
+                _check_file(what, manifest[name], FILES[name])
+        scale = manifest.get("weight_scale", 1.0)
+        if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+            raise ValueError(f"'weight_scale' must be positive and finite, got {scale!r:.60}")
+        if manifest.get("storage", STORAGES[0]) not in STORAGES:
+            raise ValueError(
+                f"'storage' must be {' or '.join(STORAGES)}, got {manifest['storage']!r:.60}"
+            )
     except FileNotFoundError:
         raise NoDatabaseError(f"there is no database at {folder}: {MANIFEST} is missing") from None
     except KeyError as error:
@@ -113,3 +126,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise DamagedDatabaseError(f"{folder / MANIFEST} is damaged: {error}") from error
     return manifest
+
+
+def _check_file(what: str, entry: Any, keys: dict[str, type]) -> None:
+    """Raise KeyError, TypeError or ValueError where the words on a file are not as they must be."""
+    if not isinstance(entry, dict):
+        raise TypeError(f"{what} must be a dict, got {entry!r:.60}")
+    for key, kind in keys.items():
+        if not isinstance(entry[key], kind):
+            raise TypeError(f"{what}'s {key!r} must be a {kind.__name__}")
+    if Path(entry["file"]).name != entry["file"]:
+        raise ValueError(f"{what} must lie in the folder, got {entry['file']!r}")

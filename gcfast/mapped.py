@@ -17,7 +17,7 @@ MAPS = Path("/proc/self/maps")
 
 
 @dataclass(frozen=True)
-class MappedFile:
+class SourceFile:
     """A file as it was when its tensors were asked about."""
 
     path: str
@@ -66,7 +66,7 @@ class Mappings:
                 self._mappings.append(_Mapping(start, end, int(fields[2], 16), path))
         self._starts = [m.start for m in self._mappings]  # the system lists them in order
 
-    def files(self, tensors: Iterable[Tensor]) -> list[MappedFile]:
+    def files(self, tensors: Iterable[Tensor]) -> list[SourceFile]:
         """The files that the tensors are mapped from; those deleted already cannot be cut short."""
         ends: dict[str, int] = {}
         for tensor in tensors:
@@ -87,5 +87,5 @@ class Mappings:
                 now = os.stat(path)
             except FileNotFoundError:
                 continue
-            files.append(MappedFile(path, now.st_dev, now.st_ino, end))
+            files.append(SourceFile(path, now.st_dev, now.st_ino, end))
         return files

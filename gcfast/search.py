@@ -46,8 +46,9 @@ def open_index(index: Any, shards: list[Shard], device: torch.device) -> Any:
 
     Raises:
         MissingExtraError: FAISS is not installed.
-        ValueError: an unknown factory string; an index of another size, dimension or metric; one of
-            inner products over rows that are not of unit length.
+        ValueError: an unknown factory string; an index of another size, dimension or metric; an
+            empty one that is not trained or takes no rows; one of inner products over rows that are
+            not of unit length.
         TypeError: neither a string nor an index.
     """
     faiss = import_faiss("index")
@@ -58,15 +59,26 @@ def open_index(index: Any, shards: list[Shard], device: torch.device) -> Any:
         index = made(index, shards, name="index")
     elif not isinstance(index, faiss.Index):
         raise TypeError(
-            f"`index` must be 'exact', a FAISS factory string or a faiss.Index, "
+            "`index` must be 'exact', 'stored', a FAISS factory string or a faiss.Index, "
             f"got {type(index).__name__}"
         )
     if index.d != dim:
         raise ValueError(f"`index` must have the dimension of the database, {dim}, got {index.d}")
     _check_metric(faiss, index, shards)
-    if index.ntotal == 0 and index.is_trained:
-        for shard in shards:
-            index.add(as_array(shard.embeddings))
+    if index.ntotal == 0:
+        if not index.is_trained:
+            raise ValueError(
+                f"`index` must hold the database's {count} rows or be trained to take them, got an "
+                f"empty {type(index).__name__} that is not trained"
+            )
+        try:
+            for shard in shards:
+                index.add(as_array(shard.embeddings))
+        except RuntimeError as error:  # one that wants ids, say
+            raise ValueError(
+                f"`index` must hold the database's {count} rows or take them, got an empty "
+                f"{type(index).__name__}: {error}"
+            ) from error
     if index.ntotal != count:
         raise ValueError(f"`index` must hold the database's {count} rows, got {index.ntotal}")
     if ours and device.type == "cuda":

@@ -181,11 +181,6 @@ class KeptSpool(Spool):
         """Leave the files; columns taken before stay usable."""
         self._parts.clear()
 
-    def remove(self) -> None:
-        """Delete the files; columns taken before stay usable."""
-        for file in sorted(self._home.glob(f"{self.PREFIX}*")):
-            file.unlink()
-
     def _spill(self) -> None:
         self._append()
 

@@ -65,7 +65,7 @@ def store(index: Any, factory: str, folder: Path, shards: list[dict[str, Any]]) 
         shards: the manifest's, of the rows that are indexed.
 
     Returns:
-        The new manifest.
+        What the manifest says of it.
 
     Raises:
         GcfastError: the database has changed, or another process writes to it.
@@ -99,7 +99,8 @@ def store(index: Any, factory: str, folder: Path, shards: list[dict[str, Any]]) 
                 "sha256": digest,
             }
             durable.replace(folder / MANIFEST, encoded(manifest))
-            return manifest
+            entry: dict[str, Any] = manifest["index"]
+            return entry
     except OSError as error:
         raise OSError(
             error.errno, f"cannot write the index of {folder}: {error.strerror or error}"

@@ -146,7 +146,8 @@ class _Unfinished:
                     shutil.rmtree(one.folder, ignore_errors=True)
                 elif one.folder.exists():
                     error.add_note(
-                        f"what was done is kept in {one.folder}: resume=True (--resume) continues"
+                        f"what was done is kept in {one.folder}: resume=True (--resume) continues; "
+                        "who wants to begin anew removes it"
                     )
                 raise
 

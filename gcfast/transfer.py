@@ -228,7 +228,8 @@ def make_engine(
         shards: the rows; their mapped files are looked at before each gather.
         threads: of measuring and gathering. FAISS takes as many as it does in this thread.
         memory_bytes: what is held at once beyond a batch's result; the batch is split to stay below
-            (FAISS's own memory for a search shrinks with it, and is not counted).
+            (FAISS's own memory for a search shrinks with it, and is not counted). Rows that are
+            mixed, for k > 1, are made in the result.
     """
     import faiss
 

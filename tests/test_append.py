@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from networks import common, loader, other, pictures
 
 import gcfast
-from gcfast import shards
+from gcfast import shards, streaming
 from gcfast.database import Database
 from gcfast.shards import FIELDS
 
@@ -141,6 +142,31 @@ def test_rebuild_renews_all(tmp_path: Path) -> None:
     memory = explainer()
     memory.build(first)
     assert memory.rebuild(first + second).path is None
+
+
+def test_a_rebuild_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "COMMIT_ROWS", 4)
+    first, second = halves()
+    one = explainer()
+    one.build(first, out=tmp_path / "db")
+
+    def broken() -> Iterator[Any]:
+        yield from first
+        raise KeyboardInterrupt
+
+    class Loader:
+        def __iter__(self) -> Iterator[Any]:
+            return broken()
+
+    with pytest.raises(KeyboardInterrupt):
+        one.rebuild(Loader())
+    with pytest.raises(FileExistsError, match="resume=True continues it"):
+        one.rebuild(first + second)
+    assert len(Database.open(tmp_path / "db")) == STORED
+    passed: list[int] = []
+    one.network.model.register_forward_hook(lambda _, x, __: passed.append(len(x[0])))
+    assert len(one.database.rebuild(first + second, resume=True)) == ALL
+    assert sum(passed) < ALL
 
 
 # --- refused

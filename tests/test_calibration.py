@@ -10,6 +10,7 @@ from networks import common, loader, other, pictures
 from torch import Tensor
 
 import gcfast
+from gcfast import explainer_state
 from gcfast.calibration import Calibration, Fidelity, calibrated, transfer_fidelity
 from gcfast.metrics import cosine, spearman
 
@@ -103,6 +104,19 @@ def test_confidence_comes_with_the_details(tmp_path: Path) -> None:
     again = opened.explain_batch(images, details=True).confidence
     assert again is not None
     torch.testing.assert_close(again, why.confidence)
+
+
+def test_calibrating_makes_no_index_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    images, labels = pictures(36)
+    one = gcfast.Explainer(common(), "backbone", channels=6, index="Flat")
+    one.build(loader(images[:12], labels[:12]))
+    before = one.explain_batch(images[12:], details=True)
+    monkeypatch.setattr(explainer_state, "make_transfer", None)
+    one.calibrate(loader(images[12:], labels[12:]))
+    after = one.explain_batch(images[12:], details=True)
+    assert torch.equal(after.maps, before.maps)
+    assert after.confidence is not None
 
 
 def test_what_cannot_calibrate_is_refused() -> None:

@@ -111,13 +111,17 @@ def test_indices_that_do_not_fit_are_refused(faiss: Any) -> None:
         opened("nonsense")
     with pytest.raises(ValueError, match="must be trainable on the database's 60 rows"):
         opened("IVF100,Flat")
-    with pytest.raises(ValueError, match="must hold the database's 60 rows, got 0"):
+    with pytest.raises(ValueError, match="60 rows or be trained to take them, got an empty Index"):
         opened(faiss.index_factory(WIDTH, "IVF4,Flat"))
+    with pytest.raises(ValueError, match="60 rows or take them, got an empty IndexIDMap: "):
+        opened(faiss.IndexIDMap(faiss.IndexFlatL2(WIDTH)))
     with pytest.raises(ValueError, match=r"METRIC_L2, or METRIC_INNER_PRODUCT .* got metric 2"):
         opened(faiss.IndexFlat(WIDTH, faiss.METRIC_L1))
     with pytest.raises(ValueError, match=r"not of unit length, got METRIC_INNER_PRODUCT and rows"):
         opened(faiss.IndexFlatIP(WIDTH), 2.0)
-    with pytest.raises(TypeError, match=r"a FAISS factory string or a faiss.Index, got int"):
+    with pytest.raises(
+        TypeError, match=r"'stored', a FAISS factory string or a faiss.Index, got int"
+    ):
         opened(3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,7 @@ def test_a_batch_is_split_to_stay_below_the_bound(k: int) -> None:
         sizes.append(len(part))
         return index.search(part.numpy(), k)[1]
 
-    each = 4 * WIDTH + 24 * k + (16 * k * KEPT if k > 1 else 0)
+    each = 4 * WIDTH + 24 * k
     split = engine(Scripted(300, answer), [whole], memory_bytes=30 * each).transfer(asked, k=k)
     assert sizes == [30, 30, 30, 10]
     at_once = engine(index, [whole]).transfer(asked, k=k)
@@ -149,6 +150,28 @@ def test_a_batch_is_split_to_stay_below_the_bound(k: int) -> None:
     sizes.clear()
     engine(Scripted(300, answer), [whole], memory_bytes=1).transfer(asked[:3], k=k)
     assert sizes == [1, 1, 1]
+
+
+def memory_status(name: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak cannot be reset")
+def test_mixing_holds_no_second_copy_of_the_result() -> None:
+    k, B = 16, 60_000
+    whole, ids = table(2 * k), np.tile(np.arange(k), (B, 1))
+    made = engine(
+        Scripted(2 * k, lambda part, _: ids[: len(part)]), [whole], threads=1, memory_bytes=1 << 20
+    )
+    asked = queries(B)
+    made.transfer(asked[:2000], k=k)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory_status("VmRSS")
+    got = made.transfer(asked, k=k)
+    grown, result = memory_status("VmHWM") - before, sum(array.nbytes for array in got)
+    assert grown <= result + (8 << 20), (grown, result)
 
 
 def test_missing_neighbours_weigh_nothing() -> None:
