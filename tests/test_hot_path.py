@@ -98,6 +98,39 @@ def _explainer_without_a_pass():
     return explainer
 
 
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would launch: every operation that is not a view or an allocation."""
+
+    free = ("view", "expand", "slice", "detach", "unsqueeze", "alias", "select", "empty")
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        del types
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name not in self.free:
+            self.made.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("k", "most"), [(1, 8), (3, 12)])
+def test_few_launches_beside_the_model_and_the_kernels(k, most, monkeypatch):
+    explainer = _explainer(k=k)
+    images = pictures(4)[0].contiguous(memory_format=torch.channels_last)
+    with Launches() as model:
+        explainer.network.embed(images)
+    found = explainer._attach().transfer.search(torch.randn(4, explainer.database.dim), k)
+    maps = _run(explainer, images).maps
+    # Two kernels and one, on a GPU.
+    monkeypatch.setattr(dispatch, "knn", lambda *_, **__: found)
+    monkeypatch.setattr(dispatch, "sparse_cam", lambda *_, **__: maps)
+    with Launches() as whole:
+        _run(explainer, images)
+    assert len(whole.made) - len(model.made) <= most, whole.made
+
+
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("head", ["conv", "other"])
 def test_the_kernel_under_explain_batch(head, k, monkeypatch, device):
