@@ -261,6 +261,9 @@ def test_only_runs_what_is_named_and_the_rates():
 def test_the_tests_it_runs_exist():
     for stem in gpu.TESTS:
         assert (gpu.ROOT / "tests" / f"{stem}.py").exists()
+    # All that only a GPU can run are among them.
+    for path in (gpu.ROOT / "tests").glob("test_*.py"):
+        assert "\n@pytest.mark.cuda\n" not in path.read_text() or path.stem.startswith(gpu.TESTS)
 
 
 def test_each_file_of_tests_says_how_it_ended(tmp_path):

@@ -74,8 +74,26 @@ def test_the_check_finds_what_waits():
             waits(torch.ones(3))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("k", [1, 3])
+def test_nothing_waits_on_a_gpu(k, device):
+    explainer = _explainer(device=device, k=k)
+    images = pictures(4)[0].to(device)
+    wanted = explainer.explain_batch(images, center=1.0, details=True)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        why = explainer.explain_batch(images, center=1.0, details=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(why.maps, wanted.maps)
+
+
 def test_a_cuda_tensor_takes_this_path(monkeypatch):
     seen = []
+    # What claims to be on a GPU would take kernels.
+    monkeypatch.setattr(dispatch, "uses_triton", lambda *_: False)
     monkeypatch.setattr(
         explainer_module, "explained", lambda *args, **kwargs: seen.append(kwargs) or args
     )
