@@ -46,6 +46,9 @@ TESTS = (
     "test_knn",
     "test_sample_triplets",
     "test_offload",
+    "test_hot_path",
+    "test_graphs",
+    "test_export",
 )
 TEST_SECONDS = 180.0
 OPERATION_SECONDS = 45.0

@@ -20,9 +20,12 @@ from subjects import explainer_with_rows, images, loader, network
 from torch import Tensor, nn
 
 import gcfast
+from gcfast import reference
+from gcfast.transfer import ExactTransfer
 
 NAME = "resnet50"
 ROWS = (10_000, 100_000, 1_000_000)
+AGREEMENT = 1e-2  # of maps in [0, 1]: two forward passes may round differently
 TURN_SECONDS = 0.05  # of one side between two waits for the device
 ROUNDS = 9
 BUILD_IMAGES, BUILD_BATCH, BUILD_CLASSES = 1024, 64, 32
@@ -106,6 +109,39 @@ def pair_rows(
     }
 
 
+def check(explainer: gcfast.Explainer, batch: Tensor) -> None:
+    """Raise unless what is about to be timed gives the reference's neighbours and maps."""
+    with torch.no_grad():
+        why = explainer.explain_batch(batch, details=True)
+        activations = explainer.network.embed(batch).activations
+        transfer = explainer._attach().transfer
+        assert isinstance(transfer, ExactTransfer)
+        distances, _ = reference.knn(why.embeddings, transfer.search.table, 1)
+        torch.testing.assert_close(why.distances, distances, atol=1e-5, rtol=1e-4)
+        maps = reference.sparse_cam(
+            activations,
+            why.neighbors,
+            transfer.tables.channels,
+            transfer.tables.weights,
+            size=(batch.shape[2], batch.shape[3]),
+        )
+    torch.testing.assert_close(why.maps, maps, atol=AGREEMENT, rtol=0)
+    if bool(why.flat.all()):
+        raise AssertionError("every map is flat")
+
+
+def check_graphs(graphed: gcfast.Explainer, plain: gcfast.Explainer, batches: list[Tensor]) -> None:
+    """Raise unless one graph gives each batch its own maps, those of the plain explainer."""
+    for batch in batches:
+        ours, wanted = (e.explain_batch(batch, details=True) for e in (graphed, plain))
+        torch.testing.assert_close(ours.distances, wanted.distances, atol=AGREEMENT, rtol=0)
+        # Of rows equally near, one forward pass may find one and the next another.
+        same = (ours.neighbors == wanted.neighbors).all(1)
+        torch.testing.assert_close(ours.maps[same], wanted.maps[same], atol=AGREEMENT, rtol=0)
+    if graphed._graphs is None or len(graphed._graphs) != 1:
+        raise AssertionError("explain_batch was not captured")
+
+
 @contextmanager
 def _kept(case: str, side: str, into: list[Row]) -> Iterator[None]:
     """What fails inside becomes a row, and the section goes on."""
@@ -126,6 +162,7 @@ def explain(context: Context) -> Iterator[Row]:
             rows: list[Row] = []
             with _kept(case, "explain_batch", rows):
                 batch, written = last(subject.images(B)), subject.images(B)
+                check(explainer, batch)
                 same, calls = turn_about(
                     lambda e=explainer, x=batch: e.explain_batch(x),
                     lambda s=subject, x=batch: s.forward(x),
@@ -159,6 +196,7 @@ def _one_image(
         graphed = gcfast.Explainer(
             subject.model, subject.layer, explainer.database, cuda_graphs=True
         )
+        check_graphs(graphed, explainer, [batch, last(subject.images(1) + 1)])
         sides.insert(0, ("explain_batch, CUDA graphs", lambda: graphed.explain_batch(batch), False))
     for name, call, graph in sides:
         with _kept(case, name, rows):
@@ -186,6 +224,7 @@ def _by_rows(context: Context) -> Iterator[Row]:
         rows: list[Row] = []
         with _kept(case, "explain_batch", rows):
             many = subject.explainer(N)
+            check(many, batch)
             both, calls = turn_about(
                 lambda e=many: e.explain_batch(batch),
                 lambda: few.explain_batch(batch),

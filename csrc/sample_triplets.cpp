@@ -128,7 +128,9 @@ class AnchorPairs {
       if (table.labels[i] == label) {
         if (i != row) {
           positives_.push_back(i);
-          thresholds_.push_back(distances[i] + margin);
+          // NaN is above nothing, as minus infinity is, and that has a place in an order.
+          const double threshold = distances[i] + margin;
+          thresholds_.push_back(std::isnan(threshold) ? -kInfinity : threshold);
           if (distances[i] > farthest) farthest = distances[i], hardest_[0] = i;
         }
         distances[i] = kInfinity;

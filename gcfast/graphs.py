@@ -100,7 +100,7 @@ class Graphs:
         self._model = model
         self._make_recorder = recorder
         self._lock = threading.Lock()
-        self._recorder: Recorder | None = None
+        self._recorders: dict[torch.device, Recorder] = {}
         self._watch = _Watch(model)
         self._state: Hashable = None
         self._owner: object = None
@@ -137,12 +137,14 @@ class Graphs:
         with self._lock:
             self._drop_what_is_stale(owner)
             if key not in self._refused:
-                if self._recorder is None:
-                    self._recorder = self._make_recorder(images.device)
-                with self._recorder.in_order():
+                recorder = self._recorders.get(images.device)
+                if recorder is None:
+                    recorder = self._make_recorder(images.device)
+                    self._recorders[images.device] = recorder
+                with recorder.in_order():
                     captured = self._captured.get(key)
                     if captured is None:
-                        captured = self._capture(images, function, key, self._recorder)
+                        captured = self._capture(images, function, key, recorder)
                     if captured is not None:
                         self._captured.move_to_end(key)
                         captured.images.copy_(images)

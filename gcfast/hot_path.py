@@ -117,8 +117,8 @@ def from_tables(
 def marked(embeddings: Tensor, rows: Tensor, mixing: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows and mixing weights such that an embedding that is not finite gives NaN maps."""
     mark = embeddings.sum(1, keepdim=True) * 0  # [B, 1]: 0, or NaN
-    # Some row must be weighed for the NaN to reach the map, whatever the search made of it.
-    rows = torch.where(mark == 0, rows, 0)
+    # Some row must be weighed for the NaN to reach the map, whatever the search made of it: row 0.
+    rows = rows * (mark == 0)  # `where` would launch a kernel more, which fills its 0
     return rows, mark.expand(rows.shape) + (1.0 if mixing is None else mixing)
 
 

@@ -347,4 +347,5 @@ def _(
     tensors = (anchors, anchor_labels, anchor_rows, embeddings, labels)
     check_mean_cotangents(*tensors, margin=margin)
     B = anchors.shape[0]
-    return torch.empty_like(anchors), labels.new_empty((B,)), labels.new_empty((B, 2))
+    cotangents = anchors.new_empty(anchors.shape)
+    return cotangents, labels.new_empty((B,)), labels.new_empty((B, 2))

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ class Network:
 
     def device(self, fallback: torch.device) -> torch.device:
         """The device of the first parameter or buffer."""
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
+        # Lazily: this is asked for every batch, and a large model has thousands.
+        for tensor in chain(self.model.parameters(), self.model.buffers()):
             return tensor.device
         return fallback
 

@@ -30,6 +30,9 @@ from gcfast.kernels.launch import (
     multiprocessors,
 )
 
+# What a kernel may be given in 16 bits; the launcher widens the weight.
+HALVES = ("cotangents_ptr", "embeddings_ptr", "norms_ptr", "sums_ptr")
+
 
 @triton.jit
 def _head_mean_kernel(
@@ -234,6 +237,8 @@ def launch_head_grad_weights(
     out = torch.empty((B, C), dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out
+    # With 16 bits of it the largest tiles do not stay in registers, and it is small.
+    weight = weight.float()
     sms = multiprocessors(device)
     # Pointers that the flags leave unused still need a tensor.
     flags = out if valid is None else valid.view(torch.uint8)
@@ -326,6 +331,10 @@ def specialisations() -> list[Specialisation]:
             plus |= dict.fromkeys(("stride_cotangents_d", "stride_weight_c", "pixels"), 1)
         stride = "i64" if precision == "tf32" else "i32"
         forms.append(_form(_head_plus_kernel, plus, num_warps, stride=stride))
+        if precision == "ieee":
+            half = _form(_head_plus_kernel, plus, num_warps)
+            half.types.update(dict.fromkeys(HALVES, "*fp16"))
+            forms.append(half)
     for T, D in ((50, 128), (1, 2048)):
         block_t, block_d, num_warps = head_mean_config(T, D)
         blocks = {"BLOCK_T": block_t, "BLOCK_D": block_d}

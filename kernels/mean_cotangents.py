@@ -153,8 +153,9 @@ def launch_mean_cotangents(
                 rows = embeddings[start : start + slab].double()
                 pull += weights[:, start : start + slab] @ rows
             counts[group.anchors] = total
-            # Without a pair the sum is 0, whatever it is divided by.
-            cotangents[group.anchors] = (2 * pull / total.clamp(min=1)[:, None]).float()
+            mean = 2 * pull / total.clamp(min=1)[:, None]
+            # Without a pair every weight is 0, and so is the sum, but for rows of NaN.
+            cotangents[group.anchors] = torch.where(total[:, None] > 0, mean, 0.0).float()
     return cotangents, counts, hardest
 
 

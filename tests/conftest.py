@@ -4,6 +4,8 @@ import os
 
 import torch
 
+# On a GPU cuBLAS warns of `poisoned` below without it; read when CUDA is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Triton reads this when a kernel is decorated, so it must be set before any kernel is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -612,3 +612,29 @@ def test_reshape_is_checked() -> None:
     network = Network(TokenNet(), "first", reshape=lambda tokens: tokens)
     with pytest.raises(ValueError, match=r"with \[2, 17, 12\] after `reshape`"):
         network.embed(pictures(2)[0])
+
+
+def test_a_batch_asks_one_parameter_for_the_device():
+    class Counting(Net):
+        asked = 0
+
+        def parameters(self, recurse: bool = True):  # type: ignore[no-untyped-def]
+            for parameter in super().parameters(recurse):
+                self.asked += 1
+                yield parameter
+
+    model = Counting(other())
+    network = Network(model)
+    assert network.device(torch.device("meta")) == torch.device("cpu")
+    assert model.asked == 1  # all of a ResNet-50's take longer than a kernel's launch, many times
+
+
+def test_training_flags_of_shared_modules_and_of_loops_come_back() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU()))
+    model.append(model[0])
+    model[1]._modules["none"] = None
+    model[1].eval()
+    model[1]._modules["parent"] = model  # a model may know where it is
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in (model, model[0], model[1])] == [True, True, False]

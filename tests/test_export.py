@@ -64,9 +64,9 @@ CASES = {
 }
 
 
-def _explainer(name, **more):
+def _explainer(name, device="cpu", **more):
     make, settings, options = CASES[name]
-    explainer = Explainer(make().eval(), channels=4, triplets=5, **settings, **more)
+    explainer = Explainer(make().eval().to(device), channels=4, triplets=5, **settings, **more)
     explainer.build(loader(*pictures(12)))
     return explainer, options
 
@@ -117,6 +117,18 @@ def test_compiled_for_any_batch_without_a_graph_break():
     for count in (3, 5):
         images = pictures(count)[0]
         torch.testing.assert_close(compiled(images), explainer.explain_batch(images))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about the card
+@pytest.mark.parametrize("name", ["in place", "k = 3"])
+def test_compiled_on_a_gpu(name, device):
+    explainer, options = _explainer(name, device=device)
+    images = pictures(4)[0].to(device)
+    wanted = explainer.explain_batch(images, **options)
+    compiled = torch.compile(explainer.export(**options), fullgraph=True)
+    torch.testing.assert_close(compiled(images), wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_shares_the_parameters_and_leaves_the_model_alone():

@@ -14,6 +14,8 @@ import subjects
 import torch
 from torch import nn
 
+from gcfast.ops import dispatch as ops_dispatch
+
 RATES = {"copy": 1e12, **dict.fromkeys(cases.RATES, 1e13)}
 
 
@@ -259,6 +261,9 @@ def test_only_runs_what_is_named_and_the_rates():
 def test_the_tests_it_runs_exist():
     for stem in gpu.TESTS:
         assert (gpu.ROOT / "tests" / f"{stem}.py").exists()
+    # All that only a GPU can run are among them.
+    for path in (gpu.ROOT / "tests").glob("test_*.py"):
+        assert "\n@pytest.mark.cuda\n" not in path.read_text() or path.stem.startswith(gpu.TESTS)
 
 
 def test_each_file_of_tests_says_how_it_ended(tmp_path):
@@ -359,6 +364,27 @@ def test_explaining_is_timed_beside_the_forward_pass(small):
     assert {row["goal"] for row in ratios} >= {"<= 1.03"}
     assert all(row["ratio"] > 0 for row in ratios)
     assert any("rows against" in row["case"] for row in rows)
+
+
+def test_an_explainer_that_is_wrong_is_not_timed(small, monkeypatch):
+    # Another row's weights for every image, by a search that is right.
+    monkeypatch.setattr(
+        ops_dispatch,
+        "sparse_cam",
+        lambda *a, sparse_cam=ops_dispatch.sparse_cam, **k: 1 - sparse_cam(*a, **k),
+    )
+    rows = list(gpu_end_to_end.explain(small))
+    wrong = [row for row in rows if "error" in row and row["side"] == "explain_batch"]
+    assert len(wrong) == 3
+    assert not [row for row in rows if "ratio" in row]
+
+
+def test_graphs_that_were_not_captured_are_not_timed(small):
+    subject = gpu_end_to_end.Subject(small, torch.float32)
+    plain = subject.explainer(64)
+    batches = [subject.images(1), subject.images(1) + 1]
+    with pytest.raises(AssertionError, match="was not captured"):
+        gpu_end_to_end.check_graphs(plain, plain, batches)
 
 
 def test_building_is_timed_beside_the_forward_pass(small):

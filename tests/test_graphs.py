@@ -126,6 +126,21 @@ def test_captured_again_when_a_weight_changes(change):
     assert case.counts == (2, 3)
 
 
+def test_another_device_gets_a_recorder_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # refuses "meta"
+    graphs = Graphs(torch.nn.Identity(), Recorder)
+    Recorder.made = ()
+
+    def function(images):
+        return Explained(*[images + 1] * 4, None)
+
+    for device in ("cpu", "cpu", "meta", "cpu"):
+        images = torch.ones(1, 3, 2, 2, device=device)
+        out = graphs.run(images, function, Explained.copied, owner=None, key=None)
+        assert out.maps.device == images.device
+    assert [r.device.type for r in Recorder.made] == ["cpu", "meta"]
+
+
 def test_captured_again_for_another_database():
     case = Case()
     images = pictures(3)[0]

@@ -165,6 +165,26 @@ def test_precision(precision, allowed, method):
     assert norm_error(got, truth) < allowed
 
 
+@pytest.mark.parametrize("method", ops.METHODS)
+def test_kernels_get_the_weight_in_float32(method, monkeypatch):
+    # In 16 bits it spills, which the offline compilation would not see: it compiles float32.
+    given = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **_: given.extend(args)
+
+    for name in ("_head_mean_kernel", "_head_product_kernel", "_head_plus_kernel"):
+        monkeypatch.setattr(f"gcfast.kernels.head_grad_weights.{name}", Kernel())
+    weight = torch.randn(4, 5).half()
+    sums = torch.ones(2, 5)
+    launch_head_grad_weights(
+        torch.randn(2, 3, 4).half(), weight, pixels=2, activation_sums=sums, method=method
+    )
+    [passed] = [a for a in given if torch.is_tensor(a) and a.shape == (4, 5)]
+    assert passed.dtype == torch.float32
+
+
 def test_tiles_shrink_until_every_multiprocessor_has_one():
     assert head_grad_weights_config(50, 64, 2048, sms=132)[:2] == (64, 64)  # 2,048 programs
     assert head_grad_weights_config(50, 1, 2048, sms=132)[:2] == (64, 32)  # of 32

@@ -74,8 +74,26 @@ def test_the_check_finds_what_waits():
             waits(torch.ones(3))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("k", [1, 3])
+def test_nothing_waits_on_a_gpu(k, device):
+    explainer = _explainer(device=device, k=k)
+    images = pictures(4)[0].to(device)
+    wanted = explainer.explain_batch(images, center=1.0, details=True)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        why = explainer.explain_batch(images, center=1.0, details=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(why.maps, wanted.maps)
+
+
 def test_a_cuda_tensor_takes_this_path(monkeypatch):
     seen = []
+    # What claims to be on a GPU would take kernels.
+    monkeypatch.setattr(dispatch, "uses_triton", lambda *_: False)
     monkeypatch.setattr(
         explainer_module, "explained", lambda *args, **kwargs: seen.append(kwargs) or args
     )
@@ -96,6 +114,39 @@ def _explainer_without_a_pass():
     explainer = Explainer(common().eval(), channels=4, triplets=5)
     explainer.build(loader(*pictures(12)))
     return explainer
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would launch: every operation that is not a view or an allocation."""
+
+    free = ("view", "expand", "slice", "detach", "unsqueeze", "alias", "select", "empty")
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        del types
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name not in self.free:
+            self.made.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("k", "most"), [(1, 8), (3, 12)])
+def test_few_launches_beside_the_model_and_the_kernels(k, most, monkeypatch):
+    explainer = _explainer(k=k)
+    images = pictures(4)[0].contiguous(memory_format=torch.channels_last)
+    with Launches() as model:
+        explainer.network.embed(images)
+    found = explainer._attach().transfer.search(torch.randn(4, explainer.database.dim), k)
+    maps = _run(explainer, images).maps
+    # Two kernels and one, on a GPU.
+    monkeypatch.setattr(dispatch, "knn", lambda *_, **__: found)
+    monkeypatch.setattr(dispatch, "sparse_cam", lambda *_, **__: maps)
+    with Launches() as whole:
+        _run(explainer, images)
+    assert len(whole.made) - len(model.made) <= most, whole.made
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -116,9 +116,9 @@ def test_one_row_that_stands_for_all_of_a_table_too_large_to_hold(device):
     torch.testing.assert_close(distances, (queries - row).square().sum().expand(1, 2))
 
 
-def test_columns_too_far_apart_for_32_bits_are_copied():
+def test_columns_too_far_apart_for_32_bits_are_copied(device):
     # Only the strides are so large; nothing of the size of their product exists.
-    buffer = torch.randn(4, 2)
+    buffer = torch.randn(4, 2, device=device)
     config = knn_config(1, 4, 1, torch.float32, torch.float32, 1)
     table = buffer.as_strided((1, 2), (2**30 // config.block_n, 1))
     distances, rows = launch_knn(buffer[:1], table, 1)
@@ -176,11 +176,11 @@ def test_nan_and_infinite_queries_get_rows_that_exist_and_leave_others_alone(B, 
     assert not (rows[1:] == 2).any()
 
 
-def test_beyond_the_kernel_the_reference_runs(monkeypatch):
+def test_beyond_the_kernel_the_reference_runs(monkeypatch, device):
     monkeypatch.setattr("gcfast.kernels.knn.launch_knn", Mock(side_effect=AssertionError))
-    table = torch.randn(40, 3)
+    table = torch.randn(40, 3, device=device)
     assert ops.knn(table[:1], table, 33, backend="triton")[1].shape == (1, 33)
-    wide = torch.randn(3, 2049)
+    wide = torch.randn(3, 2049, device=device)
     assert ops.knn(wide, wide, 1, backend="triton")[1].tolist() == [[0], [1], [2]]
     with pytest.raises(AssertionError):
         ops.knn(table[:1], table, 32, backend="triton")

@@ -177,6 +177,32 @@ def test_triton_leaves_rows_of_nan_out_of_every_pair(device):
     assert got.hardest[1].tolist() == [-1, -1]
 
 
+@pytest.mark.parametrize("row", [5, 66])
+def test_cpp_leaves_rows_of_nan_out_of_every_pair(row):
+    embeddings, labels = clustered(70, 4, 3)
+    embeddings[row] = math.nan
+    arguments = _arguments(embeddings, labels)
+    wanted = ops.sample_triplets(*arguments, triplets=50, margin=0.2, backend="reference")
+    got = ops.sample_triplets(*arguments, triplets=50, margin=0.2)
+    assert got.counts.tolist() == wanted.counts.tolist()
+    assert torch.equal(got.positives, wanted.positives)
+    assert torch.equal(got.negatives, wanted.negatives)
+    counts = ops.mean_cotangents(*arguments, margin=0.2)[1]
+    assert counts.tolist() == wanted.counts.tolist()
+
+
+def test_triton_gives_zeros_without_a_pair_beside_rows_of_nan(device):
+    embeddings, labels = (a.to(device) for a in clustered(70, 4, 3))
+    embeddings[5], labels[9] = math.nan, 7  # the only one of its label
+    rows = torch.tensor([5, 9], device=device)
+    for backend in ("reference", "triton"):
+        cotangents, counts, _ = ops.mean_cotangents(
+            *_arguments(embeddings, labels, rows), margin=0.2, backend=backend
+        )
+        assert counts.tolist() == [0, 0]
+        assert torch.equal(cotangents, torch.zeros_like(cotangents))
+
+
 def test_triton_lists_nothing_from_the_last_number_on(device):
     arguments = [a.to(device) for a in _arguments(*clustered(9, 2, 2))]
     listed = ops.sample_triplets(

@@ -39,7 +39,8 @@ def _agrees(inputs, **options):
     got = ops.sparse_cam(**inputs, **options, backend="triton")
     truth = ops.sparse_cam(**_double(inputs), **options).double()
     assert got.shape == truth.shape
-    assert_error_bounded(got, truth, ops.sparse_cam(**inputs, **options), slack)
+    same = ops.sparse_cam(**inputs, **options, backend="reference")
+    assert_error_bounded(got, truth, same, slack)
 
 
 # One for each window, whole and not: (B, C, H, W, N, M, K).
@@ -72,7 +73,7 @@ def test_every_configuration_agrees(config):
     side = min(config.window, 11)
     inputs = _inputs(2, 9, side, side - 2, 4, 5, 2)
     got = launch_sparse_cam(**inputs, size=(23, 19), config=config, center=0.5)
-    wanted = ops.sparse_cam(**inputs, size=(23, 19), center=0.5)
+    wanted = ops.sparse_cam(**inputs, size=(23, 19), center=0.5, backend="reference")
     torch.testing.assert_close(got, wanted, atol=2e-6, rtol=2e-6)
 
 
@@ -165,9 +166,8 @@ def test_hard_values(normalize, side):
         for relu in (True, False):
             options = {"size": (5, 5), "normalize": normalize, "relu": relu}
             got = ops.sparse_cam(**inputs, **options, backend="triton")
-            torch.testing.assert_close(
-                got, ops.sparse_cam(**inputs, **options), atol=1e-44, rtol=2e-6
-            )
+            wanted = ops.sparse_cam(**inputs, **options, backend="reference")
+            torch.testing.assert_close(got, wanted, atol=1e-44, rtol=2e-6)
             assert normalize is None or got.abs().max() <= 1
 
 
@@ -183,7 +183,7 @@ def test_nan_and_infinity_are_where_the_reference_has_them(side, value, normaliz
     for relu in (True, False):
         options = {"size": (9, 9), "normalize": normalize, "relu": relu}
         got = ops.sparse_cam(**inputs, **options, backend="triton")
-        wanted = ops.sparse_cam(**inputs, **options)
+        wanted = ops.sparse_cam(**inputs, **options, backend="reference")
         assert torch.equal(got.isnan(), wanted.isnan())
         torch.testing.assert_close(got, wanted, atol=5e-6, rtol=1e-5, equal_nan=True)
 
@@ -222,8 +222,11 @@ def test_bytes_rounded_to_even():
     activations = torch.tensor([[[[0.5 / 255, 1.5 / 255, 2.5 / 255, 1.0]]]])
     one = torch.zeros(1, 1, dtype=torch.int64)
     arguments = (activations, one, one, torch.ones(1, 1))
-    got = ops.sparse_cam(*arguments, size=(1, 4), dtype=torch.uint8, backend="triton")
-    assert torch.equal(got, ops.sparse_cam(*arguments, size=(1, 4), dtype=torch.uint8))
+    got, wanted = (
+        ops.sparse_cam(*arguments, size=(1, 4), dtype=torch.uint8, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert torch.equal(got, wanted)
 
 
 def test_nothing_to_do():
