@@ -29,6 +29,7 @@ import gcfast
 from gcfast import ops
 from gcfast.compress import ROWS_AT_ONCE
 from gcfast.database import Database
+from gcfast.metrics import box_score, mask_score
 from gcfast.shards import FIELDS
 
 DIM, CHANNELS, KEPT, SIDE = 128, 512, 50, 7
@@ -173,12 +174,17 @@ def of_the_demonstration(options: argparse.Namespace) -> list[dict[str, Any]]:
         explainer.database = database
         scores: dict[str, list[Tensor]] = {}
         agreement = []
-        for number, (images, truth) in enumerate(demo._scored(unseen.pictures)):
+        for number, (images, truth) in enumerate(demo.scored(unseen.pictures)):
             got = explainer.explain_batch(images)
             if database is whole:
                 truths.append(got)
             agreement.append(cosine(got, truths[number]) * len(images))
-            for score, values in demo._score(got, truth, []).items():
+            shares = {
+                "box": box_score(got, truth.boxes),
+                "mask": mask_score(got, truth.birds),
+                "part": mask_score(got, truth.parts),
+            }
+            for score, values in shares.items():
                 scores.setdefault(score, []).append(values)
         facts: dict[str, Any] = {
             "database": name,

@@ -71,7 +71,7 @@ class Centred(torch.nn.Module):
         self.centre = torch.nn.BatchNorm1d(network.embed.in_features, affine=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        pooled = self.centre(self.network.pooled(images))
+        pooled = self.centre(self.network.feature_maps(images).mean(dim=(2, 3)))
         return torch.nn.functional.normalize(self.network.embed(pooled), dim=1)
 
     @torch.no_grad()

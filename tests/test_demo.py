@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import gcfast
 from gcfast.demo.birds import bounding_box, draw_bird
 from gcfast.demo.network import WEIGHTS, BirdNet, load_network
+from gcfast.demo.page import close_up, outlined
+from gcfast.demo.run import Score, draw_pictures, run_demo, scored
 from gcfast.demo.species import PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
+from gcfast.evaluation import quality_table
 
 
 def _labels_of(part: str) -> list[int]:
@@ -123,6 +130,16 @@ def test_the_network_knows_unseen_species():
     assert (nearest == torch.tensor(labels)).float().mean() > 0.5
 
 
+def test_the_maps_find_the_bird():
+    """On 108 rows and 27 unseen pictures; 3.1 times the best control was seen on 648 and 216."""
+    train, unseen = draw_pictures(seed=11, training_each=4, unseen_each=1)
+    explainer = gcfast.Explainer(load_network(), layer="features", seed=0)
+    table = quality_table(explainer, train, list(scored(unseen.pictures)), Score())
+    means = dict(table.rows)
+    for control in ("uniform", "channel sum", "random channels"):
+        assert means["Grad-CAM, for, top-50"]["mask"] > 1.5 * means[control]["mask"], control
+
+
 def test_a_network_starts_from_its_seed():
     torch.manual_seed(0)
     first = BirdNet().state_dict()
@@ -130,9 +147,38 @@ def test_a_network_starts_from_its_seed():
     assert all(torch.equal(first[name], value) for name, value in BirdNet().state_dict().items())
 
 
-def test_the_whole_demonstration_in_small(tmp_path):
-    from gcfast.demo.run import run_demo
+def test_the_outline_goes_round_the_part():
+    large = np.full((80, 80, 3), 128, dtype=np.uint8)
+    mask = np.zeros((40, 40), dtype=bool)
+    mask[10:20, 12:24] = True
+    lined = outlined(large, mask)
+    assert (large == 128).all(), "the picture itself is left as it was"
+    changed = (lined != 128).any(axis=2)
+    inside = mask.repeat(2, axis=0).repeat(2, axis=1)
+    assert not changed[22:38, 26:46].any(), "nothing is drawn over the part"
+    assert not changed[:14].any()
+    assert not changed[46:].any()
+    assert (lined[changed & ~inside] == 255).any()
+    # A walk from the part in any direction meets the line.
+    assert all(line.any() for line in (changed[:20, 36], changed[40:, 36], changed[30, :24]))
+    assert not (outlined(large, np.zeros((40, 40), dtype=bool)) != 128).any()
 
+
+def test_the_close_up_is_of_the_hottest_place():
+    picture = draw_bird(0, seed=5, index=7)
+    heat = torch.zeros(144, 144)
+    heat[60, 70] = 1.0
+    crop = np.asarray(
+        Image.fromarray(picture.image[36:84, 46:94]).resize((288, 288), Image.Resampling.LANCZOS)
+    )
+    shown = close_up(dataclasses.replace(picture, part=np.zeros_like(picture.part)), heat)
+    assert np.array_equal(shown, crop)
+    corner = torch.zeros(144, 144)
+    corner[143, 0] = 1.0
+    assert close_up(picture, corner).shape == (288, 288, 3)
+
+
+def test_the_whole_demonstration_in_small(tmp_path):
     lines: list[str] = []
     out = tmp_path / "made" / "here"
     assert run_demo(out, training_each=3, unseen_each=1, speed_rounds=1, echo=lines.append) == 0
@@ -145,8 +191,6 @@ def test_the_whole_demonstration_in_small(tmp_path):
 
 
 def test_the_demonstration_refuses_too_few_pictures(tmp_path):
-    from gcfast.demo.run import run_demo
-
     with pytest.raises(ValueError, match="`training_each` must be at least 2, got 1"):
         run_demo(tmp_path, training_each=1)
     with pytest.raises(ValueError, match="`unseen_each` must be at least 1, got 0"):

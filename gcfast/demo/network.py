@@ -34,12 +34,12 @@ class BirdNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed images [B, 3, S, S] float in [0, 1]; gives [B, 64] of unit length."""
-        return F.normalize(self.embed(self.pooled(images)), dim=1)
+        return F.normalize(self.embed(self.feature_maps(images).mean(dim=(2, 3))), dim=1)
 
-    def pooled(self, images: torch.Tensor) -> torch.Tensor:
-        """The means of the last feature maps, [B, 192]."""
+    def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """The last feature maps, [B, 192, S/8, S/8]."""
         maps: torch.Tensor = self.features((images - 0.5) * 4.0)
-        return maps.mean(dim=(2, 3))
+        return maps
 
 
 def _stage(width_in: int, width_out: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:

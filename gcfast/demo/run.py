@@ -21,7 +21,7 @@ from gcfast.demo.birds import Picture, draw_bird
 from gcfast.demo.network import BirdNet, load_network
 from gcfast.demo.page import write_page
 from gcfast.demo.species import PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
-from gcfast.evaluation import quality_table
+from gcfast.evaluation import MAIN_ROW, quality_table
 from gcfast.metrics import RegionSums, box_masks
 
 _LAYER = "features"
@@ -44,7 +44,7 @@ class Speed:
     to_channels_last: float
 
 
-class _Pictures:
+class Pictures:
     """Drawn pictures as a loader, any number of passes: (images [B, 3, S, S], names, ids)."""
 
     def __init__(self, pictures: Sequence[Picture], ids: Sequence[str]) -> None:
@@ -62,7 +62,9 @@ class _Pictures:
 
 
 @dataclass(frozen=True)
-class _Truth:
+class Truth:
+    """What the maps of a batch are scored on."""
+
     boxes: torch.Tensor  # [B, 4]
     birds: torch.Tensor  # [B, S, S] bool
     parts: torch.Tensor  # [B, S, S] bool
@@ -106,9 +108,7 @@ def run_demo(
     out_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     network = load_network()
-    train = _draw(TRAINING_LABELS, training_each, seed, 0, "drawing training birds", progress)
-    # The second stream of the seed: no unseen picture shares its scene with a training one.
-    unseen = _draw(UNSEEN_LABELS, unseen_each, seed, 1, "drawing unseen birds", progress)
+    train, unseen = draw_pictures(seed, training_each, unseen_each, progress=progress)
 
     explainer = gcfast.Explainer(network, layer=_LAYER, seed=seed)
     begun = time.perf_counter()
@@ -118,14 +118,18 @@ def run_demo(
     against.build(train, progress=progress)
 
     table = quality_table(
-        explainer, train, list(_scored(unseen.pictures)), _Score(), seed=seed, progress=progress
+        explainer, train, list(scored(unseen.pictures)), Score(), seed=seed, progress=progress
     )
-    same_part = _share_of_same_part(explainer, database.class_names, unseen)
+    same_part = share_of_same_part(explainer, database.class_names, unseen)
     speed = measure_speed(explainer, network, unseen.pictures, speed_rounds)
+    part_means = {name: means["part"] for name, means in table.rows}
     facts = [
         ("pictures in the database", f"{len(train.pictures)}"),
         ("to build it, drawing not counted", f"{build_seconds:.1f} s"),
         ("unseen pictures explained", f"{len(unseen.pictures)}"),
+        ("of the heat is on the telling part", f"{part_means[MAIN_ROW]:.1%}"),
+        ("with the weights of a random row", f"{part_means['random neighbour']:.1%}"),
+        ("with a uniform map", f"{part_means['uniform']:.1%}"),
         ("have a nearest row told by the same part", f"{same_part:.0%}"),
         ("images explained a second", f"{speed.images_per_second:.0f}"),
         ("time against model(x)", f"{speed.to_forward:.2f}×"),
@@ -144,12 +148,14 @@ def run_demo(
     pictures_by_id = dict(zip(train.ids, train.pictures, strict=True))
     write_page(
         page,
+        network=network,
         explainer=explainer,
         against=against,
         rows=[pictures_by_id[row_id] for row_id in database.ids],
         shown=_first_of_each_part(unseen.pictures),
         table=table.cells(),
         facts=facts,
+        seed=seed,
     )
     echo(f"page: {page} ({time.perf_counter() - start:.0f} s in all)")
     return 0
@@ -192,22 +198,33 @@ def measure_speed(
     )
 
 
+def draw_pictures(
+    seed: int, training_each: int, unseen_each: int, *, progress: bool = False
+) -> tuple[Pictures, Pictures]:
+    """The pictures of the database and the unseen ones, as loaders."""
+    train = _draw(TRAINING_LABELS, training_each, seed, 0, "drawing training birds", progress)
+    # The second stream of the seed: no unseen picture shares its scene with a training one.
+    unseen = _draw(UNSEEN_LABELS, unseen_each, seed, 1, "drawing unseen birds", progress)
+    return train, unseen
+
+
 def _draw(
     labels: Sequence[int], each: int, seed: int, stream: int, words: str, progress: bool
-) -> _Pictures:
+) -> Pictures:
     tasks = [(label, i) for label in labels for i in range(each)]
     pictures, ids = [], []
     for label, i in tqdm(tasks, desc=words, unit="picture", disable=not progress):
         index = (label * each + i) * 2 + stream
         pictures.append(draw_bird(label, seed=seed, index=index))
         ids.append(f"{SPECIES[label].name}/{i:03d}")
-    return _Pictures(pictures, ids)
+    return Pictures(pictures, ids)
 
 
-def _scored(pictures: Sequence[Picture]) -> Iterator[tuple[torch.Tensor, _Truth]]:
+def scored(pictures: Sequence[Picture]) -> Iterator[tuple[torch.Tensor, Truth]]:
+    """Batches of pictures with their truth, for `quality_table`."""
     for first in range(0, len(pictures), _BATCH):
         part = pictures[first : first + _BATCH]
-        truth = _Truth(
+        truth = Truth(
             boxes=torch.tensor([picture.box for picture in part]),
             birds=torch.from_numpy(np.stack([picture.bird for picture in part])),
             parts=torch.from_numpy(np.stack([picture.part for picture in part])),
@@ -215,21 +232,23 @@ def _scored(pictures: Sequence[Picture]) -> Iterator[tuple[torch.Tensor, _Truth]
         yield as_batch(part), truth
 
 
-class _Score:
+class Score:
     """The share of the heat inside the box, the bird and the telling part."""
 
-    def regions(self, truth: _Truth) -> torch.Tensor:
+    def regions(self, truth: Truth) -> torch.Tensor:
+        """Masks [B, 3, S, S] bool: box, bird, part."""
         boxes = box_masks(truth.boxes, *truth.birds.shape[1:])
         return torch.stack([boxes, truth.birds, truth.parts], 1)
 
     def scores(
-        self, sums: RegionSums, _truth: _Truth, _neighbor_labels: list[str]
+        self, sums: RegionSums, _truth: Truth, _neighbor_labels: list[str]
     ) -> dict[str, torch.Tensor]:
+        """The shares by name, [B] each."""
         return dict(zip(("box", "mask", "part"), sums.shares().unbind(2), strict=True))
 
 
-def _share_of_same_part(
-    explainer: gcfast.Explainer, names: Sequence[str], unseen: _Pictures
+def share_of_same_part(
+    explainer: gcfast.Explainer, names: Sequence[str], unseen: Pictures
 ) -> float:
     """How often the nearest database row is of a species told by the same part."""
     part_of = {species.name: species.part for species in SPECIES}
