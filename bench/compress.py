@@ -29,7 +29,7 @@ import gcfast
 from gcfast import ops
 from gcfast.compress import ROWS_AT_ONCE
 from gcfast.database import Database
-from gcfast.metrics import box_masks, mask_score
+from gcfast.metrics import box_score, mask_score
 from gcfast.shards import FIELDS
 
 DIM, CHANNELS, KEPT, SIDE = 128, 512, 50, 7
@@ -160,8 +160,9 @@ def of_the_demonstration(options: argparse.Namespace) -> list[dict[str, Any]]:
     from gcfast.demo import run as demo
     from gcfast.demo.network import load_network
 
-    train, unseen = demo.draw_pictures(0, options.each, options.unseen)
-    explainer = gcfast.Explainer(load_network(), layer=demo.LAYER)
+    train = demo._draw(demo.TRAINING_LABELS, options.each, 0, 0, "drawing", False)
+    unseen = demo._draw(demo.UNSEEN_LABELS, options.unseen, 0, 1, "drawing", False)
+    explainer = gcfast.Explainer(load_network(), layer=demo._LAYER)
     whole = explainer.build(train)
     count = max(1, round(len(whole) / PAPER_FOLD))
     subjects = {"all rows": whole, f"{count} centres": whole.compress(count)}
@@ -178,13 +179,13 @@ def of_the_demonstration(options: argparse.Namespace) -> list[dict[str, Any]]:
             if database is whole:
                 truths.append(got)
             agreement.append(cosine(got, truths[number]) * len(images))
-            regions = {
-                "box": box_masks(truth.boxes, *truth.birds.shape[1:]),
-                "mask": truth.birds,
-                "part": truth.parts,
+            shares = {
+                "box": box_score(got, truth.boxes),
+                "mask": mask_score(got, truth.birds),
+                "part": mask_score(got, truth.parts),
             }
-            for score, region in regions.items():
-                scores.setdefault(score, []).append(mask_score(got, region))
+            for score, values in shares.items():
+                scores.setdefault(score, []).append(values)
         facts: dict[str, Any] = {
             "database": name,
             "rows": len(database),

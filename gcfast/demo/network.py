@@ -10,36 +10,48 @@ from torch import nn
 from torch.nn import functional as F
 
 WEIGHTS = Path(__file__).with_name("network.safetensors")
+CHANNELS = 128
 EMBEDDING_SIZE = 64
 
 
 class BirdNet(nn.Module):
     """Images [B, 3, S, S] in [0, 1] to unit embeddings [B, 64].
 
-    Five convolutions at a stride of 8 in all, global average pooling, one linear layer. Each place
-    of the last map `features` [B, 192, S/8, S/8] sees 63 pixels a side: a part of a bird and what
-    it sits on.
+    Five convolutions at a stride of 4 in all, global average pooling, one linear layer. Each place
+    of the last map `features` [B, 128, S/4, S/4] sees 31 pixels a side: a part of a bird and what
+    it sits on, not the whole bird, so that a channel can only fire where the part is.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            _stage(3, 24, stride=2),
-            _stage(24, 48, stride=2),
-            _stage(48, 80, stride=2),
-            _stage(80, 112, dilation=2),
-            _stage(112, 192),
+            _stage(3, 32, stride=2),
+            _stage(32, 48, stride=2),
+            _stage(48, 64),
+            _stage(64, 96, dilation=2),
+            # No normalisation here: what the training puts the threshold of a channel at, stays.
+            nn.Conv2d(96, CHANNELS, 1),
+            nn.ReLU(),
         )
-        self.embed = nn.Linear(192, EMBEDDING_SIZE)
+        self.embed = nn.Linear(CHANNELS, EMBEDDING_SIZE)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed images [B, 3, S, S] float in [0, 1]; gives [B, 64] of unit length."""
         return F.normalize(self.embed(self.feature_maps(images).mean(dim=(2, 3))), dim=1)
 
     def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """The last feature maps, [B, 192, S/8, S/8]."""
-        maps: torch.Tensor = self.features((images - 0.5) * 4.0)
+        """The last feature maps, [B, 128, S/4, S/4], not negative."""
+        maps: torch.Tensor = self.features(_scaled(images))
         return maps
+
+    def evidence(self, images: torch.Tensor) -> torch.Tensor:
+        """The last feature maps before their ReLU, [B, 128, S/4, S/4]."""
+        maps: torch.Tensor = self.features[:-1](_scaled(images))
+        return maps
+
+
+def _scaled(images: torch.Tensor) -> torch.Tensor:
+    return (images - 0.5) * 4.0
 
 
 def _stage(width_in: int, width_out: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:

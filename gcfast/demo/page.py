@@ -29,7 +29,8 @@ the channel weights of that row are laid on the bird's own feature maps. No labe
 picture and no backward pass take part.
 
 The white outline is the answer: the part that tells the species. Neither the network nor the map \
-was ever shown where it is. The pictures are the first of each family, whatever came out.
+was ever shown where it is: the network learned from names alone, part and colour, of birds alike \
+in all else. The pictures are the first of each family, whatever came out.
 """
 _CAPTION = (
     "Share of the heat inside the bird's box, inside its outline (mask), and inside the part that "
@@ -172,7 +173,10 @@ def _heated(picture: Picture, heat: torch.Tensor, caption: str) -> Panel:
     size = (large.shape[1], large.shape[0])
     values = heat.float().cpu().numpy()
     fine = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR))
-    return Panel(outlined(overlay(large, fine.clip(0, 1)), picture.part), caption)
+    # Heat lies on a few places of strong colour: it shows on a picture that is grey and dim.
+    grey = 0.6 * large.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    shown = overlay(grey.astype(np.uint8), fine.clip(0, 1), alpha=0.95)
+    return Panel(outlined(shown, picture.part), caption)
 
 
 def close_up(picture: Picture, heat: torch.Tensor) -> np.ndarray:

@@ -24,7 +24,7 @@ from gcfast.demo.species import PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
 from gcfast.evaluation import MAIN_ROW, quality_table
 from gcfast.metrics import RegionSums, box_masks
 
-LAYER = "features"
+_LAYER = "features"
 _BATCH = 54
 _SPEED_BATCH = 32
 
@@ -110,11 +110,11 @@ def run_demo(
     network = load_network()
     train, unseen = draw_pictures(seed, training_each, unseen_each, progress=progress)
 
-    explainer = gcfast.Explainer(network, layer=LAYER, seed=seed)
+    explainer = gcfast.Explainer(network, layer=_LAYER, seed=seed)
     begun = time.perf_counter()
     database = explainer.build(train, progress=progress)
     build_seconds = time.perf_counter() - begun
-    against = gcfast.Explainer(network, layer=LAYER, evidence="against", seed=seed)
+    against = gcfast.Explainer(network, layer=_LAYER, evidence="against", seed=seed)
     against.build(train, progress=progress)
 
     table = quality_table(
@@ -236,14 +236,14 @@ class Score:
     """The share of the heat inside the box, the bird and the telling part."""
 
     def regions(self, truth: Truth) -> torch.Tensor:
-        """The three regions of each picture, [B, 3, S, S] bool."""
+        """Masks [B, 3, S, S] bool: box, bird, part."""
         boxes = box_masks(truth.boxes, *truth.birds.shape[1:])
         return torch.stack([boxes, truth.birds, truth.parts], 1)
 
     def scores(
         self, sums: RegionSums, _truth: Truth, _neighbor_labels: list[str]
     ) -> dict[str, torch.Tensor]:
-        """By name, [B] each."""
+        """The shares by name, [B] each."""
         return dict(zip(("box", "mask", "part"), sums.shares().unbind(2), strict=True))
 
 
