@@ -45,6 +45,8 @@ def make_torchvision_importable() -> None:
     """Declare the operators whose absence stops ``import torchvision`` beside a CPU-only torch."""
     try:
         import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return  # a peer that needs it will say so
     except (RuntimeError, AttributeError):
         for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
             del sys.modules[name]

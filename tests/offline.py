@@ -45,7 +45,9 @@ def compile_elsewhere(
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     if path is not None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(path), environment.get("PYTHONPATH", "")])
+        # An empty entry would be the working directory, where `gcfast` is the source tree.
+        before = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), *([before] if before else [])])
     done = subprocess.run(
         [sys.executable, __file__, module],
         env=environment,

@@ -249,7 +249,7 @@ for target, code, fused in (("sm_90", "sass", "DFMA"), ("gfx942", "amdgcn", "v_f
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        [sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True
     )
     assert done.stdout.split() == ["False", "True"] * 2, done.stderr
 
