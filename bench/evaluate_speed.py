@@ -67,7 +67,7 @@ def main() -> None:
             test,
             AnnotationScore(),
             labels=lambda truth: truth.labels,
-            localised=lambda truth: (truth.boxes, truth.masks),
+            localised=lambda truth: truth.localised,
             compress=compressor(),
             total=arguments.test,
         )

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from gcfast.datasets.samples import tight_box
+
 PICTURE_PIXELS = 224
 MIN_STAMP_PIXELS = 100
 OBJECT_SIDE = (0.30, 0.60)  # longer side of the object's box after rotation, share of the picture
@@ -76,18 +78,6 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.images)
-
-
-def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """Smallest half-open box (x0, y0, x1, y1) around `mask` [h, w].
-
-    Raises:
-        ValueError: If the mask is empty.
-    """
-    columns, lines = mask.any(0).nonzero()[0], mask.any(1).nonzero()[0]
-    if not len(columns):
-        raise ValueError("`mask` must hold at least one pixel, got none")
-    return int(columns[0]), int(lines[0]), int(columns[-1]) + 1, int(lines[-1]) + 1
 
 
 def has_outline(alpha: NDArray[np.uint8]) -> bool:

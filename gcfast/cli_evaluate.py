@@ -67,10 +67,7 @@ def evaluate_database(options: argparse.Namespace) -> int:
             _on_device(loader, device),
             AnnotationScore(),
             labels=lambda truth: truth.labels,
-            localised=lambda truth: (
-                truth.boxes,
-                truth.box_mask if truth.masks is None else truth.masks,
-            ),
+            localised=lambda truth: truth.localised,
             compress=compressor(),
             total=len(test.samples),
             seed=options.seed,

@@ -103,10 +103,7 @@ def measure(
         subject.test,
         AnnotationScore(),
         labels=lambda truth: truth.labels,
-        localised=lambda truth: (
-            truth.boxes,
-            truth.box_mask if truth.masks is None else truth.masks,
-        ),
+        localised=lambda truth: truth.localised,
         compress=compressor(),
         center_counts=SWEEP,
         total=subject.images,

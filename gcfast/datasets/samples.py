@@ -111,6 +111,11 @@ class Truth(NamedTuple):
     box_mask: Tensor  # [B, S, S] bool: inside any of the boxes
     masks: Tensor | None  # [B, S, S] bool; None where the set has none
 
+    @property
+    def localised(self) -> tuple[list[Tensor], Tensor]:
+        """Boxes, and where pointing is a hit: on the mask, or in a box where there is none."""
+        return self.boxes, self.box_mask if self.masks is None else self.masks
+
 
 class _Item(NamedTuple):
     view: NDArray[np.uint8] | None
@@ -296,8 +301,14 @@ def labelled_loader(
 
 
 def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """The smallest box (x0, y0, x1, y1), the end exclusive, of a mask that is not empty."""
+    """The smallest box (x0, y0, x1, y1), the end exclusive, around a mask [h, w].
+
+    Raises:
+        ValueError: the mask is empty.
+    """
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if not len(columns):
+        raise ValueError("`mask` must hold at least one pixel, got none")
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
