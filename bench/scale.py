@@ -3,11 +3,13 @@
     python bench/scale.py [--rows 10000 31623 100000 316228 1000000] [--out bench/results]
 
 For each number of rows and each index: explain_batch / forward pass (paired), recall@1 against
-exact search, and the cosine of each map with the map by exact search. Queries are embeddings of
-random images. A table of N rows is made from `--built` rows built for real: each of its rows takes
-one of them, moves its embedding at random, scales each of its weights by a random factor, and
-exchanges a fifth of its channels for others; so a wrong neighbour lends other weights, but how much
-other is this construction's choice, not a data set's.
+exact search, and the cosine of each map with the map by exact search. The network is
+EfficientNet-Lite0 with ImageNet weights; a database is built on `--built` crops of photographs, a
+class a photograph, and queries are other crops of them. A table of N rows lies round the rows that
+were built: each takes one of them, moves its embedding up to half of the way to one of its NEAR
+nearest and a little at random, scales each of its weights by a random factor, and exchanges a fifth
+of its channels for others. So neighbours are about as far apart as those of real pictures are, and
+a wrong one lends other weights; how much other is this construction's choice, not a data set's.
 
 Writes scale.json and scale.png (matplotlib).
 """
@@ -20,24 +22,57 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from paired import conditions, paired
-from subjects import EMBEDDING, images, loader, network
+from PIL import Image
+from scenes_compose import load_photographs
+from scenes_network import to_input
+from subjects import EMBEDDING, network
 from tables import filled
 from torch import Tensor
 
 import gcfast
 
 INDICES = ("exact", "Flat", "IVF", "HNSW32")
-NOISE = 0.05  # of each coordinate of an embedding, before it is normalised again
+SIDE = 224
+NEAR = 8  # built rows towards which a row may move
+NOISE = 0.1 / EMBEDDING**0.5  # of each coordinate: together about a tenth of an embedding's length
 EXCHANGED = 5  # one channel in so many
+
+
+def crops(count: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Random squares of the photographs, a quarter to all of the shorter side.
+
+    Returns:
+        (float32 [count, 3, 224, 224] as the network takes them, channels-last, and the name of
+        each one's photograph).
+    """
+    rng = np.random.default_rng(seed)
+    photographs = load_photographs()
+    views, names = [], []
+    for i in range(count):
+        name, pixels = photographs[i % len(photographs)]
+        height, width = pixels.shape[:2]
+        side = int(rng.uniform(0.25, 1.0) * min(height, width))
+        top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+        cut = Image.fromarray(pixels[top : top + side, left : left + side])
+        view = np.asarray(cut.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+        views.append(view[:, ::-1] if rng.random() < 0.5 else view)
+        names.append(name)
+    return to_input(np.stack(views)).contiguous(memory_format=torch.channels_last), names
 
 
 def rows_like(built: gcfast.Database, rows: int, channels: int) -> gcfast.Database:
     """A database of N rows round those that were built."""
     generator = torch.Generator().manual_seed(0)
     pick = torch.randint(len(built), (rows,), generator=generator)
-    noise = NOISE * torch.randn((rows, EMBEDDING), generator=generator)
+    known = built.embeddings
+    _, near = gcfast.ops.knn(known, known, NEAR + 1)
+    other = near[pick, torch.randint(1, NEAR + 1, (rows,), generator=generator)]
+    way = 0.5 * torch.rand((rows, 1), generator=generator)
+    embeddings = torch.lerp(known[pick], known[other], way)
+    embeddings += NOISE * torch.randn((rows, EMBEDDING), generator=generator)
     kept = built.channels[pick]
     factors = torch.exp(0.5 * torch.randn(kept.shape, generator=generator))
     weights, order = (built.weights[pick] * factors).sort(1, descending=True)
@@ -46,7 +81,7 @@ def rows_like(built: gcfast.Database, rows: int, channels: int) -> gcfast.Databa
     kept[:, ::EXCHANGED] = (kept[:, ::EXCHANGED] + channels // 2) % channels
     mean = built.mean_activation
     tensors = {
-        "embeddings": torch.nn.functional.normalize(built.embeddings[pick] + noise, dim=1),
+        "embeddings": torch.nn.functional.normalize(embeddings, dim=1),
         "channels": kept.contiguous(),
         "weights": weights.contiguous(),
         "offsets": (weights * mean[kept]).sum(1),
@@ -115,8 +150,7 @@ def main() -> None:
         "--rows", type=int, nargs="+", default=[10_000, 31_623, 100_000, 316_228, 1_000_000]
     )
     parser.add_argument("--index", nargs="+", default=list(INDICES))
-    parser.add_argument("--network", default="efficientnet-lite0")
-    parser.add_argument("--built", type=int, default=512, help="rows built for real")
+    parser.add_argument("--built", type=int, default=960, help="rows built for real")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=8, help="for recall and agreement")
     parser.add_argument("--rounds", type=int, default=11)
@@ -124,22 +158,20 @@ def main() -> None:
     arguments = parser.parse_args()
     record: dict[str, Any] = {
         "conditions": conditions(),
-        "network": arguments.network,
         "batch": arguments.batch,
         "indices": arguments.index,
         "rows": {},
     }
     print(record["conditions"])
 
-    model, layer = network(arguments.network)
-    built = gcfast.Explainer(model, layer).build(loader(arguments.built, 32, 16))
+    model, layer = network("efficientnet-lite0")
+    built = gcfast.Explainer(model, layer).build(
+        crops(min(32, arguments.built - start), seed=start)
+        for start in range(0, arguments.built, 32)
+    )
     channels = len(built.mean_activation)
-    shift = torch.linspace(-1, 1, 16)
-    asked = []
-    for i in range(arguments.batches):
-        picked = shift[torch.arange(arguments.batch) % 16][:, None, None, None]
-        batch = images(arguments.batch, seed=10_000 + i) + picked
-        asked.append(batch.contiguous(memory_format=torch.channels_last))
+    asked = [crops(arguments.batch, seed=10_000 + i)[0] for i in range(arguments.batches)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         for rows in arguments.rows:
             database = rows_like(built, rows, channels)
@@ -158,8 +190,7 @@ def main() -> None:
                     f"(lowest tenth {found[name]['cosine_tenth']:.4f}), made in {made:.0f} s"
                 )
             record["rows"][str(rows)] = found
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "scale.json").write_text(json.dumps(record, indent=1) + "\n")
+            (arguments.out / "scale.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(record, arguments.out / "scale.png")
 
 
