@@ -321,7 +321,7 @@ def specialisations() -> list[Specialisation]:
     for config, precision in [*precise, (HEAD_GRAD_WEIGHTS_CONFIGS[-1], "tf32")]:
         rows, block_c, block_d, num_warps = config
         blocks = {"BLOCK_C": block_c, "BLOCK_D": block_d, "PRECISION": precision}
-        warps = IMAGES_WARPS if rows == block_c else num_warps
+        warps = IMAGES_WARPS if config is HEAD_GRAD_WEIGHTS_CONFIGS[-1] else num_warps
         product = _form(_head_product_kernel, blocks | {"BLOCK_B": rows}, warps)
         if block_c == 64:  # as C = 2,048 and D = 128 have them
             product.types.update(dict.fromkeys(("C", "D", "stride_weight_d"), "i32:16"))

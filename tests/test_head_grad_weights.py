@@ -187,7 +187,7 @@ def test_kernels_get_the_weight_in_float32(method, monkeypatch):
 
 def test_tiles_shrink_until_every_multiprocessor_has_one():
     assert head_grad_weights_config(50, 64, 2048, sms=132)[:2] == (64, 64)  # 2,048 programs
-    assert head_grad_weights_config(50, 1, 2048, sms=132)[:2] == (64, 32)  # of 32
+    assert head_grad_weights_config(50, 1, 2048, sms=132)[:2] == (32, 32)  # of 32
     assert head_grad_weights_config(1, 64, 2048, sms=132)[:2] == (16, 64)
     for rows in (1, 16, 17, 1000):
         for others in (1, 1000):
@@ -195,7 +195,7 @@ def test_tiles_shrink_until_every_multiprocessor_has_one():
             assert config in HEAD_GRAD_WEIGHTS_CONFIGS
     images = head_grad_weights_config(4096, 1, 2048, sms=132, images=True)
     assert images == HEAD_GRAD_WEIGHTS_CONFIGS[-1]._replace(num_warps=4)  # 64 x 32 programs
-    assert head_grad_weights_config(64, 1, 2048, sms=132, images=True)[:2] == (64, 32)
+    assert head_grad_weights_config(64, 1, 2048, sms=132, images=True)[:2] == (32, 32)
 
 
 def test_beyond_2_31_elements():
