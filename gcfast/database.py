@@ -23,6 +23,7 @@ from gcfast._checks import require_int
 from gcfast.compress import compressed
 from gcfast.errors import GcfastError, NoDatabaseError
 from gcfast.manifest import INDEX, check_target
+from gcfast.mapped import check_files
 from gcfast.members import Members, MembersFile
 from gcfast.opening import opened
 from gcfast.saving import Conversion, write_database
@@ -125,15 +126,15 @@ class Database:
             return list(self._shards)
 
     def check_files(self) -> None:
-        """Whether the files of an opened database are all there, in the sizes they had.
+        """Whether the files of an opened database are as long as they were, and not deleted.
 
-        Reading a page of a file that was cut off kills the process, so this comes before.
+        Reading a page of a file that was cut off kills the process, so this comes before. Where
+        another database has taken the folder's place, this one goes on with what it has mapped.
 
         Raises:
-            DamagedDatabaseError: one is gone, or has another size.
+            DamagedDatabaseError: one was deleted or cut off.
         """
-        for file in self._files:
-            file.check()
+        check_files(file.source for file in self._files)
 
     def _column(self, name: str) -> Tensor:
         with self._lock:
@@ -212,7 +213,7 @@ class Database:
             raise GcfastError("a database that is not compressed has no members: row 0 is itself")
         require_int("row", row, 0, len(self) - 1)
         if self._members_file is not None:
-            self._members_file.check()
+            check_files([self._members_file.source])
             if self._checked:
                 self._members_file.verify()
         return self.members.of_centre(row)

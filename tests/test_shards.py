@@ -155,7 +155,10 @@ def test_a_shard_harmed_under_an_open_database(saved: Path, harm: str) -> None:
         shard.unlink()
     else:
         os.truncate(shard, 200)
-    words = "is missing" if harm == "deleted" else "truncated or changed: .* it has 200"
+    words = {
+        "deleted": "was deleted or moved away while the database was open",
+        "truncated": "was truncated while the database was open: .* it has 200",
+    }[harm]
     with pytest.raises(gcfast.DamagedDatabaseError, match=words):
         _ = opened.embeddings
     with pytest.raises(gcfast.DamagedDatabaseError, match=words):
