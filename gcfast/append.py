@@ -16,7 +16,7 @@ from gcfast.embedding import Embedded, EmbeddingStage, Totals
 from gcfast.errors import GcfastError, ModelMismatchError
 from gcfast.fingerprint import difference
 from gcfast.labels import column
-from gcfast.manifest import MANIFEST, encoded, read_manifest
+from gcfast.manifest import MANIFEST, encoded, updating
 from gcfast.network import Network
 from gcfast.provenance import changed_settings, identity, report_of
 from gcfast.rows import Rows, fill_from_second_pass, fill_from_spool
@@ -125,13 +125,8 @@ def _write(
 ) -> None:
     """New shards, then the manifest that names them: readers see the old rows or all of them."""
     try:
-        with durable.locked(folder, "writing to"):
-            manifest = read_manifest(folder)
-            entries = manifest["shards"]
-            if entries != database.manifest["shards"]:
-                raise GcfastError(
-                    f"the database {folder} has changed since it was opened: open it again"
-                )
+        with updating(folder, database.manifest["shards"]) as manifest:
+            entries = list(manifest["shards"])
             number = 1 + max(int(e["file"].removeprefix("rows-").split(".")[0]) for e in entries)
             for start in range(0, len(ids), shards.SHARD_ROWS):
                 where = slice(start, start + shards.SHARD_ROWS)

@@ -22,7 +22,7 @@ from gcfast import stored_index
 from gcfast._checks import require_int
 from gcfast.compress import compressed
 from gcfast.errors import GcfastError, NoDatabaseError
-from gcfast.manifest import INDEX, check_target
+from gcfast.manifest import check_target
 from gcfast.mapped import check_files
 from gcfast.members import Members, MembersFile
 from gcfast.opening import opened
@@ -223,7 +223,7 @@ class Database:
         """The file of the stored index; None where the manifest names none."""
         if self.path is None or "index" not in self.manifest:
             return None
-        return self.path / INDEX
+        return self.path / str(self.manifest["index"]["file"])
 
     def build_index(self, factory: str) -> None:
         """Make a FAISS index of the rows and store it in the database's folder.
@@ -250,10 +250,13 @@ class Database:
         Raises:
             MissingExtraError: FAISS is not installed.
             NoDatabaseError: none is stored.
-            GcfastError: the database has got other rows since it was made.
+            GcfastError: the database has got other rows since it was made, or since it was opened.
             DamagedDatabaseError: the file is missing, cut off, or not what was written.
         """
-        return stored_index.read(self.path, self.manifest, len(self), verify=self._checked)
+        manifest = self.manifest
+        index, entry = stored_index.read(self.path, manifest, len(self), verify=self._checked)
+        self.manifest = {**manifest, "index": entry}
+        return index
 
     def compress(self, centers: int = 50, *, seed: int = 0, iterations: int = 25) -> Database:
         """The paper's compressed database: k-means centres in the embedding space, as rows.
