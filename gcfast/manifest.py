@@ -153,7 +153,7 @@ def updating(folder: Path, shards: list[dict[str, Any]]) -> Iterator[dict[str, A
         manifest = read_manifest(folder)
         if manifest["shards"] != shards:
             raise GcfastError(changed(folder))
-        before = _named(manifest)
+        before = named_files(manifest)
         try:
             yield manifest
         except BaseException:
@@ -168,7 +168,7 @@ def changed(folder: Path) -> str:
     return f"the database {folder} has changed since it was opened: open it again"
 
 
-def _named(manifest: dict[str, Any]) -> set[str]:
+def named_files(manifest: dict[str, Any]) -> set[str]:
     """The names of a database's files."""
     entries = [*manifest["shards"], *(manifest[n] for n in ("members", "index") if n in manifest)]
     return {MANIFEST, *(entry["file"] for entry in entries)}
@@ -177,7 +177,7 @@ def _named(manifest: dict[str, Any]) -> set[str]:
 def _remove_unnamed(folder: Path, kept: set[str]) -> None:
     """Remove the files of a database that its manifest does not name, but for those kept."""
     with suppress(OSError, GcfastError):  # the database is whole with them, too
-        kept = kept | _named(read_manifest(folder))
+        kept = kept | named_files(read_manifest(folder))
         for file in folder.iterdir():
             if OWN_FILES.fullmatch(file.name) and file.name not in kept:
                 file.unlink()

@@ -33,6 +33,7 @@ from gcfast.manifest import (
     OWN_FILES,
     check_target,
     encoded,
+    named_files,
     partial_folder,
     read_manifest,
 )
@@ -166,7 +167,8 @@ class _Unfinished:
         stored = _json(self.folder / STATE)
         if (self.folder / MANIFEST).exists():
             # Only cleaning up and the new name were missing.
-            self._refuse_others(read_manifest(self.folder) if stored is None else stored)
+            stored = read_manifest(self.folder) if stored is None else stored
+            self._refuse_others(stored, "storage", "preprocessing")
             self.finished = True
             self.state["totals"] = {}
         elif stored is None:
@@ -179,11 +181,17 @@ class _Unfinished:
                 raise GcfastError(
                     f"{self.folder / STATE} is of another gcfast: finish it there, or remove it"
                 )
-            self._refuse_others(stored)
-            self.state = stored
+            self._refuse_others(stored, "preprocessing")
+            storage, self.state = self.state["storage"], stored
+            if stored["storage"] != storage:
+                # What stage 1 made is float32 whatever the rows are stored in: those alone are
+                # made anew, and the files of the shards written over.
+                self.state |= {"storage": storage, "weight_scale": None, "shards": []}
+                with self._writing():
+                    self._commit()
 
-    def _refuse_others(self, stored: dict[str, Any]) -> None:
-        """Raise where the unfinished build is of another model, layer or settings."""
+    def _refuse_others(self, stored: dict[str, Any], *keys: str) -> None:
+        """Raise where the unfinished build is of another model, layer or settings, or these."""
         now = self.state
         other = difference(stored.get("fingerprint", {}), now["fingerprint"])
         if other:
@@ -191,7 +199,7 @@ class _Unfinished:
                 f"the unfinished build {self.folder} is of another model than this one: {other}"
             )
         changed = changed_settings(stored["settings"], now["settings"])
-        for key in ("storage", "preprocessing"):
+        for key in keys:
             if stored[key] != now[key]:
                 changed.append(f"{key} was {stored[key]!r}, is {now[key]!r}")
         if None not in (stored["layer"], now["layer"]) and stored["layer"] != now["layer"]:
@@ -319,13 +327,20 @@ class _Unfinished:
             if state["weight_scale"] is None:
                 state["weight_scale"] = scale_for(rows.weights, state["storage"])
             if state["storage"] != "float32":
-                rows = in_storage(
-                    rows,
-                    state["storage"],
-                    state["weight_scale"],
-                    embedded.mean_activation,
-                    first=sum(shard["entry"]["rows"] for shard in made),
-                )
+                try:
+                    rows = in_storage(
+                        rows,
+                        state["storage"],
+                        state["weight_scale"],
+                        embedded.mean_activation,
+                        first=sum(shard["entry"]["rows"] for shard in made),
+                    )
+                except ValueError as error:
+                    error.add_note(
+                        "with storage='float32' (--storage float32) a resumed build writes the "
+                        "rows anew, from the embeddings that it has"
+                    )
+                    raise
             numbers = kept.tolist()
             whole = numbers[-1] - numbers[0] == len(numbers) - 1
             ids = (
@@ -372,8 +387,9 @@ class _Unfinished:
     def finish(self) -> None:
         """Leave only the database, and give it its name."""
         with self._writing():
+            named = {STATE, *named_files(read_manifest(self.folder))}
             for file in sorted(self.folder.iterdir()):
-                if file.name != STATE and not OWN_FILES.fullmatch(file.name):
+                if file.name not in named:
                     file.unlink()
             # Last, since it tells what the folder was; the manifest tells it too.
             (self.folder / STATE).unlink(missing_ok=True)
