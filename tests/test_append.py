@@ -14,7 +14,8 @@ import torch
 from networks import common, loader, other, pictures
 
 import gcfast
-from gcfast import shards, streaming
+from gcfast import append as append_module
+from gcfast import shards, spool, streaming
 from gcfast.database import Database
 from gcfast.shards import FIELDS
 
@@ -122,6 +123,41 @@ def test_labels_seen_once_are_counted_among_all() -> None:
     with pytest.raises(TypeError, match="got both: 'robin' after int labels"):
         one.append([(images[:1], ["robin"])])
     assert one.database is together
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+@pytest.mark.parametrize("kept", ["in a folder", "in memory"])
+@pytest.mark.parametrize("spooled", [False, True])
+def test_all_embeddings_are_held_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spooled: bool, kept: str, storage: str
+) -> None:
+    first, second = halves()
+    one = explainer()
+    stored = one.build(
+        first, storage=storage, out=tmp_path / "db" if kept == "in a folder" else None
+    )
+    tables, real = [], append_module.one_table
+
+    def watched(parts: Any) -> Any:
+        tables.append((parts, real(parts)))
+        return tables[-1][1]
+
+    monkeypatch.setattr(append_module, "one_table", watched)
+    if spooled:
+        monkeypatch.setattr(spool, "SPOOL_MEMORY_BYTES", 0)
+        monkeypatch.setattr(spool.tempfile, "tempdir", str(tmp_path))
+    together = one.append(second)
+    assert not stored._columns
+    ((parts, table),) = tables
+    assert torch.equal(table[:STORED], stored.embeddings.float())
+    torch.testing.assert_close(table, together.embeddings.float(), rtol=1e-3, atol=1e-6)
+    # Nothing else than this table was made of the stored ones, and nothing kept of it.
+    pairs = zip(parts[:-1], stored.shards, strict=True)
+    assert all(part.data_ptr() == shard.embeddings.data_ptr() for part, shard in pairs)
+    size = (ALL - STORED) * 6 * (4 if storage == "float32" else 2)
+    if kept == "in memory":
+        assert together.shards[-1].embeddings.untyped_storage().nbytes() == size
+    assert [p.name for p in tmp_path.iterdir()] == (["db"] if kept == "in a folder" else [])
 
 
 def test_rebuild_renews_all(tmp_path: Path) -> None:
