@@ -67,7 +67,12 @@ def check_target(
     Raises:
         FileExistsError: something is there and may not be replaced, or is not a gcfast database
             and nothing else.
+        ValueError: a path that safetensors cannot open.
     """
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"`{name}` must be a path in UTF-8, got {str(target)!r}") from None
     if not target.exists():
         return
     try:

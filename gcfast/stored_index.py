@@ -94,20 +94,27 @@ def store(index: Any, factory: str, folder: Path, shards: list[dict[str, Any]]) 
 
 def _write(faiss: Any, index: Any, folder: Path) -> tuple[str, int, str]:
     """(name, bytes, checksum) of an index that no manifest names yet, flushed to the disk."""
-    beside = folder / f"{INDEX}.new"
-    try:
-        faiss.write_index(index, str(beside))
-    except RuntimeError as error:  # what FAISS makes of an error of the system
-        raise OSError(None, f"FAISS: {error}") from error
-    with beside.open("rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    beside, digest = folder / f"{INDEX}.new", hashlib.sha256()
+    with beside.open("wb") as file:
+
+        def write(content: bytes) -> None:
+            file.write(content)
+            digest.update(content)
+
+        try:
+            # FAISS's own files end silently short where the last of them cannot be written.
+            faiss.write_index(index, faiss.PyCallbackIOWriter(write))
+        except RuntimeError as error:
+            raise OSError(None, f"FAISS: {error}") from error
+        file.flush()
         os.fsync(file.fileno())
+        size = file.tell()
     stem, ending = INDEX.split(".")
     # Another name than the old one's, which readers are told of until the manifest is replaced.
-    path = folder / f"{stem}-{digest[:16]}.{ending}"
+    path = folder / f"{stem}-{digest.hexdigest()[:16]}.{ending}"
     os.rename(beside, path)
     durable.sync_folder(folder)
-    return path.name, path.stat().st_size, digest
+    return path.name, size, digest.hexdigest()
 
 
 def read(
@@ -155,20 +162,22 @@ def _read(faiss: Any, folder: Path, entry: dict[str, Any], rows: int, *, verify:
         )
     path = folder / entry["file"]
     try:
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise DamagedDatabaseError(
-                f"the index {path} is truncated or changed: {entry['bytes']} bytes were written, "
-                f"it has {size}; {again}"
-            )
-        if verify:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != entry["sha256"]:
+        # One descriptor for all: the file may be removed, or be another one, at any moment.
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
                 raise DamagedDatabaseError(
-                    f"the index {path} is changed: its checksum differs; {again}"
+                    f"the index {path} is truncated or changed: {entry['bytes']} bytes were "
+                    f"written, it has {size}; {again}"
                 )
-        return faiss.read_index(str(path))
+            if verify:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != entry["sha256"]:
+                    raise DamagedDatabaseError(
+                        f"the index {path} is changed: its checksum differs; {again}"
+                    )
+                file.seek(0)
+            return faiss.read_index(faiss.PyCallbackIOReader(file.read))
     except FileNotFoundError:
         raise DamagedDatabaseError(f"the index {path} is missing; {again}") from None
     except RuntimeError as error:
