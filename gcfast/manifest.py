@@ -22,7 +22,7 @@ INDEX = "index.faiss"  # as it is written; the manifest's name has a part of its
 MEMBERS = "members.safetensors"
 OWN_FILES = re.compile(
     r"manifest\.json(\.new)?|rows-\d{5,}\.safetensors|members\.safetensors"
-    r"|index(-[0-9a-f]{16})?\.faiss(\.new)?"
+    r"|index(-[0-9a-f]{16})?\.faiss(\.new)?|build\.json"
 )
 STORAGES = ("float32", "float16")
 MANIFEST_KEYS: dict[str, type] = {

@@ -30,7 +30,6 @@ from gcfast.head import AffineHead
 from gcfast.labels import column
 from gcfast.manifest import (
     MANIFEST,
-    OWN_FILES,
     check_target,
     encoded,
     named_files,
@@ -44,34 +43,12 @@ from gcfast.settings import Settings
 from gcfast.shards import ShardFile, write_shard
 from gcfast.spool import KeptSpool
 from gcfast.storage import in_storage, scale_for
+from gcfast.unfinished import HEAD, STATE, check_unfinished, state_of, tidy
 
-STATE = "build.json"
 STATE_FORMAT = "gcfast-build"
-HEAD = "head.safetensors"
 # How much of stage 1 a killed build loses at most: images, or seconds where they are slow.
 COMMIT_ROWS = 8_192
 COMMIT_SECONDS = 30.0
-
-
-def check_unfinished(
-    target: Path, resume: bool, *, name: str = "out", remedy: str = "resume=True"
-) -> None:
-    """Refuse an unfinished build at ``target`` that is not to be resumed.
-
-    Raises:
-        FileExistsError: there is one; or a folder in its place that is none.
-    """
-    folder = partial_folder(target)
-    if not folder.exists():
-        return
-    if not folder.is_dir() or not all(_ours(p.name) for p in folder.iterdir()):
-        raise FileExistsError(
-            f"`{name}` must leave {folder} to the build, got something else there"
-        )
-    if not resume:
-        raise FileExistsError(
-            f"`{name}` must not be an unfinished build, got {folder}; {remedy} continues it"
-        )
 
 
 def build_into(
@@ -97,6 +74,7 @@ def build_into(
         resume: go on where an unfinished build stopped.
         overwrite: replace a database that is there.
     """
+    tidy(target)
     check_target(target, overwrite, name="out")
     check_unfinished(target, resume)
     with _Unfinished.opened(target, same) as work:
@@ -164,7 +142,7 @@ class _Unfinished:
 
     def _read(self) -> None:
         """Take over what a former process left, if it was building the same."""
-        stored = _json(self.folder / STATE)
+        stored = state_of(self.folder)
         if (self.folder / MANIFEST).exists():
             # Only cleaning up and the new name were missing.
             stored = read_manifest(self.folder) if stored is None else stored
@@ -391,19 +369,10 @@ class _Unfinished:
             for file in sorted(self.folder.iterdir()):
                 if file.name not in named:
                     file.unlink()
-            # Last, since it tells what the folder was; the manifest tells it too.
-            (self.folder / STATE).unlink(missing_ok=True)
-            durable.move_into_place(self.folder, self.target)
-
-
-def _ours(name: str) -> bool:
-    known = (STATE, f"{STATE}.new", HEAD, f"{HEAD}.new")
-    return name in known or name.startswith(KeptSpool.PREFIX) or bool(OWN_FILES.fullmatch(name))
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+            # A folder with a manifest and without this file is what was replaced: see `tidy`.
+            if self.target.exists():
+                durable.move_into_place(self.folder, self.target, swap=True)
+                (self.target / STATE).unlink(missing_ok=True)
+            else:
+                (self.folder / STATE).unlink(missing_ok=True)
+                durable.move_into_place(self.folder, self.target)
