@@ -1,6 +1,7 @@
-"""Memory: flat over many explain_batch calls, and linear in N for build.
+"""Memory: flat over many explain_batch calls, linear in N for build, and what append takes.
 
     python bench/memory.py [--calls 1000] [--rows 20000 40000]
+    python bench/memory.py --append 200000 [400000 …]
 
 Resident memory is read from /proc. The network is small, so that what gcfast holds shows.
 """
@@ -14,6 +15,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 import gcfast
 from gcfast.build import build
+from gcfast.database import Database
 
 DIM, CHANNELS = 128, 256
 
@@ -86,12 +89,71 @@ def build_peak(rows: int, method: str, spool_mib: int) -> dict[str, float]:
             "n_by_n_mib": rows * rows * 4 / 2**20}  # fmt: skip
 
 
+def child(*arguments: str) -> str:
+    """What a process of its own prints: a peak does not come down again."""
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def stored_rows(rows: int, folder: Path) -> None:
+    """A database of N random rows, as a build of :class:`Small` would describe it."""
+    torch.manual_seed(0)
+    manifest = gcfast.Explainer(Small()).build(batches(512)).manifest
+    tensors = {
+        "embeddings": nn.functional.normalize(torch.randn(rows, DIM), dim=1),
+        "channels": torch.rand(rows, CHANNELS).topk(50).indices,
+        "weights": torch.rand(rows, 50),
+        "offsets": torch.rand(rows),
+        "labels": torch.arange(rows) % 100,
+        "triplet_counts": torch.ones(rows, dtype=torch.int64),
+    }
+    Database(tensors, [str(i) for i in range(rows)], manifest).save(folder)
+
+
+def append_peak(rows: int, folder: Path) -> dict[str, float]:
+    """Growth of the peak of resident memory, mapped pages included, over an append of 512 rows.
+
+    Args:
+        rows: N, what the database in the folder has.
+        folder: where it is.
+    """
+    torch.manual_seed(0)
+    explainer = gcfast.Explainer(Small())
+    explainer.build(batches(512))
+    explainer.append(batches(512))  # what does not depend on N
+    explainer.database = Database.open(folder)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before = resident_mib()
+    start = time.perf_counter()
+    explainer.append(batches(512))
+    seconds = time.perf_counter() - start
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return {"rows": rows, "growth_mib": peak - before, "n_by_d_mib": rows * DIM * 4 / 2**20,
+            "seconds": seconds}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 40_000])
     parser.add_argument("--one", help=argparse.SUPPRESS)  # rows,method,spool of a single build
+    parser.add_argument("--append", type=int, nargs="+", help="only append, to so many rows")
+    parser.add_argument("--appended", help=argparse.SUPPRESS)  # rows,folder of a single append
     arguments = parser.parse_args()
+    if arguments.appended:
+        rows, folder = arguments.appended.split(",", 1)
+        print(json.dumps(append_peak(int(rows), Path(folder))))
+        return
+    if arguments.append:
+        print(conditions())
+        for rows in arguments.append:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "db")
+                stored_rows(rows, path)
+                print(f"append: {child('--appended', f'{rows},{path}')}", flush=True)
+        return
     if arguments.one:
         rows, method, spool = arguments.one.split(",")
         print(json.dumps(build_peak(int(rows), method, int(spool))))
@@ -106,11 +168,9 @@ def main() -> None:
         ("gradcam++", 0),
     ):
         for rows in arguments.rows:
-            # A process of its own each time: a peak does not come down again.
-            command = [sys.executable, __file__, "--one", f"{rows},{method},{spool}"]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            out = child("--one", f"{rows},{method},{spool}")
             how = f"spool up to {spool} MiB in memory" if spool else "streamed into a folder"
-            print(f"build, {method}, {how}: {out.strip()}")
+            print(f"build, {method}, {how}: {out}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 #include "table.hpp"
 
-#include <sys/stat.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <utility>
 
@@ -63,23 +60,6 @@ void prefetch_array(const void* begin, int64_t bytes) {
 #endif
 }
 
-void check_file(const MappedFile& file) {
-  struct stat now {};
-  if (stat(file.path.c_str(), &now) != 0) {
-    if (errno == ENOENT || errno == ENOTDIR)
-      throw DamagedShard("the shard " + file.path + " was deleted while the database was open");
-    throw DamagedShard("the shard " + file.path +
-                       " cannot be looked at any more: " + std::strerror(errno));
-  }
-  const bool same = static_cast<std::uint64_t>(now.st_dev) == file.device &&
-                    static_cast<std::uint64_t>(now.st_ino) == file.inode;
-  if (same && static_cast<int64_t>(now.st_size) < file.bytes)
-    throw DamagedShard("the shard " + file.path +
-                       " was truncated while the database was open: its rows take " +
-                       std::to_string(file.bytes) + " bytes, it has " +
-                       std::to_string(now.st_size));
-}
-
 }  // namespace
 
 Table::Table(std::vector<Shard> shards, int64_t dim, int64_t width)
@@ -101,9 +81,10 @@ void Table::check_files(const int64_t* ids, int64_t count) const {
   std::vector<char> read(shards_.size(), 0);
   for (int64_t i = 0; i < count; ++i)
     if (ids[i] >= 0) read[shard_of(ids[i])] = 1;
+  FileCheck check;
   for (size_t s = 0; s < shards_.size(); ++s)
     if (read[s] != 0)
-      for (const MappedFile& file : shards_[s].files) check_file(file);
+      for (const MappedFile& file : shards_[s].files) check(file);
 }
 
 void Table::prefetch(Row at, bool whole) const {

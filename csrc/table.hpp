@@ -2,24 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "mapped_file.hpp"
+
 namespace gcfast {
-
-// A shard's file was taken away or cut short while it is mapped.
-struct DamagedShard : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// A file that a shard's arrays are mapped from, as it was when the table was made.
-struct MappedFile {
-  std::string path;
-  std::uint64_t device;
-  std::uint64_t inode;
-  std::int64_t bytes;  // from its start to the end of the last array in it
-};
 
 // Consecutive rows. Half-precision values are IEEE binary16.
 struct Shard {
@@ -52,8 +39,7 @@ class Table {
 
   // Throws DamagedShard unless the files behind these rows (-1: none) are there in full. To read
   // past the end of a file that was cut short is a bus error, so it is asked before each gather;
-  // a file that is cut between the question and the gather still is one. A file that was replaced
-  // by another of its name is no damage: what is mapped is the old one, which lives on.
+  // a file that is cut between the question and the gather still is one.
   void check_files(const std::int64_t* ids, std::int64_t count) const;
 
   // Asks the processor to fetch a row's embedding, and all of it if `whole`.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gcfast import durable, shards
 from gcfast.calibration import KEY
@@ -16,13 +17,13 @@ from gcfast.embedding import Embedded, EmbeddingStage, Totals
 from gcfast.errors import GcfastError, ModelMismatchError
 from gcfast.fingerprint import difference
 from gcfast.labels import column
-from gcfast.manifest import MANIFEST, encoded, read_manifest
+from gcfast.manifest import MANIFEST, encoded, updating
 from gcfast.network import Network
 from gcfast.provenance import changed_settings, identity, report_of
 from gcfast.rows import Rows, fill_from_second_pass, fill_from_spool
 from gcfast.settings import Settings
 from gcfast.shards import Shard, write_shard
-from gcfast.spool import Spool
+from gcfast.spool import Spool, one_table
 from gcfast.storage import in_storage
 
 
@@ -35,13 +36,37 @@ def append(
     progress: bool = False,
 ) -> Database:
     """A database with further rows; see :meth:`gcfast.Explainer.append`."""
-    manifest = database.manifest
     check_appendable(database, network, settings)
+    added, ids, new = _made(database, network, loader, settings, progress=progress)
+    if database.path is None:
+        return database.extended(added, ids, database.manifest | new)
+    _write(database, database.path, added, ids, new)
+    together = Database.open(database.path)
+    if KEY in database.manifest:  # it may not have been saved
+        together.manifest[KEY] = database.manifest[KEY]
+    return together
+
+
+def _made(
+    database: Database,
+    network: Network,
+    loader: Iterable[Any],
+    settings: Settings,
+    *,
+    progress: bool,
+) -> tuple[Shard, list[str], dict[str, Any]]:
+    """(the new rows, their ids, what they change in the manifest).
+
+    Besides the new ones, all embeddings are held once, one after another, as triplets are drawn
+    from: in memory up to gcfast.spool.SPOOL_MEMORY_BYTES, in a temporary file beyond.
+    """
+    manifest = database.manifest
+    stored_labels = np.unique(
+        np.concatenate([np.unique(shard.labels.numpy()) for shard in database.shards])
+    )
     totals = Totals(
         first=manifest["report"]["images"],
-        labels=column(
-            settings.objective.real_labels, database.class_names, set(database.labels.tolist())
-        ),
+        labels=column(settings.objective.real_labels, database.class_names, stored_labels.tolist()),
     )
     spool = Spool()
     try:
@@ -55,30 +80,28 @@ def append(
     finally:
         spool.close()
     mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
-    stored = (database.embeddings.float(), database.labels)
-    rows = Rows(embedded, settings, network.device(torch.device("cpu")), before=stored, mean=mean)
+    table = one_table([*(shard.embeddings for shard in database.shards), embedded.embeddings])
+    embedded = embedded._replace(embeddings=table[len(database) :])
+    everyone = (table, torch.cat([*(s.labels for s in database.shards), embedded.labels]))
+    device = network.device(torch.device("cpu"))
+    rows = Rows(embedded, settings, device, everyone=everyone, mean=mean)
     if embedded.head is not None:
         fill_from_spool(rows, progress=progress)
     else:
         fill_from_second_pass(network, loader, rows, progress=progress)
     added, kept = rows.table.shard(embedded)
+    # The rows' own: a view would keep the whole table for as long as they are kept.
+    added = added._replace(embeddings=added.embeddings.clone())
     new = {
         "class_names": embedded.class_names,
-        "report": _report(database, embedded, added, settings),
+        "report": _report(database, embedded, stored_labels, added, settings),
         # Stored rows have drawn their triplets without the newest ones.
         "older_rows": len(database),
     }
     if database.storage != "float32":
         first = len(database)
         added = in_storage(added, database.storage, database.weight_scale, mean, first=first)
-    ids = [embedded.ids[number] for number in kept.tolist()]
-    if database.path is None:
-        return database.extended(added, ids, manifest | new)
-    _write(database, database.path, added, ids, new)
-    together = Database.open(database.path)
-    if KEY in manifest:  # it may not have been saved
-        together.manifest[KEY] = manifest[KEY]
-    return together
+    return added, [embedded.ids[number] for number in kept.tolist()], new
 
 
 def check_appendable(database: Database, network: Network, settings: Settings) -> None:
@@ -109,12 +132,16 @@ def check_appendable(database: Database, network: Network, settings: Settings) -
 
 
 def _report(
-    database: Database, embedded: Embedded, added: Shard, settings: Settings
+    database: Database,
+    embedded: Embedded,
+    stored_labels: NDArray[Any],
+    added: Shard,
+    settings: Settings,
 ) -> dict[str, int]:
     """The counts of the database's build and of these rows together."""
-    everyone = torch.cat([database.labels, embedded.labels])
-    _, inverse, seen = np.unique(everyone.numpy(), return_inverse=True, return_counts=True)
-    alone = torch.from_numpy(seen[inverse] == 1)[len(database) :]
+    _, inverse, seen = np.unique(embedded.labels.numpy(), return_inverse=True, return_counts=True)
+    before = np.isin(embedded.labels.numpy(), stored_labels)
+    alone = torch.from_numpy((seen[inverse] == 1) & ~before)
     hardest = int((added.triplet_counts == 0).sum())
     report = report_of(embedded.labels, len(added.labels), hardest, settings, alone=alone)
     return {name: count + report.get(name, 0) for name, count in database.report.items()}
@@ -125,13 +152,8 @@ def _write(
 ) -> None:
     """New shards, then the manifest that names them: readers see the old rows or all of them."""
     try:
-        with durable.locked(folder, "writing to"):
-            manifest = read_manifest(folder)
-            entries = manifest["shards"]
-            if entries != database.manifest["shards"]:
-                raise GcfastError(
-                    f"the database {folder} has changed since it was opened: open it again"
-                )
+        with updating(folder, database.manifest["shards"]) as manifest:
+            entries = list(manifest["shards"])
             number = 1 + max(int(e["file"].removeprefix("rows-").split(".")[0]) for e in entries)
             for start in range(0, len(ids), shards.SHARD_ROWS):
                 where = slice(start, start + shards.SHARD_ROWS)

@@ -48,7 +48,8 @@ class Building(ExplainerState):
             progress: show bars on stderr.
             preprocessing: anything that JSON can hold, kept in the manifest.
             out: the folder to write the database to as it is made; None keeps it in memory.
-            resume: go on with the unfinished build of ``out``, if there is one.
+            resume: go on with the unfinished build of ``out``, if there is one. With another
+                ``storage`` than it had its rows are made anew, from the embeddings that it has.
             overwrite: replace a gcfast database at ``out``, once the new one is whole.
             storage: "float32" or "float16" for the rows' embeddings and weights.
 

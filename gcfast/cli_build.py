@@ -14,7 +14,7 @@ from gcfast.images import ImageFolder, ImageLoader
 from gcfast.manifest import check_target
 from gcfast.models import LoadedModel, load_model
 from gcfast.preprocessing import Preprocessing
-from gcfast.streaming import check_unfinished
+from gcfast.unfinished import check_unfinished, tidy
 
 # What the counts of a build mean.
 _COUNTS = {
@@ -40,6 +40,7 @@ def build_database(options: argparse.Namespace) -> int:
             f"`--margin` must be left out with --objective {options.objective}, which has none"
         )
     # Before hours of work, not after.
+    tidy(options.out)
     check_target(options.out, options.force, name="--out", remedy="--force")
     check_unfinished(options.out, options.resume, name="--out", remedy="--resume")
 

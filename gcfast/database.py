@@ -22,7 +22,8 @@ from gcfast import stored_index
 from gcfast._checks import require_int
 from gcfast.compress import compressed
 from gcfast.errors import GcfastError, NoDatabaseError
-from gcfast.manifest import INDEX, check_target
+from gcfast.manifest import check_target
+from gcfast.mapped import check_files
 from gcfast.members import Members, MembersFile
 from gcfast.opening import opened
 from gcfast.saving import Conversion, write_database
@@ -125,15 +126,15 @@ class Database:
             return list(self._shards)
 
     def check_files(self) -> None:
-        """Whether the files of an opened database are all there, in the sizes they had.
+        """Whether the files of an opened database are as long as they were, and not deleted.
 
-        Reading a page of a file that was cut off kills the process, so this comes before.
+        Reading a page of a file that was cut off kills the process, so this comes before. Where
+        another database has taken the folder's place, this one goes on with what it has mapped.
 
         Raises:
-            DamagedDatabaseError: one is gone, or has another size.
+            DamagedDatabaseError: one was deleted or cut off.
         """
-        for file in self._files:
-            file.check()
+        check_files(file.source for file in self._files)
 
     def _column(self, name: str) -> Tensor:
         with self._lock:
@@ -212,7 +213,7 @@ class Database:
             raise GcfastError("a database that is not compressed has no members: row 0 is itself")
         require_int("row", row, 0, len(self) - 1)
         if self._members_file is not None:
-            self._members_file.check()
+            check_files([self._members_file.source])
             if self._checked:
                 self._members_file.verify()
         return self.members.of_centre(row)
@@ -222,7 +223,7 @@ class Database:
         """The file of the stored index; None where the manifest names none."""
         if self.path is None or "index" not in self.manifest:
             return None
-        return self.path / INDEX
+        return self.path / str(self.manifest["index"]["file"])
 
     def build_index(self, factory: str) -> None:
         """Make a FAISS index of the rows and store it in the database's folder.
@@ -249,10 +250,13 @@ class Database:
         Raises:
             MissingExtraError: FAISS is not installed.
             NoDatabaseError: none is stored.
-            GcfastError: the database has got other rows since it was made.
+            GcfastError: the database has got other rows since it was made, or since it was opened.
             DamagedDatabaseError: the file is missing, cut off, or not what was written.
         """
-        return stored_index.read(self.path, self.manifest, len(self), verify=self._checked)
+        manifest = self.manifest
+        index, entry = stored_index.read(self.path, manifest, len(self), verify=self._checked)
+        self.manifest = {**manifest, "index": entry}
+        return index
 
     def compress(self, centers: int = 50, *, seed: int = 0, iterations: int = 25) -> Database:
         """The paper's compressed database: k-means centres in the embedding space, as rows.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gcfast.errors import GcfastError
@@ -87,6 +88,29 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
             os.close(descriptor)
 
 
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A new folder beside a place, to be filled and moved there; what is left of it goes.
+
+    Those that killed processes left beside this place, which nobody holds any more, go first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    prefix = f".{target.name}.gcfast-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if fcntl is not None:  # or one that is being filled could not be told
+            with suppress(OSError, GcfastError), locked(left, "writing to"):
+                shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    try:
+        with locked(folder, "writing to"):
+            open_permissions(folder)
+            yield folder
+    finally:
+        _remove(folder)
+
+
 def move_into_place(folder: Path, target: Path, *, swap: bool = False) -> None:
     """Rename a finished folder to its name; what has that name goes when the new one is there.
 
@@ -109,7 +133,7 @@ def move_into_place(folder: Path, target: Path, *, swap: bool = False) -> None:
                 except OSError:
                     _exchange(folder, target)
                     raise
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
                 return
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.rename(target, old / target.name)
@@ -123,6 +147,12 @@ def move_into_place(folder: Path, target: Path, *, swap: bool = False) -> None:
     else:
         os.rename(folder, target)
     sync_folder(target.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or the link in its place, as far as that is possible."""
+    with suppress(OSError):
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
 
 
 def _exchange(one: Path, two: Path) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gcfast import durable
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
 
 FORMAT = "gcfast-database"
@@ -15,10 +18,11 @@ FORMAT = "gcfast-database"
 # A database of format 1 opens as it is.
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-INDEX = "index.faiss"
+INDEX = "index.faiss"  # as it is written; the manifest's name has a part of its checksum
 MEMBERS = "members.safetensors"
 OWN_FILES = re.compile(
-    r"manifest\.json(\.new)?|rows-\d{5,}\.safetensors|index\.faiss(\.new)?|members\.safetensors"
+    r"manifest\.json(\.new)?|rows-\d{5,}\.safetensors|members\.safetensors"
+    r"|index(-[0-9a-f]{16})?\.faiss(\.new)?|build\.json"
 )
 STORAGES = ("float32", "float16")
 MANIFEST_KEYS: dict[str, type] = {
@@ -63,7 +67,12 @@ def check_target(
     Raises:
         FileExistsError: something is there and may not be replaced, or is not a gcfast database
             and nothing else.
+        ValueError: a path that safetensors cannot open.
     """
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"`{name}` must be a path in UTF-8, got {str(target)!r}") from None
     if not target.exists():
         return
     try:
@@ -126,6 +135,57 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise DamagedDatabaseError(f"{folder / MANIFEST} is damaged: {error}") from error
     return manifest
+
+
+@contextmanager
+def updating(folder: Path, shards: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Hold a database folder to add files to it and to replace its manifest.
+
+    At the end, also of one that failed, what the manifest does not name is removed: the files of
+    an update that failed or was killed, and what the new manifest has something else for.
+
+    Args:
+        folder: the database's.
+        shards: the manifest's, of the rows that the update is for.
+
+    Yields:
+        The manifest as it is.
+
+    Raises:
+        GcfastError: the database has changed, or another process writes to it.
+    """
+    with durable.locked(folder, "writing to"):
+        manifest = read_manifest(folder)
+        if manifest["shards"] != shards:
+            raise GcfastError(changed(folder))
+        before = named_files(manifest)
+        try:
+            yield manifest
+        except BaseException:
+            # A manifest whose renaming was not flushed may be the old one again after a crash.
+            _remove_unnamed(folder, before)
+            raise
+        _remove_unnamed(folder, set())
+
+
+def changed(folder: Path) -> str:
+    """What is said to whoever has opened a database that was written to since."""
+    return f"the database {folder} has changed since it was opened: open it again"
+
+
+def named_files(manifest: dict[str, Any]) -> set[str]:
+    """The names of a database's files."""
+    entries = [*manifest["shards"], *(manifest[n] for n in ("members", "index") if n in manifest)]
+    return {MANIFEST, *(entry["file"] for entry in entries)}
+
+
+def _remove_unnamed(folder: Path, kept: set[str]) -> None:
+    """Remove the files of a database that its manifest does not name, but for those kept."""
+    with suppress(OSError, GcfastError):  # the database is whole with them, too
+        kept = kept | named_files(read_manifest(folder))
+        for file in folder.iterdir():
+            if OWN_FILES.fullmatch(file.name) and file.name not in kept:
+                file.unlink()
 
 
 def _check_file(what: str, entry: Any, keys: dict[str, type]) -> None:

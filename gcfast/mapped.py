@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,36 +15,74 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gcfast.errors import DamagedDatabaseError
+from gcfast.manifest import MANIFEST
 
+# A build that takes an old database's place renames that one away first: how often, and how far
+# apart, a manifest is looked for before it counts as gone.
+MOVING_TRIES = 5
+MOVING_SECONDS = 0.01
 MAPS = Path("/proc/self/maps")
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file as it was when its tensors were asked about."""
+    """A file as it was when its tensors were mapped or asked about."""
 
     path: str
     device: int
     inode: int
-    bytes: int  # from its start to the end of the last tensor in it
+    bytes: int  # from its start to the end of what is read of it
+    kind: str = "shard"
 
-    def check(self) -> None:
-        """Raise DamagedDatabaseError where the file was deleted or cut short since.
 
-        A file that was replaced by another of its name is no damage: the old one, which is what is
-        mapped, lives on.
-        """
+def check_files(files: Iterable[SourceFile]) -> None:
+    """Raise DamagedDatabaseError where a file was deleted or cut short since.
+
+    The rule, which csrc/mapped_file.cpp has for the transfer engine: a file of that name that is
+    another one is no damage, and none of that name is none either where the folder's manifest does
+    not name it, for then another database has taken the place of this one. What is mapped lives on
+    in both cases. A name that is gone though the manifest has it, or with the whole folder, was
+    deleted.
+    """
+    manifests: dict[bytes, set[bytes] | None] = {}
+    for file in files:
         try:
-            now = os.stat(self.path)
-        except FileNotFoundError:
+            now = os.stat(file.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise DamagedDatabaseError(
+                    f"the {file.kind} {file.path} cannot be looked at any more: {error.strerror}"
+                ) from error
+            if not _replaced(file.path, manifests):
+                raise DamagedDatabaseError(
+                    f"the {file.kind} {file.path} was deleted or moved away while the database was "
+                    "open"
+                ) from None
+            continue
+        if (now.st_dev, now.st_ino) == (file.device, file.inode) and now.st_size < file.bytes:
             raise DamagedDatabaseError(
-                f"the shard {self.path} was deleted while the database was open"
-            ) from None
-        if (now.st_dev, now.st_ino) == (self.device, self.inode) and now.st_size < self.bytes:
-            raise DamagedDatabaseError(
-                f"the shard {self.path} was truncated while the database was open: its rows take "
-                f"{self.bytes} bytes, it has {now.st_size}"
+                f"the {file.kind} {file.path} was truncated while the database was open: "
+                f"{file.bytes} bytes of it are in use, it has {now.st_size}"
             )
+
+
+def _replaced(path: str, manifests: dict[bytes, set[bytes] | None]) -> bool:
+    """Whether the manifest beside a file that is gone is there and does not name it."""
+    folder, name = os.path.split(os.fsencode(path))
+    named = manifests.get(folder)
+    if named is None or name in named:  # it may be another one by now
+        named = manifests[folder] = _named(folder)
+    return named is not None and name not in named
+
+
+def _named(folder: bytes) -> set[bytes] | None:
+    """What stands in quotes in a folder's manifest (and between them); None without one."""
+    for attempt in range(MOVING_TRIES):
+        if attempt:
+            time.sleep(MOVING_SECONDS)
+        with suppress(OSError):
+            return set(Path(os.fsdecode(folder), MANIFEST).read_bytes().split(b'"'))
+    return None
 
 
 class _Mapping(NamedTuple):

@@ -92,8 +92,8 @@ class Rows:
         embedded: what stage 1 found out about the images that rows are made for.
         settings: of the build.
         device: of the model, where the rows are made.
-        before: rows that lend partners too and have lower numbers: their embeddings [R, D] float32
-            and labels [R].
+        everyone: embeddings [R, D] float32 and labels [R] of all the rows that lend partners, those
+            of the images last; None for theirs alone.
         mean: [C] float64, the mean activation of the offsets; None is that of the images.
         start: the first image that a row is made for; those before it have theirs.
         capacity: rows that are held; None for all.
@@ -106,7 +106,7 @@ class Rows:
         settings: Settings,
         device: torch.device,
         *,
-        before: tuple[Tensor, Tensor] | None = None,
+        everyone: tuple[Tensor, Tensor] | None = None,
         mean: Tensor | None = None,
         start: int = 0,
         capacity: int | None = None,
@@ -114,14 +114,11 @@ class Rows:
     ) -> None:
         self.embedded = embedded
         self.settings = settings
-        self.first = 0 if before is None else len(before[0])
-        everyone = embedded
-        if before is not None:
-            everyone = embedded._replace(
-                embeddings=torch.cat([before[0], embedded.embeddings]),
-                labels=torch.cat([before[1], embedded.labels]),
-            )
-        self.source = everyone.source(settings, device)
+        lending = embedded
+        if everyone is not None:
+            lending = embedded._replace(embeddings=everyone[0], labels=everyone[1])
+        self.first = len(lending.labels) - len(embedded.labels)
+        self.source = lending.source(settings, device)
         # What still waits for a GPU, once for each batch of rows: whether any anchor is without a
         # valid pair (its hardest is then put in), how many pairs there are when all are listed, and
         # in a second pass whether these are the images of the first, before the backward pass.

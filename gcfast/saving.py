@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,25 +59,22 @@ def write_database(conversion: Conversion, target: Path) -> dict[str, Any]:
         OSError: the disk is full, or another failure to write; ``target`` is as it was.
     """
     database, manifest = conversion.database, conversion.manifest()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        durable.open_permissions(folder)
-        entries = []
-        for number, start in enumerate(range(0, len(database), shards.SHARD_ROWS)):
-            stop = start + shards.SHARD_ROWS
-            rows = conversion.rows(start, stop)
-            entries.append(write_shard(folder, number, rows, database.ids[start:stop]))
-        manifest["shards"] = entries
-        if database.members is not None:
-            database.members_of(0)  # compares its checksum
-            manifest["members"] = database.members.write(folder)
-        durable.write(folder / MANIFEST, encoded(manifest))
-        durable.move_into_place(folder, target, swap=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with durable.beside(target) as folder:
+            entries = []
+            for number, start in enumerate(range(0, len(database), shards.SHARD_ROWS)):
+                stop = start + shards.SHARD_ROWS
+                rows = conversion.rows(start, stop)
+                entries.append(write_shard(folder, number, rows, database.ids[start:stop]))
+            manifest["shards"] = entries
+            if database.members is not None:
+                database.members_of(0)  # compares its checksum
+                manifest["members"] = database.members.write(folder)
+            durable.write(folder / MANIFEST, encoded(manifest))
+            durable.move_into_place(folder, target, swap=True)
     except OSError as error:
         raise OSError(
             error.errno, f"cannot write the database {target}: {error.strerror or error}"
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return manifest

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gcfast import durable
 from gcfast.errors import DamagedDatabaseError
+from gcfast.mapped import SourceFile
 
 
 class Shard(NamedTuple):
@@ -83,8 +84,7 @@ class MappedFile:
         self.path = folder / entry["file"]
         self.bytes: int = entry["bytes"]
         self.sha256: str = entry["sha256"]
-        self.inode: tuple[int, int] | None = None
-        self.check()
+        self._check_size()
         try:
             # The library settles that the header is sound; where the tensors lie it does not say.
             with safetensors.safe_open(self.path, framework="pt") as file:
@@ -108,26 +108,22 @@ class MappedFile:
             raise DamagedDatabaseError(
                 f"the {self.KIND} {self.path} cannot be read: {error}"
             ) from error
-        self.inode = (status.st_dev, status.st_ino)
+        self.source = SourceFile(
+            str(self.path), status.st_dev, status.st_ino, self.bytes, self.KIND
+        )
         self.verified = False
         self._content = content
         self._lock = threading.Lock()
 
-    def check(self) -> None:
-        """Raise DamagedDatabaseError where the file is gone or has changed its size.
-
-        Another file in its place is no damage: what is mapped lives on.
-        """
+    def _check_size(self) -> None:
         try:
-            status = self.path.stat()
+            size = self.path.stat().st_size
         except FileNotFoundError:
             raise DamagedDatabaseError(f"the {self.KIND} {self.path} is missing") from None
-        if self.inode is not None and self.inode != (status.st_dev, status.st_ino):
-            return
-        if status.st_size != self.bytes:
+        if size != self.bytes:
             raise DamagedDatabaseError(
                 f"the {self.KIND} {self.path} is truncated or changed: {self.bytes} bytes were "
-                f"written, it has {status.st_size}"
+                f"written, it has {size}"
             )
 
     def verify(self) -> None:

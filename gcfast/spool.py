@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,36 @@ class Spool:
     def _file(self, name: str) -> Path:
         assert self._directory is not None
         return Path(self._directory.name) / name
+
+
+def one_table(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors [·, D] of any precision one after another, as float32, in one copy.
+
+    Args:
+        parts: on the CPU, memory-mapped or not.
+
+    Returns:
+        [N, D]: in memory up to SPOOL_MEMORY_BYTES, beyond that mapped from a temporary file, which
+        has no name any more.
+
+    Raises:
+        OSError: the disk is full, or another failure to write the file.
+    """
+    count, width = sum(len(part) for part in parts), parts[0].shape[1]
+    if 4 * count * width > SPOOL_MEMORY_BYTES:
+        spool = Spool(0)
+        try:
+            for part in parts:
+                spool.add(rows=part.float())
+            return spool.column("rows")
+        finally:
+            spool.close()
+    table = torch.empty((count, width))
+    filled = 0
+    for part in parts:
+        table[filled : filled + len(part)] = part
+        filled += len(part)
+    return table
 
 
 class KeptSpool(Spool):

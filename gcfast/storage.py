@@ -51,10 +51,29 @@ def in_storage(rows: Shard, storage: str, scale: float, mean: Tensor, *, first: 
         good = missed <= HALF_TOLERANCE * wanted.norm(dim=1)
         good &= torch.isfinite(weights).all(1) & torch.isfinite(embeddings).all(1)
         if not bool(good.all()):
-            row = first + int((~good).nonzero()[0])
+            row = int((~good).nonzero()[0])
+            why = _why_not(rows.embeddings[row].float(), wanted[row], scale)
             raise ValueError(
                 f"`storage` must be 'float32' for these rows, got 'float16', which cannot hold "
-                f"row {row}"
+                f"row {first + row}: {why}"
             )
     offsets = (weights.double() * mean.double()[rows.channels]).sum(1).float()
     return rows._replace(embeddings=embeddings, weights=weights, offsets=offsets)
+
+
+def _why_not(embedding: Tensor, wanted: Tensor, scale: float) -> str:
+    """What of a row float16 cannot hold; its weights come scaled."""
+    largest = torch.finfo(torch.float16).max
+    value = float(embedding[embedding.abs().argmax()])
+    if not abs(value) <= largest:
+        return f"its embedding has a value of {value:.4g}, above {largest:.5g}"
+    value = float(wanted[wanted.abs().argmax()]) / scale
+    if not abs(value) <= largest / scale:
+        return (
+            f"it has a weight of {value:.4g}, above the {largest / scale:.4g} that the scale of "
+            "the first rows' weights leaves room for"
+        )
+    return (
+        f"its largest weight is {value:.4g}, so small that in the scale of the first rows' weights "
+        "it would lose digits"
+    )

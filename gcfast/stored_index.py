@@ -14,7 +14,7 @@ from torch import Tensor
 from gcfast import durable
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
 from gcfast.extras import import_faiss
-from gcfast.manifest import INDEX, MANIFEST, encoded, read_manifest
+from gcfast.manifest import INDEX, MANIFEST, changed, encoded, read_manifest, updating
 from gcfast.shards import Shard
 
 TRAINING_ROWS = 2**20  # that an index is trained on at most, evenly spread
@@ -58,6 +58,8 @@ def made(factory: str, shards: list[Shard], *, name: str = "factory") -> Any:
 def store(index: Any, factory: str, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
     """Write an index into a database folder: the file first, then the manifest that names it.
 
+    A reader finds the index that the manifest names at any moment; the old one's file goes last.
+
     Args:
         index: of the database's rows.
         factory: what it was made with.
@@ -73,33 +75,16 @@ def store(index: Any, factory: str, folder: Path, shards: list[dict[str, Any]]) 
     """
     faiss = import_faiss("factory")
     try:
-        with durable.locked(folder, "writing to"):
-            manifest = read_manifest(folder)
-            if manifest["shards"] != shards:
-                raise GcfastError(
-                    f"the database {folder} has changed since it was opened: open it again"
-                )
-            beside = folder / f"{INDEX}.new"
-            try:
-                faiss.write_index(index, str(beside))
-                with beside.open("rb+") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                    os.fsync(file.fileno())
-                size = beside.stat().st_size
-                os.rename(beside, folder / INDEX)
-            except RuntimeError as error:  # what FAISS makes of an error of the system
-                raise OSError(None, f"FAISS: {error}") from error
-            finally:
-                beside.unlink(missing_ok=True)
-            manifest["index"] = {
-                "file": INDEX,
+        with updating(folder, shards) as manifest:
+            name, size, digest = _write(faiss, index, folder)
+            entry = {
+                "file": name,
                 "factory": factory,
                 "rows": index.ntotal,
                 "bytes": size,
                 "sha256": digest,
             }
-            durable.replace(folder / MANIFEST, encoded(manifest))
-            entry: dict[str, Any] = manifest["index"]
+            durable.replace(folder / MANIFEST, encoded({**manifest, "index": entry}))
             return entry
     except OSError as error:
         raise OSError(
@@ -107,8 +92,39 @@ def store(index: Any, factory: str, folder: Path, shards: list[dict[str, Any]]) 
         ) from error
 
 
-def read(folder: Path | None, manifest: dict[str, Any], rows: int, *, verify: bool) -> Any:
-    """The stored index; see :meth:`gcfast.Database.read_index`."""
+def _write(faiss: Any, index: Any, folder: Path) -> tuple[str, int, str]:
+    """(name, bytes, checksum) of an index that no manifest names yet, flushed to the disk."""
+    beside, digest = folder / f"{INDEX}.new", hashlib.sha256()
+    with beside.open("wb") as file:
+
+        def write(content: bytes) -> None:
+            file.write(content)
+            digest.update(content)
+
+        try:
+            # FAISS's own files end silently short where the last of them cannot be written.
+            faiss.write_index(index, faiss.PyCallbackIOWriter(write))
+        except RuntimeError as error:
+            raise OSError(None, f"FAISS: {error}") from error
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    stem, ending = INDEX.split(".")
+    # Another name than the old one's, which readers are told of until the manifest is replaced.
+    path = folder / f"{stem}-{digest.hexdigest()[:16]}.{ending}"
+    os.rename(beside, path)
+    durable.sync_folder(folder)
+    return path.name, size, digest.hexdigest()
+
+
+def read(
+    folder: Path | None, manifest: dict[str, Any], rows: int, *, verify: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The stored index, and what the manifest says of it; see :meth:`gcfast.Database.read_index`.
+
+    The manifest that is given may be older than the folder's, whose index of the same rows is then
+    taken: the older one's may be gone.
+    """
     faiss = import_faiss("index")
     entry = manifest.get("index")
     if folder is None or entry is None:
@@ -116,28 +132,52 @@ def read(folder: Path | None, manifest: dict[str, Any], rows: int, *, verify: bo
             f"there is no index with the database {folder or 'in memory'}: gcfast index, or "
             "Database.build_index, makes one"
         )
+    while True:
+        try:
+            return _read(faiss, folder, entry, rows, verify=verify), entry
+        except DamagedDatabaseError:
+            now = _manifest(folder)
+            if now is None or now.get("index") == entry:
+                raise
+            if now["shards"] != manifest["shards"]:
+                raise GcfastError(changed(folder)) from None
+            if "index" not in now:
+                raise
+            entry = now["index"]
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(folder)
+    except GcfastError:
+        return None
+
+
+def _read(faiss: Any, folder: Path, entry: dict[str, Any], rows: int, *, verify: bool) -> Any:
     again = "gcfast index, or Database.build_index, makes it anew"
     if entry["rows"] != rows:
         raise GcfastError(
             f"the index of {folder} was made of {entry['rows']} rows and the database has {rows}: "
             f"{again}"
         )
-    path = folder / INDEX
+    path = folder / entry["file"]
     try:
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise DamagedDatabaseError(
-                f"the index {path} is truncated or changed: {entry['bytes']} bytes were written, "
-                f"it has {size}; {again}"
-            )
-        if verify:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != entry["sha256"]:
+        # One descriptor for all: the file may be removed, or be another one, at any moment.
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
                 raise DamagedDatabaseError(
-                    f"the index {path} is changed: its checksum differs; {again}"
+                    f"the index {path} is truncated or changed: {entry['bytes']} bytes were "
+                    f"written, it has {size}; {again}"
                 )
-        return faiss.read_index(str(path))
+            if verify:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != entry["sha256"]:
+                    raise DamagedDatabaseError(
+                        f"the index {path} is changed: its checksum differs; {again}"
+                    )
+                file.seek(0)
+            return faiss.read_index(faiss.PyCallbackIOReader(file.read))
     except FileNotFoundError:
         raise DamagedDatabaseError(f"the index {path} is missing; {again}") from None
     except RuntimeError as error:

@@ -30,9 +30,9 @@ from gcfast.head import AffineHead
 from gcfast.labels import column
 from gcfast.manifest import (
     MANIFEST,
-    OWN_FILES,
     check_target,
     encoded,
+    named_files,
     partial_folder,
     read_manifest,
 )
@@ -43,34 +43,12 @@ from gcfast.settings import Settings
 from gcfast.shards import ShardFile, write_shard
 from gcfast.spool import KeptSpool
 from gcfast.storage import in_storage, scale_for
+from gcfast.unfinished import HEAD, STATE, check_unfinished, state_of, tidy
 
-STATE = "build.json"
 STATE_FORMAT = "gcfast-build"
-HEAD = "head.safetensors"
 # How much of stage 1 a killed build loses at most: images, or seconds where they are slow.
 COMMIT_ROWS = 8_192
 COMMIT_SECONDS = 30.0
-
-
-def check_unfinished(
-    target: Path, resume: bool, *, name: str = "out", remedy: str = "resume=True"
-) -> None:
-    """Refuse an unfinished build at ``target`` that is not to be resumed.
-
-    Raises:
-        FileExistsError: there is one; or a folder in its place that is none.
-    """
-    folder = partial_folder(target)
-    if not folder.exists():
-        return
-    if not folder.is_dir() or not all(_ours(p.name) for p in folder.iterdir()):
-        raise FileExistsError(
-            f"`{name}` must leave {folder} to the build, got something else there"
-        )
-    if not resume:
-        raise FileExistsError(
-            f"`{name}` must not be an unfinished build, got {folder}; {remedy} continues it"
-        )
 
 
 def build_into(
@@ -96,6 +74,7 @@ def build_into(
         resume: go on where an unfinished build stopped.
         overwrite: replace a database that is there.
     """
+    tidy(target)
     check_target(target, overwrite, name="out")
     check_unfinished(target, resume)
     with _Unfinished.opened(target, same) as work:
@@ -163,10 +142,11 @@ class _Unfinished:
 
     def _read(self) -> None:
         """Take over what a former process left, if it was building the same."""
-        stored = _json(self.folder / STATE)
+        stored = state_of(self.folder)
         if (self.folder / MANIFEST).exists():
             # Only cleaning up and the new name were missing.
-            self._refuse_others(read_manifest(self.folder) if stored is None else stored)
+            stored = read_manifest(self.folder) if stored is None else stored
+            self._refuse_others(stored, "storage", "preprocessing")
             self.finished = True
             self.state["totals"] = {}
         elif stored is None:
@@ -179,11 +159,17 @@ class _Unfinished:
                 raise GcfastError(
                     f"{self.folder / STATE} is of another gcfast: finish it there, or remove it"
                 )
-            self._refuse_others(stored)
-            self.state = stored
+            self._refuse_others(stored, "preprocessing")
+            storage, self.state = self.state["storage"], stored
+            if stored["storage"] != storage:
+                # What stage 1 made is float32 whatever the rows are stored in: those alone are
+                # made anew, and the files of the shards written over.
+                self.state |= {"storage": storage, "weight_scale": None, "shards": []}
+                with self._writing():
+                    self._commit()
 
-    def _refuse_others(self, stored: dict[str, Any]) -> None:
-        """Raise where the unfinished build is of another model, layer or settings."""
+    def _refuse_others(self, stored: dict[str, Any], *keys: str) -> None:
+        """Raise where the unfinished build is of another model, layer or settings, or these."""
         now = self.state
         other = difference(stored.get("fingerprint", {}), now["fingerprint"])
         if other:
@@ -191,7 +177,7 @@ class _Unfinished:
                 f"the unfinished build {self.folder} is of another model than this one: {other}"
             )
         changed = changed_settings(stored["settings"], now["settings"])
-        for key in ("storage", "preprocessing"):
+        for key in keys:
             if stored[key] != now[key]:
                 changed.append(f"{key} was {stored[key]!r}, is {now[key]!r}")
         if None not in (stored["layer"], now["layer"]) and stored["layer"] != now["layer"]:
@@ -319,13 +305,20 @@ class _Unfinished:
             if state["weight_scale"] is None:
                 state["weight_scale"] = scale_for(rows.weights, state["storage"])
             if state["storage"] != "float32":
-                rows = in_storage(
-                    rows,
-                    state["storage"],
-                    state["weight_scale"],
-                    embedded.mean_activation,
-                    first=sum(shard["entry"]["rows"] for shard in made),
-                )
+                try:
+                    rows = in_storage(
+                        rows,
+                        state["storage"],
+                        state["weight_scale"],
+                        embedded.mean_activation,
+                        first=sum(shard["entry"]["rows"] for shard in made),
+                    )
+                except ValueError as error:
+                    error.add_note(
+                        "with storage='float32' (--storage float32) a resumed build writes the "
+                        "rows anew, from the embeddings that it has"
+                    )
+                    raise
             numbers = kept.tolist()
             whole = numbers[-1] - numbers[0] == len(numbers) - 1
             ids = (
@@ -372,22 +365,14 @@ class _Unfinished:
     def finish(self) -> None:
         """Leave only the database, and give it its name."""
         with self._writing():
+            named = {STATE, *named_files(read_manifest(self.folder))}
             for file in sorted(self.folder.iterdir()):
-                if file.name != STATE and not OWN_FILES.fullmatch(file.name):
+                if file.name not in named:
                     file.unlink()
-            # Last, since it tells what the folder was; the manifest tells it too.
-            (self.folder / STATE).unlink(missing_ok=True)
-            durable.move_into_place(self.folder, self.target)
-
-
-def _ours(name: str) -> bool:
-    known = (STATE, f"{STATE}.new", HEAD, f"{HEAD}.new")
-    return name in known or name.startswith(KeptSpool.PREFIX) or bool(OWN_FILES.fullmatch(name))
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+            # A folder with a manifest and without this file is what was replaced: see `tidy`.
+            if self.target.exists():
+                durable.move_into_place(self.folder, self.target, swap=True)
+                (self.target / STATE).unlink(missing_ok=True)
+            else:
+                (self.folder / STATE).unlink(missing_ok=True)
+                durable.move_into_place(self.folder, self.target)

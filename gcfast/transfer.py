@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gcfast.database import Database
 from gcfast.hot_path import Tables, Transferred, from_tables
-from gcfast.mapped import Mappings
+from gcfast.mapped import Mappings, check_files
 from gcfast.precision import full_precision
 from gcfast.search import (
     ExactSearch,
@@ -85,8 +85,7 @@ class ExactTransfer:
 
     def __call__(self, embeddings: Tensor) -> Transferred:
         """See :class:`Transfer`; DamagedDatabaseError where a mapped file was cut short."""
-        for file in self.files:
-            file.check()
+        check_files(self.files)
         distances, neighbors = self.search(embeddings, self.k)
         return from_tables(distances, neighbors, self.tables, self.temperature)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ import torch
 from networks import common, loader, other, pictures
 
 import gcfast
-from gcfast import shards, streaming
+from gcfast import append as append_module
+from gcfast import durable, shards, spool, streaming
 from gcfast.database import Database
 from gcfast.shards import FIELDS
 
@@ -124,6 +127,41 @@ def test_labels_seen_once_are_counted_among_all() -> None:
     assert one.database is together
 
 
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+@pytest.mark.parametrize("kept", ["in a folder", "in memory"])
+@pytest.mark.parametrize("spooled", [False, True])
+def test_all_embeddings_are_held_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spooled: bool, kept: str, storage: str
+) -> None:
+    first, second = halves()
+    one = explainer()
+    stored = one.build(
+        first, storage=storage, out=tmp_path / "db" if kept == "in a folder" else None
+    )
+    tables, real = [], append_module.one_table
+
+    def watched(parts: Any) -> Any:
+        tables.append((parts, real(parts)))
+        return tables[-1][1]
+
+    monkeypatch.setattr(append_module, "one_table", watched)
+    if spooled:
+        monkeypatch.setattr(spool, "SPOOL_MEMORY_BYTES", 0)
+        monkeypatch.setattr(spool.tempfile, "tempdir", str(tmp_path))
+    together = one.append(second)
+    assert not stored._columns
+    ((parts, table),) = tables
+    assert torch.equal(table[:STORED], stored.embeddings.float())
+    torch.testing.assert_close(table, together.embeddings.float(), rtol=1e-3, atol=1e-6)
+    # Nothing else than this table was made of the stored ones, and nothing kept of it.
+    pairs = zip(parts[:-1], stored.shards, strict=True)
+    assert all(part.data_ptr() == shard.embeddings.data_ptr() for part, shard in pairs)
+    size = (ALL - STORED) * 6 * (4 if storage == "float32" else 2)
+    if kept == "in memory":
+        assert together.shards[-1].embeddings.untyped_storage().nbytes() == size
+    assert [p.name for p in tmp_path.iterdir()] == (["db"] if kept == "in a folder" else [])
+
+
 def test_rebuild_renews_all(tmp_path: Path) -> None:
     first, second = halves()
     one = explainer()
@@ -167,6 +205,66 @@ def test_a_rebuild_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     one.network.model.register_forward_hook(lambda _, x, __: passed.append(len(x[0])))
     assert len(one.database.rebuild(first + second, resume=True)) == ALL
     assert sum(passed) < ALL
+
+
+def test_a_rebuild_killed_at_any_step_of_its_end_leaves_a_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every moment one of the two, and the next rebuild finds nothing in its way."""
+    monkeypatch.setattr(shards, "SHARD_ROWS", ALL)
+    first, second = halves()
+    one = explainer()
+    one.build(first, out=tmp_path / "whole")
+    point, found, killed = 0, [], True
+    while killed:
+        point += 1
+        root = tmp_path / str(point)
+        shutil.copytree(tmp_path / "whole", root / "db")
+        child = os.fork()
+        if child == 0:
+            _kill_at(point, streaming._Unfinished, "finish")
+            gcfast.load(root / "db", one.network.model).rebuild(first + second)
+            os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        found.append(len(Database.open(root / "db", verify=True)))
+        # As it stands where nothing of the new one is left to go on with.
+        resumed = (root / "db.partial" / "build.json").exists()
+        again = gcfast.load(root / "db", one.network.model)
+        assert len(again.rebuild(first + second, resume=resumed)) == ALL
+        assert [p.name for p in root.iterdir()] == ["db"]
+        files = sorted(p.name for p in (root / "db").iterdir())
+        assert files == ["manifest.json", "rows-00000.safetensors"]
+    assert point > 12
+    assert set(found) == {STORED, ALL}
+    assert found == sorted(found)
+
+
+def _kill_at(point: int, where: Any, method: str) -> None:
+    """End this process before or after a counted step of a method and what comes after it."""
+    count, real = 0, getattr(where, method)
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        if count == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(function: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            step()
+            out = function(*arguments, **options)
+            step()
+            return out
+
+        return counted
+
+    def counting(*arguments: Any) -> Any:
+        for name in ("fsync", "rename", "unlink", "rmdir"):
+            setattr(os, name, around(getattr(os, name)))
+        durable._exchange = around(durable._exchange)
+        return real(*arguments)
+
+    setattr(where, method, counting)
 
 
 # --- refused

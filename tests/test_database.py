@@ -250,6 +250,18 @@ def test_a_file_that_the_system_cuts_off_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_path_that_safetensors_cannot_open_is_refused_before_the_work(tmp_path: Path) -> None:
+    one, database = built()
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    for name, write in (
+        ("path", lambda: database.save(path)),
+        ("out", lambda: one.build([], out=path)),
+    ):
+        with pytest.raises(ValueError, match=rf"`{name}` must be a path in UTF-8, got .*caf"):
+            write()
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- damage
 
 

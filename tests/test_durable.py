@@ -123,6 +123,39 @@ def test_a_database_is_not_replaced_under_a_writer(
         assert torch.isfinite(resumed.weights).all()
 
 
+# --- what is left beside a place
+
+
+def test_what_killed_saves_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    place = tmp_path / "d[b]"  # as in a pattern of names
+    kept = [tmp_path / name for name in (".d[b].mine", ".db.gcfast-12345678", "d[b].partial")]
+    left = [tmp_path / f".d[b].gcfast-{'x' * 8}", tmp_path / f".d[b].gcfast-{'y' * 8}"]
+    for folder in (*kept, *left):
+        folder.mkdir()
+        (folder / "file").write_text("content")
+    with durable.locked(left[1], "writing to"), durable.beside(place) as folder:
+        assert not left[0].exists()
+        assert left[1].exists()  # another process is at it
+        with durable.beside(place) as another:
+            assert folder.exists()
+        assert not another.exists()
+        durable.move_into_place(folder, place)
+    assert place.is_dir()
+    assert place.stat().st_mode & 0o777 == kept[0].stat().st_mode & 0o777
+    assert all((folder / "file").exists() for folder in kept)
+
+
+def test_a_link_in_the_place(saved: Path) -> None:
+    """It is replaced, not what it leads to."""
+    link = saved.with_name("link")
+    link.symlink_to(saved.name)
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    Database.open(saved).save(link, overwrite=True)
+    assert not link.is_symlink()
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    assert sorted(p.name for p in saved.parent.iterdir()) == [saved.name, "link"]
+
+
 # --- readers of a database that is replaced
 
 

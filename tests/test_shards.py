@@ -155,7 +155,10 @@ def test_a_shard_harmed_under_an_open_database(saved: Path, harm: str) -> None:
         shard.unlink()
     else:
         os.truncate(shard, 200)
-    words = "is missing" if harm == "deleted" else "truncated or changed: .* it has 200"
+    words = {
+        "deleted": "was deleted or moved away while the database was open",
+        "truncated": "was truncated while the database was open: .* it has 200",
+    }[harm]
     with pytest.raises(gcfast.DamagedDatabaseError, match=words):
         _ = opened.embeddings
     with pytest.raises(gcfast.DamagedDatabaseError, match=words):
@@ -283,10 +286,21 @@ def test_maps_from_half(tmp_path: Path, center: float, normalize: str | None, in
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("field", ["weights", "embeddings"])
-def test_what_half_cannot_hold_is_refused(fresh: Database, tmp_path: Path, field: str) -> None:
-    getattr(fresh, field)[6] *= 1e30
-    with pytest.raises(ValueError, match=r"`storage` must be 'float32' for .* cannot hold row 6"):
+@pytest.mark.parametrize(
+    ("field", "factor", "why"),
+    [
+        ("weights", 1e30, r"it has a weight of -?\d\.\d+e\+\d+, above the \S+ that the scale"),
+        ("weights", float("nan"), r"it has a weight of nan, above the"),
+        ("weights", 1e-12, r"its largest weight is -?\d\.\d+e-1\d, so small that in the scale"),
+        ("embeddings", 1e30, r"its embedding has a value of -?\d\.\d+e\+\d+, above 65504$"),
+    ],
+)
+def test_what_half_cannot_hold_is_refused(
+    fresh: Database, tmp_path: Path, field: str, factor: float, why: str
+) -> None:
+    getattr(fresh, field)[6] *= factor
+    words = r"`storage` must be 'float32' for .* cannot hold row 6: " + why
+    with pytest.raises(ValueError, match=words):
         fresh.save(tmp_path / "half", storage="float16")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="`storage` must be one of 'float32', 'float16', got 'f8'"):

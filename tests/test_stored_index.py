@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ def test_it_is_the_index_of_the_rows(
     opened = Database.open(tmp_path / "other")
     assert opened.manifest == database.manifest
     assert opened.manifest["index"]["factory"] == factory
-    assert opened.index_path == tmp_path / "other" / "index.faiss"
+    assert opened.index_path == tmp_path / "other" / opened.manifest["index"]["file"]
     index = opened.read_index()
     rows = opened.embeddings.float().numpy()
     wanted = faiss.index_factory(6, factory)
@@ -64,14 +66,18 @@ def test_an_explainer_searches_through_it(tmp_path: Path, one: gcfast.Explainer)
 def test_it_is_replaced_and_not_copied(tmp_path: Path, one: gcfast.Explainer) -> None:
     database = one.database
     database.build_index("Flat")
-    before = database.index_path.read_bytes()
+    before = database.index_path
     database.build_index("HNSW8")
-    assert database.index_path.read_bytes() != before
+    assert database.index_path != before
+    assert not before.exists()
+    after = {p.name: p.read_bytes() for p in (tmp_path / "db").iterdir()}
+    database.build_index("HNSW8")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "db").iterdir()} == after
     database.save(tmp_path / "copy")
     copy = Database.open(tmp_path / "copy")
     assert copy.index_path is None
     one.build(loader(*pictures(12)), out=tmp_path / "db", overwrite=True)
-    assert not (tmp_path / "db" / "index.faiss").exists()
+    assert not list((tmp_path / "db").glob("index*"))
 
 
 def test_a_stale_one_is_refused(tmp_path: Path, one: gcfast.Explainer) -> None:
@@ -183,3 +189,195 @@ def test_it_is_trained_on_a_sample(one: gcfast.Explainer, monkeypatch: Any) -> N
     )
     one.database.build_index("IVF4,Flat")
     assert seen == [15]
+
+
+# --- made anew under its readers
+
+
+def test_an_index_of_its_former_name_opens_and_gives_way(
+    tmp_path: Path, one: gcfast.Explainer
+) -> None:
+    one.database.build_index("Flat")
+    folder = tmp_path / "db"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    one.database.index_path.rename(folder / "index.faiss")
+    manifest["index"]["file"] = "index.faiss"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    former = Database.open(folder)
+    assert former.index_path == folder / "index.faiss"
+    assert former.read_index().ntotal == 40
+    former.build_index("HNSW8")
+    assert not (folder / "index.faiss").exists()
+    assert Database.open(folder).read_index().hnsw.efSearch
+    former.save(folder, overwrite=True)  # all of it is a database's
+    assert Database.open(folder).index_path is None
+
+
+def test_an_index_that_was_made_anew_is_taken(one: gcfast.Explainer) -> None:
+    one.database.build_index("Flat")
+    reader, writer = Database.open(one.database.path), Database.open(one.database.path)
+    held = reader.read_index()
+    writer.build_index("HNSW8")
+    assert isinstance(reader.read_index(), faiss.IndexHNSWFlat)
+    assert reader.index_path == writer.index_path
+    assert reader.manifest == writer.manifest
+    assert (held.search(reader.embeddings.numpy(), 1)[1][:, 0] == range(40)).all()
+
+
+def test_an_index_that_is_made_anew_while_it_is_read(
+    one: gcfast.Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one.database.build_index("Flat")
+    reader, writer = Database.open(one.database.path), Database.open(one.database.path)
+    real = faiss.read_index
+
+    def late(source: Any) -> Any:
+        monkeypatch.setattr(faiss, "read_index", real)
+        writer.build_index("HNSW8")
+        return real(source)
+
+    monkeypatch.setattr(faiss, "read_index", late)
+    assert isinstance(reader.read_index(), faiss.IndexFlatL2)  # it had the file
+    assert isinstance(reader.read_index(), faiss.IndexHNSWFlat)
+
+
+FULL = """
+import resource, sys
+from gcfast.database import Database
+database = Database.open(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    database.build_index("HNSW64")
+except OSError as error:
+    print("OSError:", error)
+"""
+
+
+def test_an_index_that_the_system_cuts_off(tmp_path: Path, one: gcfast.Explainer) -> None:
+    """FAISS itself would not tell: what it has buffered is written when it closes the file."""
+    one.database.build_index("HNSW64")
+    size = one.database.manifest["index"]["bytes"]
+    folder = tmp_path / "other"
+    one.database.save(folder)
+    manifest = (folder / "manifest.json").stat().st_size
+    assert manifest + 500 < size
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for limit in (size - 1, manifest):
+        run = [sys.executable, "-c", FULL, str(folder), str(limit)]
+        done = subprocess.run(run, capture_output=True, text=True, check=True)
+        assert f"cannot write the index of {folder}: File too large" in done.stdout
+        assert done.stderr == ""
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_an_index_of_further_rows_is_not_taken(one: gcfast.Explainer) -> None:
+    one.database.build_index("Flat")
+    reader = Database.open(one.database.path)
+    one.append(loader(*pictures(6)))
+    assert reader.read_index().ntotal == 40  # the old one stays until there is a new one
+    one.database.build_index("Flat")
+    with pytest.raises(gcfast.GcfastError, match="has changed since it was opened: open it again"):
+        reader.read_index()
+    assert one.database.read_index().ntotal == 46
+
+
+def test_readers_find_an_index_at_any_moment(
+    one: gcfast.Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a crash between any two steps would leave, and what a reader finds."""
+    one.database.build_index("Flat")
+    folder, found, held = one.database.path, [], []
+    opened = Database.open(folder)
+
+    def watched(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            out = function(*arguments, **options)
+            found.append(type(Database.open(folder).read_index()).__name__)
+            held.append(type(opened.read_index()).__name__)
+            return out
+
+        return call
+
+    for name in ("rename", "fsync", "unlink"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    monkeypatch.setattr(faiss, "write_index", watched(faiss.write_index))
+    one.database.build_index("HNSW8")
+    assert len(found) > 6
+    for kinds in (found, held):
+        changes = kinds.index("IndexHNSWFlat")
+        assert set(kinds[:changes]) == {"IndexFlatL2"}
+        assert set(kinds[changes:]) == {"IndexHNSWFlat"}
+    assert held.index("IndexHNSWFlat") > found.index("IndexHNSWFlat")  # while it could be read
+
+
+def test_killed_at_any_step_it_leaves_one_of_the_two(
+    one: gcfast.Explainer,
+) -> None:
+    one.database.build_index("Flat")
+    folder, shards_ = one.database.path, one.database.manifest["shards"]
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    index = stored_index.made("HNSW8", one.database.shards)
+    kinds, leftovers, point = [], 0, 0
+    while True:
+        point += 1
+        child = os.fork()
+        if child == 0:
+            _kill_at(point)
+            stored_index.store(index, "HNSW8", folder, shards_)
+            os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        opened = Database.open(folder, verify=True)
+        kinds.append(type(opened.read_index()).__name__)
+        leftovers += len(list(folder.iterdir())) > len(before)
+        # The next one to write removes what is left, whatever it writes.
+        if point % 2:
+            opened.build_index("Flat")
+            assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+        else:
+            opened.build_index("HNSW4")
+            assert len(list(folder.iterdir())) == len(before)
+        if not killed:
+            break
+    assert point > 12
+    assert leftovers > 5
+    assert kinds[0] == "IndexFlatL2"
+    assert kinds[-1] == "IndexHNSWFlat"
+
+
+def _kill_at(point: int) -> None:
+    """End this process before or after a counted step."""
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        if count == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(function: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
+            step()
+            out = function(*arguments)
+            step()
+            return out
+
+        return counted
+
+    for name in ("fsync", "rename", "unlink"):
+        setattr(os, name, around(getattr(os, name)))
+    faiss.write_index = around(faiss.write_index)
+
+
+def test_appending_removes_what_a_killed_run_left(tmp_path: Path, one: gcfast.Explainer) -> None:
+    one.database.build_index("Flat")
+    left = ["index.faiss.new", f"index-{'0' * 16}.faiss", "rows-00009.safetensors",
+            "manifest.json.new"]  # fmt: skip
+    for name in left:
+        (tmp_path / "db" / name).write_bytes(b"part")
+    (tmp_path / "db" / "notes.txt").write_text("mine")
+    one.append(loader(*pictures(6)))
+    names = {p.name for p in (tmp_path / "db").iterdir()}
+    assert not names & set(left)
+    assert "notes.txt" in names
+    assert one.database.manifest["index"]["file"] in names
+    assert len(Database.open(tmp_path / "db", verify=True)) == 46

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -328,14 +329,81 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     said = r"`resume` must have the settings that .*db.partial was begun with: "
     refused(ValueError, said + "triplets was 4, is 5; seed was 0, is 1",
             explainer(model, triplets=5, seed=1))  # fmt: skip
-    refused(ValueError, said + "storage was 'float32', is 'float16'", explainer(model),
-            storage="float16")  # fmt: skip
     refused(ValueError, said + r"preprocessing was None, is \{'size': 3\}", explainer(model),
             preprocessing={"size": 3})  # fmt: skip
     refused(ValueError, said + "layer was 'backbone', is 'backbone.stem'",
             explainer(model, layer="backbone.stem"))  # fmt: skip
     refused(gcfast.ModelMismatchError, "unfinished build .* another model .*: other parameters",
             explainer(common()))  # fmt: skip
+
+
+# --- another storage
+
+
+def uneven(head: str) -> tuple[gcfast.Explainer, list[Any]]:
+    """Rows of one scale but for the 17th, a picture so dark that its weights are huge."""
+    model = HEADS[head]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    given = batches()
+    given[4][0][1] *= 1e-5
+    return explainer(model), given
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_half_cannot_hold_goes_on_in_float32(tmp_path: Path, head: str) -> None:
+    one, given = uneven(head)
+    wanted = one.build(given, out=tmp_path / "wanted")
+    largest = wanted.weights.abs().amax(1)
+    assert int(largest.argmax()) == 16  # the 18th picture, one of the others being alone
+    words = r"float16', which cannot hold row 16: it has a weight of (\S+), above the (\S+) that"
+    with pytest.raises(ValueError, match=words) as caught:
+        one.build(given, out=tmp_path / "db", storage="float16")
+    value, room = map(float, re.search(words, str(caught.value)).groups())
+    assert abs(value) == pytest.approx(float(largest[16]), rel=1e-3)
+    assert largest[:16].max() < room < abs(value)
+    assert "with storage='float32' (--storage float32) a resumed" in caught.value.__notes__[0]
+    assert "kept in" in caught.value.__notes__[1]
+    partial = tmp_path / "db.partial"
+    assert len(list(partial.glob("rows-*"))) == 2
+    with pytest.raises(ValueError, match="cannot hold row 16"):  # as often as it is asked for
+        one.build(given, out=tmp_path / "db", storage="float16", resume=True)
+    passed: list[int] = []
+    hook = one.network.model.register_forward_hook(lambda _, x, __: passed.append(len(x[0])))
+    # In closed form it needs no images; by autograd it has to see them once more.
+    built = one.build([] if head == "closed form" else given, out=tmp_path / "db", resume=True)
+    hook.remove()
+    assert sum(passed) == (0 if head == "closed form" else 22)
+    assert content(built.path) == content(wanted.path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["db", "wanted"]
+
+
+def test_another_storage_at_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, given = explainer(common()), batches()
+    wanted = one.build(given, out=tmp_path / "wanted", storage="float16")
+    unfinished(one, given, tmp_path / "embedding")
+    one.build(given, out=tmp_path / "embedding", storage="float16", resume=True)
+    assert content(tmp_path / "embedding") == content(wanted.path)
+    # Rows, all of them but for the manifest; then more shards than there will be.
+    monkeypatch.setattr(shards, "SHARD_ROWS", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "report_of", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            one.build(given, out=tmp_path / "rows")
+    assert len(list((tmp_path / "rows.partial").glob("rows-*"))) == 7
+    monkeypatch.setattr(shards, "SHARD_ROWS", 7)
+    one.build([], out=tmp_path / "rows", storage="float16", resume=True)
+    assert content(tmp_path / "rows") == content(wanted.path)
+    # Finished but for the name: those rows are what they are.
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.durable, "move_into_place", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            one.build(given, out=tmp_path / "done")
+    with pytest.raises(ValueError, match="begun with: storage was 'float32', is 'float16'"):
+        one.build(given, out=tmp_path / "done", storage="float16", resume=True)
+    assert one.build([], out=tmp_path / "done", resume=True).storage == "float32"
 
 
 def changed(given: list[Any], how: str) -> list[Any]:

@@ -269,10 +269,11 @@ TEST(files_that_are_gone_or_short_are_refused) {
   CHECK(ftruncate(file, 99) == 0);
   CHECK(MESSAGE_OF(DamagedShard, engine.transfer(asked.data(), 1, request, {})) ==
         std::string("the shard ") + path +
-            " was truncated while the database was open: its rows take 100 bytes, it has 99");
+            " was truncated while the database was open: 100 bytes of it are in use, it has 99");
   CHECK(unlink(path) == 0);
   CHECK(MESSAGE_OF(DamagedShard, engine.transfer(asked.data(), 1, request, {})) ==
-        std::string("the shard ") + path + " was deleted while the database was open");
+        std::string("the shard ") + path +
+            " was deleted or moved away while the database was open");
   close(file);
 }
 
