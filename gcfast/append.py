@@ -35,8 +35,8 @@ def append(
     progress: bool = False,
 ) -> Database:
     """A database with further rows; see :meth:`gcfast.Explainer.append`."""
-    manifest = database.manifest
     check_appendable(database, network, settings)
+    manifest = without_calibration(database.manifest)
     totals = Totals(
         first=manifest["report"]["images"],
         labels=column(
@@ -75,10 +75,16 @@ def append(
     if database.path is None:
         return database.extended(added, ids, manifest | new)
     _write(database, database.path, added, ids, new)
-    together = Database.open(database.path)
-    if KEY in manifest:  # it may not have been saved
-        together.manifest[KEY] = manifest[KEY]
-    return together
+    return Database.open(database.path)
+
+
+def without_calibration(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest once rows have come.
+
+    Distances to the nearest row have become smaller, and an image's own triplets are drawn from
+    more images, so that what was measured before says nothing certain of them.
+    """
+    return {key: value for key, value in manifest.items() if key != KEY}
 
 
 def check_appendable(database: Database, network: Network, settings: Settings) -> None:
@@ -126,7 +132,7 @@ def _write(
     """New shards, then the manifest that names them: readers see the old rows or all of them."""
     try:
         with durable.locked(folder, "writing to"):
-            manifest = read_manifest(folder)
+            manifest = without_calibration(read_manifest(folder))
             entries = manifest["shards"]
             if entries != database.manifest["shards"]:
                 raise GcfastError(

@@ -261,8 +261,9 @@ class Database:
         counting 0, of which the M highest are kept; its offset is made anew of them. Its label is
         the majority's (ties to the smaller one; the mean of real-valued ones), its id that of the
         row nearest to it, and ``members_of`` gives those of all its rows; the manifest counts them.
-        Centres are not normalised again; they are searched by L2 like any rows. Memory:
-        [centers, C] float64 and 256 embeddings a centre.
+        Centres are not normalised again; they are searched by L2 like any rows. A calibration is
+        left behind, a distance to a centre being another thing: an explainer of the centres can be
+        calibrated anew. Memory: [centers, C] float64 and 256 embeddings a centre.
 
         Args:
             centers: how many; empty ones, which FAISS hardly leaves, are dropped.

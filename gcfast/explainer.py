@@ -346,7 +346,9 @@ class Explainer(Building, OwnMaps):
         """Learn from labelled held-out images what a distance says of a map; kept in the database.
 
         From then on ``explain_batch(details=True).confidence`` is the expected cosine between the
-        map and the one that the image's own triplets would give. Save the database to keep it.
+        map and the one that the image's own triplets would give. Save the database to keep it. It
+        is of these very rows: ``append`` (with a warning), ``rebuild`` and ``Database.compress``
+        leave it behind.
 
         Args:
             loader: as for :meth:`build`, of images that the database was not built from; images of

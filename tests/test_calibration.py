@@ -133,6 +133,53 @@ def test_what_cannot_calibrate_is_refused() -> None:
     assert one.explain_batch(images, details=True).confidence is None
 
 
+@pytest.mark.parametrize("where", ["in memory", "saved before", "saved after"])
+def test_new_rows_leave_the_calibration_behind(tmp_path: Path, where: str) -> None:
+    one, images, labels = built()
+    stored = one.database
+    assert stored is not None
+    if where == "saved before":
+        stored.save(tmp_path / "db")
+    one.calibrate(loader(images[:12], labels[:12]))
+    if where == "saved after":
+        stored.save(tmp_path / "db")
+        assert "calibration" in gcfast.Database.open(tmp_path / "db").manifest
+    with pytest.warns(UserWarning, match="calibration was of the rows before these and is dropped"):
+        together = one.append(loader(images[12:18], labels[12:18]))
+    assert one.explain_batch(images, details=True).confidence is None
+    assert "calibration" not in together.manifest
+    assert "calibration" in stored.manifest  # it still is of these rows
+    if where != "in memory":
+        opened = gcfast.load(tmp_path / "db", one.network.model)
+        assert opened.explain_batch(images, details=True).confidence is None
+    one.append(loader(images[18:], labels[18:]))  # no warning where nothing is lost
+    one.calibrate(loader(images[:12] + 0.1, labels[:12]))
+    assert one.explain_batch(images, details=True).confidence is not None
+
+
+def test_other_rows_have_no_calibration(tmp_path: Path) -> None:
+    one, images, labels = built()
+    one.calibrate(loader(images[:12], labels[:12]))
+    assert one.database is not None
+    one.database.save(tmp_path / "db", storage="float16")  # the same rows, rounded
+    assert "calibration" in gcfast.Database.open(tmp_path / "db").manifest
+    one.rebuild(loader(images, labels))
+    assert one.explain_batch(images, details=True).confidence is None
+
+
+def test_centres_are_calibrated_anew() -> None:
+    pytest.importorskip("faiss")
+    one, images, labels = built()
+    one.calibrate(loader(images[:12], labels[:12]))
+    assert one.database is not None
+    one.database = one.database.compress(4)
+    assert one.explain_batch(images, details=True).confidence is None
+    fidelity = one.calibrate(loader(images[:12], labels[:12]))
+    why = one.explain_batch(images[:12], details=True)
+    torch.testing.assert_close(fidelity.distances, why.distances[:, 0])
+    assert why.confidence is not None
+
+
 @pytest.mark.parametrize(
     "kept",
     [
