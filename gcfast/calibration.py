@@ -39,7 +39,7 @@ class Fidelity:
         cosine: [n] float32, of the two maps; 0 where one of them is flat.
         spearman: [n] float32, their rank correlation; 0 where one of them is flat.
         flat: how many images have a flat map among the two.
-        unknown: how many images were left out because the database does not know their class.
+        unknown: how many images were left out because the database has no row of their class.
         control: [n] float32, or None: the cosine of the image's own map with the map that a random
             row gives in place of the nearest. Maps of one object agree whatever weighs the
             channels; only what exceeds this is the merit of the neighbour.
@@ -176,8 +176,13 @@ def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
             loader without images of the database's classes.
     """
     database = explainer.database
-    names = set(database.class_names) if database is not None else set()
+    # Classes that have rows: one that lost its own, to a compression for one, gives no own map.
     numbers = set(database.labels.tolist()) if database is not None else set()
+    names = (
+        {database.label_name(label) for label in numbers}
+        if database is not None and database.class_names
+        else set()
+    )
     distances: list[Tensor] = []
     cosines: list[Tensor] = []
     ranks: list[Tensor] = []

@@ -13,6 +13,7 @@ import gcfast
 from gcfast import explainer_state
 from gcfast.calibration import Calibration, Fidelity, calibrated, transfer_fidelity
 from gcfast.metrics import cosine, spearman
+from gcfast.shards import FIELDS
 
 
 def built(make: object = common) -> tuple[gcfast.Explainer, Tensor, Tensor]:
@@ -80,6 +81,18 @@ def test_other_classes_are_counted() -> None:
         transfer_fidelity(one, loader(images, labels + 10))
     with pytest.raises(ValueError, match="of the database's classes, got none"):
         transfer_fidelity(one, [])
+
+
+def test_a_class_that_lost_its_rows_is_counted() -> None:
+    images, labels = pictures(36)
+    names = [("a", "b", "c")[i] for i in labels]
+    one = gcfast.Explainer(common(), "backbone", channels=6)
+    whole = one.build(loader(images[:12], names[:12]))
+    kept = torch.nonzero(whole.labels != 1).flatten()
+    tensors = {field: getattr(whole, field)[kept] for field in FIELDS}
+    one.database = gcfast.Database(tensors, [whole.ids[i] for i in kept], whole.manifest)
+    fidelity = transfer_fidelity(one, loader(images[12:], names[12:]))
+    assert (len(fidelity), fidelity.unknown, fidelity.flat) == (16, 8, 0)
 
 
 def test_confidence_comes_with_the_details(tmp_path: Path) -> None:
