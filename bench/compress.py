@@ -29,6 +29,7 @@ import gcfast
 from gcfast import ops
 from gcfast.compress import ROWS_AT_ONCE
 from gcfast.database import Database
+from gcfast.manifest import FORMAT_VERSION
 from gcfast.metrics import box_score, mask_score
 from gcfast.shards import FIELDS
 
@@ -68,7 +69,7 @@ def synthetic(rows: int) -> tuple[Database, Tensor, Tensor]:
     tensors = {name: torch.cat([part[name] for part in parts]) for name in FIELDS}
     manifest = {
         "format": "gcfast-database",
-        "format_version": 2,
+        "format_version": FORMAT_VERSION,
         "fingerprint": {},
         "layer": "synthetic",
         "settings": {},

@@ -23,7 +23,7 @@ from gcfast._checks import require_int
 from gcfast.compress import compressed
 from gcfast.errors import GcfastError, NoDatabaseError
 from gcfast.manifest import INDEX, check_target
-from gcfast.members import Members, MembersFile
+from gcfast.members import Members, MembersFile, PackedMembers
 from gcfast.opening import opened
 from gcfast.saving import Conversion, write_database
 from gcfast.shards import FIELDS, Ids, Shard, ShardFile
@@ -78,7 +78,7 @@ class Database:
         self._columns: dict[str, Tensor] = {}
         # Set by the explainer that takes the database; weak, since that one refers to it.
         self.explainer: weakref.ref[Explainer] | None = None
-        self.members: Members | None = None
+        self.members: Members | PackedMembers | None = None
         self._members_file: MembersFile | None = None
         self._lock = threading.RLock()
 
