@@ -29,7 +29,7 @@ from torch import Tensor
 
 import gcfast
 from gcfast import ops
-from gcfast.calibration import transfer_fidelity
+from gcfast.calibration import Fidelity, transfer_fidelity
 from gcfast.controls import random_channels, random_rows
 from gcfast.metrics import mask_score
 
@@ -158,8 +158,8 @@ def pointing_up(tables: dict[str, gcfast.Database], houses: Houses) -> tuple[flo
 
 def fidelity(
     network: RankSiamese, houses: Houses, tables: dict[str, gcfast.Database], seed: int
-) -> dict[str, float]:
-    """Mean cosine of the transferred map with the map from the house's own pairs.
+) -> dict[str, Fidelity]:
+    """How the transferred map agrees with the map from the house's own pairs.
 
     For each question, over FIDELITY test houses spread evenly over time. A test house's own pairs
     take its price, which transfer does not know.
@@ -170,7 +170,7 @@ def fidelity(
     found = {}
     for question, database in tables.items():
         one = explainer(network, question, seed, database=strongest(database, CHANNELS))
-        found[question] = float(transfer_fidelity(one, own).cosine.mean())
+        found[question] = transfer_fidelity(one, own)
     return found
 
 
