@@ -39,12 +39,9 @@ def append(
     check_appendable(database, network, settings)
     added, ids, new = _made(database, network, loader, settings, progress=progress)
     if database.path is None:
-        return database.extended(added, ids, database.manifest | new)
+        return database.extended(added, ids, without_calibration(database.manifest) | new)
     _write(database, database.path, added, ids, new)
-    together = Database.open(database.path)
-    if KEY in database.manifest:  # it may not have been saved
-        together.manifest[KEY] = database.manifest[KEY]
-    return together
+    return Database.open(database.path)
 
 
 def _made(
@@ -104,6 +101,15 @@ def _made(
     return added, [embedded.ids[number] for number in kept.tolist()], new
 
 
+def without_calibration(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest once rows have come.
+
+    Distances to the nearest row have become smaller, and an image's own triplets are drawn from
+    more images, so that what was measured before says nothing certain of them.
+    """
+    return {key: value for key, value in manifest.items() if key != KEY}
+
+
 def check_appendable(database: Database, network: Network, settings: Settings) -> None:
     """Refuse a database of another model or of other settings, or a compressed one.
 
@@ -160,7 +166,8 @@ def _write(
                 rows = Shard(*(column[where] for column in added))
                 entries.append(write_shard(folder, number, rows, ids[where]))
                 number += 1
-            durable.replace(folder / MANIFEST, encoded({**manifest, **new, "shards": entries}))
+            changes = {**new, "shards": entries}
+            durable.replace(folder / MANIFEST, encoded(without_calibration(manifest) | changes))
     except OSError as error:
         raise OSError(
             error.errno, f"cannot write the database {folder}: {error.strerror or error}"

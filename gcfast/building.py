@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from gcfast.append import append, check_appendable
 from gcfast.build import build
+from gcfast.calibration import KEY
 from gcfast.database import Database
 from gcfast.errors import NoDatabaseError
 from gcfast.explainer_state import ExplainerState
@@ -88,7 +90,8 @@ class Building(ExplainerState):
         counts the rows that have not drawn from the newest ones, which :meth:`rebuild` renews. An
         image that was left out before, the only one of its label or (``on_no_triplet="skip"``) one
         without a valid triplet, has no row that could lend itself. A stored index has to be made
-        anew.
+        anew, and so has a calibration: it was measured on the stored rows alone, so it is dropped
+        with a warning, and ``explain_batch(details=True).confidence`` is None until ``calibrate``.
 
         A database with a folder gets new shards there and then the manifest that names them, so
         that a reader sees the old rows or all of them; one in memory stays there.
@@ -108,8 +111,15 @@ class Building(ExplainerState):
         """
         if self._database is None:
             raise NoDatabaseError("there is no database to append to: call build(loader) first")
+        calibrated = KEY in self._database.manifest
         database = append(self._database, self.network, loader, self.settings, progress=progress)
         self._set_database(database)
+        if calibrated:
+            warnings.warn(
+                "the database's calibration was of the rows before these and is dropped: "
+                "`confidence` is None until calibrate(loader) is called again",
+                stacklevel=2,
+            )
         return database
 
     def rebuild(

@@ -4,25 +4,39 @@ Transfer lends an image the grad-weights of its nearest row in place of its own.
 known the image's own map can be made too (:meth:`gcfast.Explainer.explain_labelled`), so their
 agreement can be measured, as a function of the distance to the row. Fitted to held-out images, that
 function is a confidence for any image from its distance alone.
+
+It tells images apart only where agreement falls with distance, and it speaks for the neighbour only
+where it is above what a random row's map has. Neither is a matter of course, so both are measured:
+:class:`Fidelity` has a random row's agreement for each image, a :class:`Calibration` its mean. And
+it holds for images like those it was fitted to, of the database's classes. Measured (mean cosine,
+in brackets a random row's): drawn birds of the database's species 0.975 (0.380), of other species
+0.741 (0.345), so that there a calibration by the former promises too much; real pictures with one
+object 0.98 (0.978), which any row's map finds; made-up houses, all pairs, 0.724 (0.684). On none of
+them did it fall with distance: there the level is what a calibration tells, and a confidence is
+near enough the same for every image.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gcfast import ops
 from gcfast._checks import require_finite_rows, require_shape
+from gcfast.controls import random_rows
 from gcfast.errors import DamagedDatabaseError
 from gcfast.loading import batches, on_device
 from gcfast.metrics import cosine, flat_maps, spearman
 
 if TYPE_CHECKING:
+    from gcfast.database import Database
     from gcfast.explainer import Explainer
+    from gcfast.network import Network
 
 KEY = "calibration"  # in the database's manifest
 MOST_KNOTS = 20
@@ -39,10 +53,12 @@ class Fidelity:
         cosine: [n] float32, of the two maps; 0 where one of them is flat.
         spearman: [n] float32, their rank correlation; 0 where one of them is flat.
         flat: how many images have a flat map among the two.
-        unknown: how many images were left out because the database does not know their class.
+        unknown: how many images were left out because the database has no row of their class.
         control: [n] float32, or None: the cosine of the image's own map with the map that a random
             row gives in place of the nearest. Maps of one object agree whatever weighs the
             channels; only what exceeds this is the merit of the neighbour.
+
+    Its ``str`` is a line for each quarter of the images by distance, and one for the control.
     """
 
     distances: Tensor
@@ -55,6 +71,29 @@ class Fidelity:
     def __len__(self) -> int:
         return len(self.distances)
 
+    def __str__(self) -> str:
+        """Means by distance, beside those of a random row."""
+        lines = []
+        for part in self.distances.argsort(stable=True).tensor_split(4):
+            if not len(part):
+                continue
+            low, high = self.distances[part[[0, -1]]].tolist()
+            line = (
+                f"fidelity at distance {low:.3f} to {high:.3f}: cosine "
+                f"{float(self.cosine[part].mean()):.3f}, Spearman "
+                f"{float(self.spearman[part].mean()):.3f}"
+            )
+            if self.control is not None:
+                line += f", cosine of a random row {float(self.control[part].mean()):.3f}"
+            lines.append(f"{line} ({len(part)} images)")
+        if self.control is not None and len(self):
+            ours, control = float(self.cosine.mean()), float(self.control.mean())
+            lines.append(
+                f"fidelity of the nearest row {ours:.3f}, of a random row {control:.3f}: "
+                f"{ours - control:+.3f}"
+            )
+        return "\n".join(lines)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -64,11 +103,15 @@ class Calibration:
         distances: [Q] float32, rising.
         agreement: [Q] float32, falling.
         images: how many images it was fitted to.
+        control: the mean agreement of a random row's map, or None where it was not measured. A
+            confidence that is hardly above it says that any row's map would have agreed as well,
+            not that this one is right.
     """
 
     distances: Tensor
     agreement: Tensor
     images: int
+    control: float | None = None
 
     @classmethod
     def fit(cls, distances: Tensor, agreement: Tensor) -> Calibration:
@@ -124,7 +167,9 @@ class Calibration:
 
     def to(self, device: torch.device) -> Calibration:
         """The same on a device."""
-        return Calibration(self.distances.to(device), self.agreement.to(device), self.images)
+        return replace(
+            self, distances=self.distances.to(device), agreement=self.agreement.to(device)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest keeps it; :meth:`from_manifest` reads it back."""
@@ -133,7 +178,7 @@ class Calibration:
             "distances": self.distances.tolist(),
             "agreement": self.agreement.tolist(),
             "images": self.images,
-        }
+        } | ({} if self.control is None else {"control": self.control})
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> Calibration | None:
@@ -153,7 +198,12 @@ class Calibration:
                 raise ValueError(f"{len(distances)} distances, {len(agreement)} values")
             if distances != sorted(distances) or not all(map(math.isfinite, distances + agreement)):
                 raise ValueError("its distances must rise and everything be finite")
-            return cls(torch.tensor(distances), torch.tensor(agreement), int(kept["images"]))
+            # Without one until it was measured at all.
+            control = float(kept["control"]) if "control" in kept else None
+            if control is not None and not math.isfinite(control):
+                raise ValueError("its control must be finite")
+            images = int(kept["images"])
+            return cls(torch.tensor(distances), torch.tensor(agreement), images, control)
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedDatabaseError(
                 f"the calibration in the manifest is damaged: {error}"
@@ -162,6 +212,9 @@ class Calibration:
 
 def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
     """Compare, image by image, the transferred map with the map from the image's own triplets.
+
+    And the map that a random row gives, as a control; the rows are drawn with the explainer's seed.
+    That makes three forward passes over the images.
 
     Args:
         explainer: with a database.
@@ -176,11 +229,17 @@ def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
             loader without images of the database's classes.
     """
     database = explainer.database
-    names = set(database.class_names) if database is not None else set()
+    # Classes that have rows: one that lost its own, to a compression for one, gives no own map.
     numbers = set(database.labels.tolist()) if database is not None else set()
+    names = (
+        {database.label_name(label) for label in numbers}
+        if database is not None and database.class_names
+        else set()
+    )
     distances: list[Tensor] = []
     cosines: list[Tensor] = []
     ranks: list[Tensor] = []
+    controls: list[Tensor] = []
     flat = unknown = 0
     real = explainer.settings.objective.real_labels
     for batch in batches(loader, real_labels=real):
@@ -195,6 +254,10 @@ def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
         own = explainer.explain_labelled(images, labels)
         distances.append(why.distances[:, 0].cpu())
         cosines.append(cosine(why.maps, own).cpu())
+        seen = torch.arange(len(images)) + sum(map(len, controls))
+        assert database is not None  # or there were no maps
+        drawn = random_rows(seen, len(database), explainer.settings.seed)
+        controls.append(cosine(_maps_of(drawn, images, explainer.network, database), own).cpu())
         ranks.append(spearman(why.maps, own).cpu())
         flat += int((flat_maps(why.maps) | flat_maps(own)).sum())
     if not distances:
@@ -202,7 +265,27 @@ def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
             "`loader` must give images of the database's classes, got "
             + (f"{unknown} of others" if unknown else "none")
         )
-    return Fidelity(torch.cat(distances), torch.cat(cosines), torch.cat(ranks), flat, unknown)
+    return Fidelity(
+        torch.cat(distances),
+        torch.cat(cosines),
+        torch.cat(ranks),
+        flat,
+        unknown,
+        torch.cat(controls),
+    )
+
+
+def _maps_of(rows: Tensor, images: Tensor, network: Network, database: Database) -> Tensor:
+    """Maps [B, h, w] of images with the weights of given rows [B]."""
+    # Some rows of shards that may be many: joining the columns would copy all of them.
+    taken = [database.rows(row, row + 1) for row in rows.tolist()]
+    return ops.sparse_cam(
+        network.embed(images).activations,
+        torch.arange(len(rows), device=images.device)[:, None],
+        torch.cat([row.channels for row in taken]).to(images.device),
+        torch.cat([row.weights for row in taken]).float().to(images.device),
+        size=(images.shape[2], images.shape[3]),
+    )
 
 
 def calibrated(fidelity: Fidelity) -> Calibration:
@@ -222,4 +305,7 @@ def calibrated(fidelity: Fidelity) -> Calibration:
             f"`loader` must give at least {IMAGES_A_KNOT} images of the database's classes, "
             f"got {len(fidelity)}"
         )
-    return Calibration.fit(fidelity.distances, fidelity.cosine)
+    fitted = Calibration.fit(fidelity.distances, fidelity.cosine)
+    if fidelity.control is None:
+        return fitted
+    return replace(fitted, control=float(fidelity.control.mean()))

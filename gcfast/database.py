@@ -24,7 +24,7 @@ from gcfast.compress import compressed
 from gcfast.errors import GcfastError, NoDatabaseError
 from gcfast.manifest import check_target
 from gcfast.mapped import check_files
-from gcfast.members import Members, MembersFile
+from gcfast.members import Members, MembersFile, PackedMembers
 from gcfast.opening import opened
 from gcfast.saving import Conversion, write_database
 from gcfast.shards import FIELDS, Ids, Shard, ShardFile
@@ -79,7 +79,7 @@ class Database:
         self._columns: dict[str, Tensor] = {}
         # Set by the explainer that takes the database; weak, since that one refers to it.
         self.explainer: weakref.ref[Explainer] | None = None
-        self.members: Members | None = None
+        self.members: Members | PackedMembers | None = None
         self._members_file: MembersFile | None = None
         self._lock = threading.RLock()
 
@@ -265,8 +265,9 @@ class Database:
         counting 0, of which the M highest are kept; its offset is made anew of them. Its label is
         the majority's (ties to the smaller one; the mean of real-valued ones), its id that of the
         row nearest to it, and ``members_of`` gives those of all its rows; the manifest counts them.
-        Centres are not normalised again; they are searched by L2 like any rows. Memory:
-        [centers, C] float64 and 256 embeddings a centre.
+        Centres are not normalised again; they are searched by L2 like any rows. A calibration is
+        left behind, a distance to a centre being another thing: an explainer of the centres can be
+        calibrated anew. Memory: [centers, C] float64 and 256 embeddings a centre.
 
         Args:
             centers: how many; empty ones, which FAISS hardly leaves, are dropped.

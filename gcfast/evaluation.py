@@ -195,7 +195,8 @@ def quality_tables(
             several times cheaper.
         centers: how much of the offsets to subtract from every map, the controls' included: one
             table for each.
-        seed: of the random controls.
+        seed: of the random controls, whose draws depend on it and on an image's place among the
+            test images, not on the batches.
         progress: show bars on stderr.
 
     Returns:
@@ -237,13 +238,14 @@ def tables_from(
         further: more ways to score besides the rows; they become ``extra``.
         watch: called with each batch's images, truth, query, ways and maps [B, V, H, W] a centre.
     """
-    generator = torch.Generator().manual_seed(seed)
+    seen = 0
     collected = [_Collected() for _ in centers]
     rows: list[str] = []
     for images, truth in tqdm(test_batches, desc="test images", disable=not progress, leave=False):
         query = trained.query(images)
         names = trained.label_names(query.nearest)
-        ways = list(table_ways(trained, query, generator))
+        ways = list(table_ways(trained, query, seen, seed))
+        seen += len(images)
         rows = [way.name for way in ways]
         ways += [way for more in further for way in more(trained, query)]
         maps = low_resolution_maps(trained, query, ways, centers)

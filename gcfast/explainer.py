@@ -346,14 +346,19 @@ class Explainer(Building, OwnMaps):
         """Learn from labelled held-out images what a distance says of a map; kept in the database.
 
         From then on ``explain_batch(details=True).confidence`` is the expected cosine between the
-        map and the one that the image's own triplets would give. Save the database to keep it.
+        map and the one that the image's own triplets would give. Print what is returned before
+        relying on it: where agreement does not fall with distance, or a random row's map agrees as
+        well, a confidence says little. Save the database to keep it. The calibration is of these
+        very rows: ``append`` (with a warning), ``rebuild`` and ``Database.compress`` leave it
+        behind.
 
         Args:
             loader: as for :meth:`build`, of images that the database was not built from; images of
                 classes that it does not know are left out and counted.
 
         Returns:
-            What was measured, see :class:`gcfast.calibration.Fidelity`.
+            What was measured, a random row's agreement beside it, see
+            :class:`gcfast.calibration.Fidelity`.
 
         Raises:
             NoDatabaseError: there is no database yet.

@@ -23,8 +23,9 @@ class Explanation:
     distances: Tensor  # [B, K] float32, squared L2; +inf where there is none
     labels: Tensor  # [B, K] int64, of those rows; -1 where there is none (float64, NaN: RankLoss)
     flat: Tensor  # [B] bool: nothing was left of the map, which is all zeros
-    # [B] float32: the cosine with the image's own map that is to be expected at this distance; None
-    # where the database holds no calibration (`Explainer.calibrate`).
+    # [B] float32: the cosine with the image's own map that is to be expected at this distance, for
+    # images of the database's classes; None where the database holds no calibration
+    # (`Explainer.calibrate`, whose result says whether it is informative).
     confidence: Tensor | None = None
 
 

@@ -15,8 +15,9 @@ from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
 
 FORMAT = "gcfast-database"
 # 2: embeddings and weights may be float16; a compressed database and a stored index are described.
-# A database of format 1 opens as it is.
-FORMAT_VERSION = 2
+# 3: the ids of a compressed database's members are packed.
+# A database of an older format opens as it is.
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 INDEX = "index.faiss"  # as it is written; the manifest's name has a part of its checksum
 MEMBERS = "members.safetensors"

@@ -9,7 +9,7 @@ import torch
 
 from gcfast import durable, shards
 from gcfast._checks import require_choice
-from gcfast.manifest import MANIFEST, STORAGES, encoded
+from gcfast.manifest import FORMAT_VERSION, MANIFEST, STORAGES, encoded
 from gcfast.shards import Shard, write_shard
 from gcfast.storage import in_storage, scale_for
 
@@ -67,7 +67,8 @@ def write_database(conversion: Conversion, target: Path) -> dict[str, Any]:
                 stop = start + shards.SHARD_ROWS
                 rows = conversion.rows(start, stop)
                 entries.append(write_shard(folder, number, rows, database.ids[start:stop]))
-            manifest["shards"] = entries
+            # It may have been opened in an older format.
+            manifest |= {"shards": entries, "format_version": FORMAT_VERSION}
             if database.members is not None:
                 database.members_of(0)  # compares its checksum
                 manifest["members"] = database.members.write(folder)

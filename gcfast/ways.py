@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast.build import assemble
+from gcfast.controls import random_channels, random_rows
 from gcfast.database import Database
 from gcfast.embedding import embed_all
 from gcfast.errors import UnsupportedModelError
@@ -194,16 +195,24 @@ def strongest(weights: Tensor, counts: Sequence[int]) -> list[Tensor]:
     return [torch.where(rank < m, weights, 0.0) for m in counts]
 
 
-def table_ways(trained: Trained, query: Query, generator: torch.Generator) -> Iterator[Way]:
-    """The seventeen rows of the paper's table with its controls, in order."""
+def table_ways(trained: Trained, query: Query, first: int, seed: int) -> Iterator[Way]:
+    """The seventeen rows of the paper's table with its controls, in order.
+
+    Args:
+        trained: the training images after their pass.
+        query: a batch of test images.
+        first: the number of its first image among the test images.
+        seed: of the random controls.
+    """
     B, C = query.pooled.shape
     device = query.pooled.device
     yield Way("uniform", None)
     yield Way("channel sum", torch.ones((B, C), device=device))
-    channels = torch.rand((B, C), generator=generator).argsort(1)[:, :CONTROL_CHANNELS]
+    images = torch.arange(first, first + B)
+    channels = random_channels(images, C, CONTROL_CHANNELS, seed)
     chosen = torch.zeros((B, C)).scatter_(1, channels, 1.0)
     yield Way("random channels", chosen.to(device))
-    rows = torch.randint(len(trained.database), (B,), generator=generator)
+    rows = random_rows(images, len(trained.database), seed)
     yield Way("random neighbour", from_database(trained.database, rows, C, device))
     yield Way("EmbeddingCAM", _embedding_cam(trained, query))
 

@@ -12,7 +12,9 @@ from torch import Tensor
 import gcfast
 from gcfast import explainer_state
 from gcfast.calibration import Calibration, Fidelity, calibrated, transfer_fidelity
+from gcfast.controls import random_rows
 from gcfast.metrics import cosine, spearman
+from gcfast.shards import FIELDS
 
 
 def built(make: object = common) -> tuple[gcfast.Explainer, Tensor, Tensor]:
@@ -82,6 +84,18 @@ def test_other_classes_are_counted() -> None:
         transfer_fidelity(one, [])
 
 
+def test_a_class_that_lost_its_rows_is_counted() -> None:
+    images, labels = pictures(36)
+    names = [("a", "b", "c")[i] for i in labels]
+    one = gcfast.Explainer(common(), "backbone", channels=6)
+    whole = one.build(loader(images[:12], names[:12]))
+    kept = torch.nonzero(whole.labels != 1).flatten()
+    tensors = {field: getattr(whole, field)[kept] for field in FIELDS}
+    one.database = gcfast.Database(tensors, [whole.ids[i] for i in kept], whole.manifest)
+    fidelity = transfer_fidelity(one, loader(images[12:], names[12:]))
+    assert (len(fidelity), fidelity.unknown, fidelity.flat) == (16, 8, 0)
+
+
 def test_confidence_comes_with_the_details(tmp_path: Path) -> None:
     one, images, labels = built()
     assert one.explain_batch(images, details=True).confidence is None
@@ -133,6 +147,96 @@ def test_what_cannot_calibrate_is_refused() -> None:
     assert one.explain_batch(images, details=True).confidence is None
 
 
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_a_random_row_is_measured_beside(storage: str) -> None:
+    one, images, labels = built()
+    assert one.database is not None
+    one.database = one.database.in_storage(storage)
+    fidelity = one.calibrate(loader(images, labels))
+    rows = random_rows(torch.arange(24), 12, one.settings.seed)
+    database = one.database
+    lent = gcfast.ops.sparse_cam(
+        one.network.embed(images).activations,
+        rows[:, None],
+        database.channels,
+        database.weights,
+        size=(8, 8),
+    )
+    wanted = cosine(lent, one.explain_labelled(images, labels))
+    assert fidelity.control is not None
+    torch.testing.assert_close(fidelity.control, wanted, rtol=1e-4, atol=1e-4)
+    kept = Calibration.from_manifest(database.manifest)
+    assert kept is not None
+    assert kept.control == pytest.approx(float(wanted.mean()), abs=1e-4)
+    # Where it was measured before there was a control, there is none.
+    before = {k: v for k, v in kept.to_dict().items() if k != "control"}
+    old = Calibration.from_manifest({"calibration": before})
+    assert old is not None
+    assert old.control is None
+    assert old.to_dict() == before
+
+
+def test_fidelity_in_words() -> None:
+    control = torch.full((8,), 0.25)
+    one = Fidelity(torch.arange(8.0), torch.linspace(1, 0.3, 8), torch.ones(8), 0, 0, control)
+    lines = str(one).splitlines()
+    assert len(lines) == 5
+    assert lines[1] == (
+        "fidelity at distance 2.000 to 3.000: cosine 0.750, Spearman 1.000, "
+        "cosine of a random row 0.250 (2 images)"
+    )
+    assert lines[4] == "fidelity of the nearest row 0.650, of a random row 0.250: +0.400"
+    bare = str(Fidelity(torch.ones(1), torch.ones(1), torch.ones(1), 0, 0))
+    assert bare == "fidelity at distance 1.000 to 1.000: cosine 1.000, Spearman 1.000 (1 images)"
+
+
+@pytest.mark.parametrize("where", ["in memory", "saved before", "saved after"])
+def test_new_rows_leave_the_calibration_behind(tmp_path: Path, where: str) -> None:
+    one, images, labels = built()
+    stored = one.database
+    assert stored is not None
+    if where == "saved before":
+        stored.save(tmp_path / "db")
+    one.calibrate(loader(images[:12], labels[:12]))
+    if where == "saved after":
+        stored.save(tmp_path / "db")
+        assert "calibration" in gcfast.Database.open(tmp_path / "db").manifest
+    with pytest.warns(UserWarning, match="calibration was of the rows before these and is dropped"):
+        together = one.append(loader(images[12:18], labels[12:18]))
+    assert one.explain_batch(images, details=True).confidence is None
+    assert "calibration" not in together.manifest
+    assert "calibration" in stored.manifest  # it still is of these rows
+    if where != "in memory":
+        opened = gcfast.load(tmp_path / "db", one.network.model)
+        assert opened.explain_batch(images, details=True).confidence is None
+    one.append(loader(images[18:], labels[18:]))  # no warning where nothing is lost
+    one.calibrate(loader(images[:12] + 0.1, labels[:12]))
+    assert one.explain_batch(images, details=True).confidence is not None
+
+
+def test_other_rows_have_no_calibration(tmp_path: Path) -> None:
+    one, images, labels = built()
+    one.calibrate(loader(images[:12], labels[:12]))
+    assert one.database is not None
+    one.database.save(tmp_path / "db", storage="float16")  # the same rows, rounded
+    assert "calibration" in gcfast.Database.open(tmp_path / "db").manifest
+    one.rebuild(loader(images, labels))
+    assert one.explain_batch(images, details=True).confidence is None
+
+
+def test_centres_are_calibrated_anew() -> None:
+    pytest.importorskip("faiss")
+    one, images, labels = built()
+    one.calibrate(loader(images[:12], labels[:12]))
+    assert one.database is not None
+    one.database = one.database.compress(4)
+    assert one.explain_batch(images, details=True).confidence is None
+    fidelity = one.calibrate(loader(images[:12], labels[:12]))
+    why = one.explain_batch(images[:12], details=True)
+    torch.testing.assert_close(fidelity.distances, why.distances[:, 0])
+    assert why.confidence is not None
+
+
 @pytest.mark.parametrize(
     "kept",
     [
@@ -141,6 +245,7 @@ def test_what_cannot_calibrate_is_refused() -> None:
         {"distances": [], "agreement": [], "images": 9},
         {"distances": ["a"], "agreement": [1.0], "images": 9},
         {"agreement": [1.0]},
+        {"distances": [0.0], "agreement": [1.0], "images": 9, "control": float("nan")},
         [3],
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import gcfast
 from gcfast import compress as compress_module
 from gcfast import shards
 from gcfast.database import Database
-from gcfast.shards import FIELDS
+from gcfast.members import Members, PackedMembers, packed, unpacked
+from gcfast.shards import FIELDS, IdTable, write_tensors
 
 pytest.importorskip("faiss")
 N, C, M, DIM = 300, 20, 4, 6
@@ -141,6 +143,67 @@ def test_there_and_back(in_shards: Database, tmp_path: Path) -> None:
     assert not (tmp_path / "small" / "members.safetensors").exists()
 
 
+def write_plain(members: Members, file: Path) -> dict[str, Any]:
+    """The members as format 2 had them; returns the manifest's entry."""
+    ids = members.ids
+    tensors = {"ends": members.ends, "id_ends": ids.ends, "id_bytes": ids.content}
+    return write_tensors(file, tensors)
+
+
+def test_members_of_the_second_format_still_open(in_shards: Database, tmp_path: Path) -> None:
+    small = in_shards.compress(6)
+    small.save(tmp_path / "small")
+    assert isinstance(small.members, Members)
+    entry = write_plain(small.members, tmp_path / "small" / "members.safetensors")
+    edit(tmp_path / "small", members=entry, format_version=2)
+    opened = Database.open(tmp_path / "small")
+    opened.save(tmp_path / "anew")
+    anew = Database.open(tmp_path / "anew")
+    assert anew.manifest["format_version"] == 3
+    for centre in range(6):
+        assert opened.members_of(centre) == small.members_of(centre)
+        assert anew.members_of(centre) == small.members_of(centre)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [],
+        ["0"],
+        ["0", "0", "7", "123456789012345678"],
+        ["7", "3"],
+        ["01", "2"],
+        ["9" * 19],
+        ["", "a\nb\0", "ü" * 300],
+        ["\udcff.jpg", "²"],
+        [f"class{i // 7}/{i}.jpg" for i in range(99)],
+    ],
+    ids=repr,
+)
+def test_ids_are_packed_and_come_back(ids: list[str]) -> None:
+    block = packed(ids)
+    assert unpacked(block, len(ids)) == ids
+    for wrong in {len(ids) + 1, max(0, len(ids) - 1)} - {len(ids)}:
+        with pytest.raises((ValueError, IndexError)):
+            unpacked(block, wrong)
+
+
+def test_packed_ids_are_small() -> None:
+    """Against 14 bytes a row number with its end, and 31 a name."""
+    rows = [str(i) for i in sorted(random.Random(0).sample(range(1_000_000), 20_000))]
+    assert len(packed(rows)) <= 1.2 * len(rows)
+    names = [f"class{int(i) // 600:04d}/image_{i}.jpg" for i in rows]
+    assert len(packed(names)) <= 6 * len(names)
+
+
+def test_a_block_that_is_no_ids_is_named() -> None:
+    ends = torch.tensor([3])
+    for block in (b"", b"\0nonsense", bytes([2]) + packed(["a", "b", "c"])[1:]):
+        blocks = torch.tensor(list(block), dtype=torch.uint8)
+        with pytest.raises(gcfast.DamagedDatabaseError, match="members of centre 0 are damaged"):
+            PackedMembers(ends, torch.tensor([len(block)]), blocks).of_centre(0)
+
+
 def test_it_explains(tmp_path: Path) -> None:
     one = gcfast.Explainer(common(), "backbone", channels=5)
     whole = one.build(loader(*pictures(30)))
@@ -178,7 +241,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         whole.compress(3)
 
 
-@pytest.mark.parametrize("harm", ["deleted", "truncated", "edited", "shorter"])
+@pytest.mark.parametrize("harm", ["deleted", "truncated", "edited", "shorter", "plain, shorter"])
 def test_damaged_members(tmp_path: Path, harm: str) -> None:
     made().compress(3).save(tmp_path / "small")
     opened = Database.open(tmp_path / "small")
@@ -188,7 +251,8 @@ def test_damaged_members(tmp_path: Path, harm: str) -> None:
         "deleted": "the members file .* is missing",
         "truncated": "truncated or changed",
         "edited": "is changed: its checksum differs",
-        "shorter": "must hold 300 members",
+        "shorter": "must hold the members of 1 centres",
+        "plain, shorter": "must hold 300 members",
     }[harm]
     if harm == "deleted":
         file.unlink()
@@ -197,11 +261,11 @@ def test_damaged_members(tmp_path: Path, harm: str) -> None:
     elif harm == "edited":
         content[-1] ^= 1
         file.write_bytes(content)
+    elif harm == "shorter":
+        entry = PackedMembers(torch.tensor([300]), torch.tensor([4]), torch.zeros(5).byte())
+        edit(tmp_path / "small", members=entry.write(file.parent))
     else:
-        from gcfast.members import Members
-        from gcfast.shards import IdTable
-
-        entry = Members(torch.tensor([299]), IdTable.encoded(["x"] * 300)).write(file.parent)
+        entry = write_plain(Members(torch.tensor([299]), IdTable.encoded(["x"] * 300)), file)
         edit(tmp_path / "small", members=entry)
     with pytest.raises(gcfast.DamagedDatabaseError, match=words):
         Database.open(tmp_path / "small").members_of(0)

@@ -386,9 +386,9 @@ def test_a_manifest_that_lacks_something(saved: Path, key: str) -> None:
 
 
 def test_a_newer_format(saved: Path) -> None:
-    edit(saved, format_version=3)
+    edit(saved, format_version=4)
     with pytest.raises(
-        gcfast.GcfastError, match=r"was written in format 3, .* install a newer one"
+        gcfast.GcfastError, match=r"was written in format 4, .* install a newer one"
     ):
         Database.open(saved)
 

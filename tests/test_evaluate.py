@@ -11,6 +11,7 @@ from networks import DIM, Net, common, loader, pictures
 from torch import Tensor
 
 import gcfast
+from gcfast.controls import random_rows
 from gcfast.datasets import Truth
 from gcfast.evaluate import AnnotationScore, Evaluation, evaluate
 from gcfast.evaluation import MAIN_ROW
@@ -69,16 +70,11 @@ def test_fidelity_of_known_classes_is_explain_labelled() -> None:
     torch.testing.assert_close(fidelity.distances, why.distances[:, 0])
     torch.testing.assert_close(fidelity.cosine, cosine(own, lent), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fidelity.spearman, spearman(own, lent), rtol=1e-3, atol=1e-3)
-    # The control draws its rows as the table does, batch by batch, after the random channels.
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for count in (5, 4):
-        torch.rand((count, CHANNELS), generator=generator)
-        rows.append(torch.randint(24, (count,), generator=generator))
+    rows = random_rows(torch.arange(9), 24, 0)  # as the table draws them
     assert one.database is not None
     random = gcfast.ops.sparse_cam(
         one.network.embed(test).activations,
-        torch.cat(rows)[:, None],
+        rows[:, None],
         one.database.channels,
         one.database.weights,
         size=tuple(low),

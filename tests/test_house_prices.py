@@ -7,12 +7,13 @@ import json
 import shutil
 from pathlib import Path
 
+import house_maps
 import house_prices
 import numpy as np
 import pytest
 import torch
 from house_data import COLUMNS, generate, read_houses
-from house_maps import Sales, Weights, explainer, scores, strongest
+from house_maps import Sales, Weights, databases, explainer, score_table, scores, strongest
 from house_network import RankSiamese, features_of, pair_accuracy
 from house_table import table, within
 from house_tiles import PARTS, Lot, draw_tile
@@ -261,6 +262,24 @@ def test_the_whole_application_in_small_twice(
     assert all(0 <= v <= 1 for row in saved["maps"].values() for v in row.values())
     with Image.open(one / "house_prices.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_maps_are_scored_alike_in_batches_of_any_size(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    houses = read_houses(folder / "tiles", folder / "sales.csv", folder / "masks")
+    network = RankSiamese().eval()
+    tables = databases(network, houses, 0)
+    found = []
+    for size in (128, 5):
+        monkeypatch.setattr(house_maps, "BATCH", size)
+        found.append(score_table(network, houses, tables, seed=3, center=0.0))
+    assert len(houses) - houses.train > 5
+    for name, columns in found[0].items():
+        for column, values in columns.items():
+            torch.testing.assert_close(
+                found[1][name][column], values, rtol=1e-4, atol=1e-5, equal_nan=True, msg=name
+            )
 
 
 def test_houses_without_masks_and_wrong_options(

@@ -29,7 +29,8 @@ from torch import Tensor
 
 import gcfast
 from gcfast import ops
-from gcfast.calibration import transfer_fidelity
+from gcfast.calibration import Fidelity, transfer_fidelity
+from gcfast.controls import random_channels, random_rows
 from gcfast.metrics import mask_score
 
 PAIRS, CHANNELS = 50, 50  # of the paper
@@ -157,8 +158,8 @@ def pointing_up(tables: dict[str, gcfast.Database], houses: Houses) -> tuple[flo
 
 def fidelity(
     network: RankSiamese, houses: Houses, tables: dict[str, gcfast.Database], seed: int
-) -> dict[str, float]:
-    """Mean cosine of the transferred map with the map from the house's own pairs.
+) -> dict[str, Fidelity]:
+    """How the transferred map agrees with the map from the house's own pairs.
 
     For each question, over FIDELITY test houses spread evenly over time. A test house's own pairs
     take its price, which transfer does not know.
@@ -169,7 +170,7 @@ def fidelity(
     found = {}
     for question, database in tables.items():
         one = explainer(network, question, seed, database=strongest(database, CHANNELS))
-        found[question] = float(transfer_fidelity(one, own).cosine.mean())
+        found[question] = transfer_fidelity(one, own)
     return found
 
 
@@ -202,16 +203,22 @@ def _makers(
     tables: dict[str, Weights],
     nearest: dict[str, Tensor],
     channels: int,
-    generator: torch.Generator,
+    first: int,
+    seed: int,
 ) -> Iterator[tuple[str, Weights | None, Tensor]]:
-    """(name of the row, weights, the row each image takes); None is the uniform map."""
+    """(name of the row, weights, the row each image takes); None is the uniform map.
+
+    The random rows are drawn for each image by its number, ``first`` being that of the batch's
+    first one.
+    """
     B = len(nearest["all"])
     mean = tables["all"].mean
     C, own = len(mean), torch.arange(B)
     zeros = torch.zeros_like(own)
     yield "uniform", None, own
     yield "channel sum", Weights(torch.arange(C)[None], torch.ones(1, C), mean), zeros
-    picks = torch.rand((B, C), generator=generator).argsort(1)[:, :channels]
+    images = torch.arange(first, first + B)
+    picks = random_channels(images, C, channels, seed)
     yield "random channels", Weights(picks, torch.ones(picks.shape), mean), own
     for question, rows in tables.items():
         taken = nearest[question]
@@ -219,7 +226,7 @@ def _makers(
             yield "all pairs, all channels", rows, taken
             yield f"all pairs, against, top-{channels}", rows.negated().strongest(channels), taken
         top = rows.strongest(channels)
-        other = torch.randint(len(rows.channels), (B,), generator=generator)
+        other = random_rows(images, len(rows.channels), seed)
         yield f"{question} pairs, random neighbour", top, other
         yield f"{question} pairs, top-{channels}", top, taken
 
@@ -237,7 +244,6 @@ def score_table(
         name: Weights(d.channels, d.weights, d.mean_activation) for name, d in databases.items()
     }
     rows = {name: d.embeddings for name, d in databases.items()}
-    generator = torch.Generator().manual_seed(seed)
     branch = explainer(network, "all", seed).network
     parts: dict[str, dict[str, list[Tensor]]] = {}
     for start in range(houses.train, len(houses), BATCH):
@@ -248,7 +254,7 @@ def score_table(
             name: ops.knn(captured.output, table, 1)[1][:, 0] for name, table in rows.items()
         }
         masks = part_masks(houses, part)
-        for name, weights, taken in _makers(tables, nearest, CHANNELS, generator):
+        for name, weights, taken in _makers(tables, nearest, CHANNELS, start, seed):
             if weights is None:
                 maps = torch.ones(images.shape[0], *images.shape[2:])
             else:

@@ -117,13 +117,19 @@ def explain(
     agreement = fidelity(network, houses, built, options.seed)
     lines = [
         f"databases' rows: {counts}",
-        "transferred map against the map from the house's own pairs, mean cosine: "
-        + ", ".join(f"{name} {value:.3f}" for name, value in agreement.items()),
+        "transferred map against the map from the house's own pairs",
+        *(f"{name}: {line}" for name, one in agreement.items() for line in str(one).splitlines()),
         f"rows of all pairs whose evidence for is what raises a price: {dear:.3f} of the dearest "
         f"third, {cheap:.3f} of the cheapest",
     ]
     kept: dict[str, Any] = {"raising_rows": {"dearest third": dear, "cheapest third": cheap},
-                            "fidelity": agreement}  # fmt: skip
+                            "fidelity": {name: float(one.cosine.mean())
+                                         for name, one in agreement.items()}}  # fmt: skip
+    kept["fidelity of a random row"] = {
+        name: float(one.control.mean())
+        for name, one in agreement.items()
+        if one.control is not None
+    }
     save_overlays(network, houses, built, options.out / "house_prices.png", options.seed)
     if houses.masks is None:
         return [*lines, "no masks: maps are not scored"], kept
