@@ -112,6 +112,10 @@ class Functions(TorchFunctionMode):
         stand = getattr(self, f"_{getattr(func, '__name__', '')}", None)
         if stand is not None and args and isinstance(args[0], Tensor):
             return stand(func, *args, **kwargs)
+        device = kwargs.get("device")
+        if func is torch.tensor and device is not None and torch.device(device).type == "cuda":
+            # Below the mode C++ would make it where it is asked for.
+            return self._moved(None, func(*args, **{**kwargs, "device": "cpu"}), (device,), {})
         return func(*args, **kwargs)
 
     def _to(self, func, tensor, *args, **kwargs):

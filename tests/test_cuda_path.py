@@ -263,3 +263,34 @@ def test_metrics(cuda):
             strict=True,
         ):
             torch.testing.assert_close(one.cpu(), two)
+
+
+@pytest.mark.parametrize(("B", "N"), [(0, 3), (2, 0), (0, 0)])
+def test_operations_on_nothing_launch_no_empty_grid(monkeypatch, B, N):
+    with PretendCuda(monkeypatch, interpreted=True) as cuda:
+        _operations_on_nothing(cuda, B, N)
+
+
+def _operations_on_nothing(cuda, B, N):
+    def made(*shape, dtype=torch.float32):
+        return cuda.cuda(torch.ones(shape, dtype=dtype))
+
+    ids = [made(size, dtype=torch.int64) for size in (B, B, N)]
+    _, rows = gcfast.ops.knn(made(B, 4), made(N, 4), 2)
+    assert rows.shape == (B, 2)
+    assert gcfast.ops.top_m(made(B, 5), 3)[0].shape == (B, 3)
+    gradients, valid = made(B, N, 5, 2, 2), made(B, N, dtype=torch.bool)
+    for method in gcfast.ops.METHODS:
+        more = {"method": method, "activations": made(B, 5, 2, 2)}
+        assert not gcfast.ops.grad_weights(gradients, valid, **more).cpu().any()
+        more = {"method": method, "activation_sums": made(B, 5), "pixels": 4}
+        got = gcfast.ops.head_grad_weights(made(B, N, 4), made(4, 5), valid, **more)
+        assert not got.cpu().any()
+    anchors = (made(B, 4), *ids[:2], made(N, 4), ids[2])
+    assert gcfast.ops.sample_triplets(*anchors, triplets=3, margin=0.1).positives.shape == (B, 3)
+    assert gcfast.ops.mean_cotangents(*anchors, margin=0.1)[0].shape == (B, 4)
+    table = made(N, 2, dtype=torch.int64), made(N, 2)
+    maps = gcfast.ops.sparse_cam(
+        made(B, 5, 2, 2), rows[:, :1].clamp(max=N - 1), *table, size=(3, 3)
+    )
+    assert maps.shape == (B, 3, 3)
