@@ -23,7 +23,9 @@ import gcfast
 from gcfast import reference
 from gcfast.transfer import ExactTransfer
 
-NAME = "resnet50"
+NAME, OTHER = "resnet50", "vit-b16"
+TITLES = {"resnet50": "ResNet-50", "vit-b16": "ViT-B/16"}
+BATCHES = (16, 256, 1024)  # one image has figures of its own
 ROWS = (10_000, 100_000, 1_000_000)
 AGREEMENT = 1e-2  # of maps in [0, 1]: two forward passes may round differently
 TURN_SECONDS = 0.05  # of one side between two waits for the device
@@ -40,6 +42,7 @@ class Subject:
         model, self.layer = network(name)
         self.model = model.to(context.device, dtype)
         self.device, self.dtype, self.name = context.device, dtype, name
+        self.title, self.precision = TITLES[name], str(dtype).removeprefix("torch.")
 
     def images(self, B: int) -> Tensor:
         return images(B, seed=9).to(self.device, self.dtype)
@@ -156,35 +159,47 @@ def explain(context: Context) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         subject = Subject(context, dtype)
         explainer = subject.explainer(ROWS[0])
-        precision = str(dtype).removeprefix("torch.")
-        for B in (16,) if context.quick else (16, 256):
-            case = f"ResNet-50, B {B}, {precision}, channels-last"
-            rows: list[Row] = []
-            with _kept(case, "explain_batch", rows):
-                batch, written = last(subject.images(B)), subject.images(B)
-                check(explainer, batch)
-                same, calls = turn_about(
-                    lambda e=explainer, x=batch: e.explain_batch(x),
-                    lambda s=subject, x=batch: s.forward(x),
-                    context.device,
-                )
-                rows += pair_rows(case, ("explain_batch", "forward"), same, calls, "<= 1.03")
-                other, calls = turn_about(
-                    lambda e=explainer, x=written: e.explain_batch(x),
-                    lambda s=subject, x=written: s.forward(x),
-                    context.device,
-                )
-                names = ("explain_batch, NCHW", "forward as written, NCHW")
-                rows += pair_rows(case, names, other, calls, "")
-            yield from rows
-        yield from _one_image(context, subject, explainer, precision)
+        for B in BATCHES[:1] if context.quick else BATCHES[:2]:
+            yield from _batch(context, subject, explainer, B)
+        yield from _one_image(context, subject, explainer)
     yield from _by_rows(context)
+    if context.quick:
+        return
+    for B in BATCHES[2:]:
+        yield from _batch(context, subject, explainer, B)
+    other = Subject(context, torch.bfloat16, name=OTHER)
+    explainer = other.explainer(ROWS[0])
+    yield from _one_image(context, other, explainer)
+    for B in BATCHES:
+        yield from _batch(context, other, explainer, B)
 
 
-def _one_image(
-    context: Context, subject: Subject, explainer: gcfast.Explainer, precision: str
+def _batch(
+    context: Context, subject: Subject, explainer: gcfast.Explainer, B: int
 ) -> Iterator[Row]:
-    case = f"ResNet-50, B 1, {precision}"
+    case = f"{subject.title}, B {B}, {subject.precision}"
+    rows: list[Row] = []
+    with _kept(case, "explain_batch", rows):
+        written = subject.images(B)
+        batch = last(written)
+        check(explainer, batch)
+        same, calls = turn_about(
+            lambda: explainer.explain_batch(batch), lambda: subject.forward(batch), context.device
+        )
+        names = ("explain_batch", "forward, channels-last")
+        rows += pair_rows(case, names, same, calls, "<= 1.03")
+        other, calls = turn_about(
+            lambda: explainer.explain_batch(written),
+            lambda: subject.forward(written),
+            context.device,
+        )
+        names = ("explain_batch, NCHW", "forward as written, NCHW")
+        rows += pair_rows(case, names, other, calls, "")
+    yield from rows
+
+
+def _one_image(context: Context, subject: Subject, explainer: gcfast.Explainer) -> Iterator[Row]:
+    case = f"{subject.title}, B 1, {subject.precision}"
     batch = last(subject.images(1))
     sides: list[tuple[str, Callable[[], object], bool]] = [
         ("explain_batch", lambda: explainer.explain_batch(batch), False),
@@ -194,7 +209,11 @@ def _one_image(
     rows: list[Row] = []
     with _kept(case, "explain_batch, CUDA graphs", rows):
         graphed = gcfast.Explainer(
-            subject.model, subject.layer, explainer.database, cuda_graphs=True
+            subject.model,
+            subject.layer,
+            explainer.database,
+            cuda_graphs=True,
+            reshape=explainer.network.reshape,
         )
         check_graphs(graphed, explainer, [batch, last(subject.images(1) + 1)])
         sides.insert(0, ("explain_batch, CUDA graphs", lambda: graphed.explain_batch(batch), False))

@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import IMAGE, Case, copies, selected
+from cases import CASES, IMAGE, Case, copies, selected
 from gpu_runner import Context, Row, failed, importable, measured
 from torch import Tensor
 
 from gcfast import reference
 from gcfast.ops import dispatch
 
+USABLE = 0.9  # of a card's memory: the context and the allocator's gaps take the rest
+FAISS_BYTES = 6 * 10**9  # a larger table takes longer to copy to the host and back than to search
+LONG_FLOPS = 10**12
 DATABASE_ROWS = 10_000  # of the table that sparse_cam reads
 CLASSES = 100
 MARGIN = 0.2
@@ -38,6 +41,7 @@ class Side(NamedTuple):
     graph: bool = True  # it can be captured: nothing in it waits for the device
     when: Callable[[Case], bool] = lambda case: True  # noqa: ARG005
     prepare: Callable[[Inputs], Inputs] | None = None  # not timed: an index, say
+    working: Callable[[Case], int] = lambda case: 0  # noqa: ARG005 - bytes beside the inputs
 
 
 class Operation(NamedTuple):
@@ -55,10 +59,18 @@ class Operation(NamedTuple):
             return side.run(inputs if side.prepare is None else side.prepare(inputs))
 
 
-def run_operation(name: str, context: Context) -> Iterator[Row]:
-    """Every case of an operation that the card has room for, every side of each."""
-    run, left = selected(name, quick=context.quick, memory_bytes=context.memory_bytes)
+def run_operation(name: str, context: Context, *, quick: bool | None = None) -> Iterator[Row]:
+    """The cases of an operation that the card has room for, every side of each.
+
+    Args:
+        name: of the operation.
+        context: of the run.
+        quick: only the quick cases, only the others, or all.
+    """
+    run, left = selected(name, quick=quick, memory_bytes=context.memory_bytes)
     operation = OPERATIONS[name]
+    # First, so that a run which is cut short names them too.
+    yield from ({"case": "left out", "side": name, "text": reason} for reason in left)
     for case in run:
         torch.manual_seed(0)
         count = copies(case, context.l2_bytes, context.memory_bytes)
@@ -71,6 +83,10 @@ def run_operation(name: str, context: Context) -> Iterator[Row]:
         for side in operation.sides:
             if not side.when(case):
                 continue
+            reason = no_room(case, side, count, context.memory_bytes)
+            if reason:
+                yield {"case": case.name, "side": side.name, "text": f"left out: {reason}"}
+                continue
             try:
                 with torch.no_grad():
                     yield from _timed(case, operation, side, sets, wanted, context)
@@ -79,9 +95,15 @@ def run_operation(name: str, context: Context) -> Iterator[Row]:
         del sets, wanted
         if context.device.type == "cuda":
             torch.cuda.empty_cache()
-    for reason in left:
-        if not reason.endswith("--quick"):
-            yield {"case": "left out", "side": name, "text": reason}
+
+
+def no_room(case: Case, side: Side, sets: int, memory_bytes: int) -> str:
+    """Why a side does not fit beside so many sets of inputs; "" where it does."""
+    needed = side.working(case) * (sets if side.prepare is not None else 1)
+    room = int(USABLE * memory_bytes) - sets * case.inputs
+    if needed <= room:
+        return ""
+    return f"{needed / 1e9:.1f} GB beside the inputs, {room / 1e9:.1f} GB are free"
 
 
 def _timed(
@@ -236,6 +258,11 @@ def _matmul_topk(s: Inputs) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
+def _all_products(case: Case) -> int:
+    """The products in the table's dtype, in float32, and the distances."""
+    return 3 * 4 * case.sizes["B"] * case.sizes["N"]
+
+
 @functools.cache
 def _faiss_resources(device: int) -> Any:
     """FAISS's streams and scratch memory, once: they are slow to make and take 1.5 GiB unbidden."""
@@ -277,7 +304,7 @@ def _faiss_search(s: Inputs) -> Any:
 
 
 def _has_gpu_faiss(case: Case) -> bool:
-    if case.dtype != "float32" or not importable("faiss"):
+    if case.dtype != "float32" or case.inputs > FAISS_BYTES or not importable("faiss"):
         return False
     import faiss
 
@@ -302,8 +329,14 @@ def _on_cpu(s: Inputs) -> Inputs:
     return {**s, "tensors": tuple(t.cpu() for t in s["tensors"])}
 
 
-def _quick(case: Case) -> bool:
-    return case.quick
+def _first(case: Case) -> bool:
+    """The first case of its operation: torch.compile takes longer than all that is timed of it."""
+    return case.quick and case == CASES[case.operation][0]
+
+
+def _short(case: Case) -> bool:
+    """Short enough for what is slow to be timed, and not only run once to compare with."""
+    return case.flops <= LONG_FLOPS
 
 
 @functools.cache
@@ -312,12 +345,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _three(call: Callable[[Callable[..., Any], Inputs], Any], name: str) -> list[Side]:
-    """The kernel, the reference, and the reference compiled, which is done for the quick cases."""
+    """The kernel, the reference, and the reference compiled, for the operation's first case."""
     kernel, plain = getattr(dispatch, name), getattr(reference, name)
     return [
         Side("gcfast", functools.partial(call, kernel)),
-        Side("reference", functools.partial(call, plain)),
-        Side("reference, torch.compile", lambda s: call(_compiled(plain), s), when=_quick),
+        Side("reference", functools.partial(call, plain), when=_short),
+        Side("reference, torch.compile", lambda s: call(_compiled(plain), s), when=_first),
     ]
 
 
@@ -355,13 +388,21 @@ OPERATIONS = {
         _knn,
         [
             *_three(_knn, "knn")[:2],
-            Side("matmul + topk", _matmul_topk),
+            Side("matmul + topk", _matmul_topk, working=_all_products),
             Side(
                 "matmul + topk, torch.compile",
                 lambda s: _compiled(_matmul_topk)(s),
-                when=_quick,
+                when=_first,
+                working=_all_products,
             ),
-            Side("FAISS, flat on the GPU", _faiss_search, False, _has_gpu_faiss, _faiss_index),
+            Side(
+                "FAISS, flat on the GPU",
+                _faiss_search,
+                False,
+                _has_gpu_faiss,
+                _faiss_index,
+                working=lambda case: case.inputs,
+            ),
         ],
         first_relative,
     ),

@@ -68,7 +68,7 @@ def run_sections(
         sections: in order.
         context: handed to each.
         budget: seconds for all of them.
-        save: called with the results so far after each section.
+        save: called with the results so far after each row, since a time limit may end the run.
         now: the clock.
     """
     began = now()
@@ -85,6 +85,8 @@ def run_sections(
             try:
                 for row in section.run(context):
                     result["rows"].append(row)
+                    if save is not None:
+                        save(results)
                     if now() - start > allowed:
                         result["cut"] = f"stopped after {allowed:.0f} s"
                         break

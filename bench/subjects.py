@@ -26,6 +26,26 @@ class ResNet50(nn.Module):
         return self.project(self.backbone(images).pooler_output.flatten(1))
 
 
+class ViTB16(nn.Module):
+    """Hugging Face's ViT-B/16 (Dosovitskiy et al. 2020), random weights, averaged patches to 128.
+
+    What is explained is the last layer norm, whose patch tokens the embedding is made of.
+    """
+
+    reshape = gcfast.TokenGrid(prefix=1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import ViTConfig, ViTModel
+
+        self.backbone = ViTModel(ViTConfig(), add_pooling_layer=False)
+        self.project = nn.Linear(768, EMBEDDING)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.backbone(images).last_hidden_state[:, 1:]
+        return self.project(tokens.mean(1))
+
+
 def efficientnet_lite0() -> nn.Module:
     """EfficientNet-Lite0 with ImageNet weights and a random linear layer to D = 128."""
     from scenes_network import SceneNetwork
@@ -36,6 +56,7 @@ def efficientnet_lite0() -> nn.Module:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "efficientnet-lite0": (efficientnet_lite0, "head"),
     "resnet50": (ResNet50, "backbone.encoder"),
+    "vit-b16": (ViTB16, "backbone.layernorm"),
 }
 
 
@@ -68,7 +89,7 @@ def explainer_with_rows(model: nn.Module, layer: str, rows: int) -> gcfast.Expla
     The rows beyond the built ones repeat their channels and weights under embeddings moved at
     random, so that search and gather have N different rows to deal with.
     """
-    explainer = gcfast.Explainer(model, layer)
+    explainer = gcfast.Explainer(model, layer, reshape=getattr(model, "reshape", None))
     built = explainer.build(loader(64, 32, 8))
     generator = torch.Generator().manual_seed(0)
     pick = torch.randint(len(built), (rows,), generator=generator)

@@ -13,6 +13,7 @@ from torch import Tensor
 from gcfast import ops
 from gcfast.building import Building
 from gcfast.calibration import KEY, Fidelity, calibrated, transfer_fidelity
+from gcfast.capture import Captured
 from gcfast.explainer_state import Attached
 from gcfast.explanation import Explanation, MapOptions, Size
 from gcfast.export import ExportedExplainer
@@ -240,11 +241,15 @@ class Explainer(Building, OwnMaps):
         if len(images) == 0:
             return lambda: self._nothing(images, finish.size, details, attached)
         waits = not images.is_cuda
-        activations, embeddings = self._embedded(images, waits)
-        pending = attached.transfer.start(embeddings)
+        captured = self.network.embed(images)
+        with torch.no_grad(), full_precision(images.device):
+            embeddings = self._normalized(captured, images, waits)
+            pending = attached.transfer.start(embeddings)
+        activations = captured.activations
 
         def finished() -> Tensor | Explanation:
-            out = _maps(activations, embeddings, pending.wait(), finish, waits)
+            with torch.no_grad(), full_precision(embeddings.device):
+                out = _maps(activations, embeddings, pending.wait(), finish, waits)
             return _result(out, attached, details)
 
         return finished
@@ -262,19 +267,18 @@ class Explainer(Building, OwnMaps):
                 wait for it.
         """
         waits = not images.is_cuda if waits is None else waits
-        activations, embeddings = self._embedded(images, waits)
-        with torch.no_grad(), full_precision(images.device):
-            found = attached.transfer(embeddings)
-        return _maps(activations, embeddings, found, finish, waits)
-
-    def _embedded(self, images: Tensor, waits: bool) -> tuple[Tensor, Tensor]:
-        """(activations [B, C, H, W], embeddings [B, D]) of images that were checked."""
         captured = self.network.embed(images)
         with torch.no_grad(), full_precision(images.device):
-            embeddings = normalized(captured.output, self.settings.l2_normalize)
-            if waits:
-                check_embeddings(embeddings, images)
-        return captured.activations, embeddings
+            embeddings = self._normalized(captured, images, waits)
+            found = attached.transfer(embeddings)
+            return _maps(captured.activations, embeddings, found, finish, waits)
+
+    def _normalized(self, captured: Captured, images: Tensor, waits: bool) -> Tensor:
+        """The embeddings [B, D] of images that were checked."""
+        embeddings = normalized(captured.output, self.settings.l2_normalize)
+        if waits:
+            check_embeddings(embeddings, images)
+        return embeddings
 
     def _nothing(
         self, images: Tensor, size: tuple[int, int], details: bool, attached: Attached
@@ -378,15 +382,14 @@ class Explainer(Building, OwnMaps):
 def _maps(
     activations: Tensor, embeddings: Tensor, found: Transferred, finish: Finish, waits: bool
 ) -> Explained:
-    with torch.no_grad(), full_precision(embeddings.device):
-        return explained(
-            activations,
-            embeddings,
-            found,
-            finish,
-            sparse_cam=ops.sparse_cam if waits else dispatch.sparse_cam,
-            marks=not waits,
-        )
+    return explained(
+        activations,
+        embeddings,
+        found,
+        finish,
+        sparse_cam=ops.sparse_cam if waits else dispatch.sparse_cam,
+        marks=not waits,
+    )
 
 
 def _result(out: Explained, attached: Attached, details: bool) -> Tensor | Explanation:

@@ -114,12 +114,17 @@ def from_tables(
     )
 
 
-def marked(embeddings: Tensor, rows: Tensor, mixing: Tensor | None) -> tuple[Tensor, Tensor]:
+def marked(embeddings: Tensor, found: Transferred) -> tuple[Tensor, Tensor]:
     """Rows and mixing weights such that an embedding that is not finite gives NaN maps."""
-    mark = embeddings.sum(1, keepdim=True) * 0  # [B, 1]: 0, or NaN
-    # Some row must be weighed for the NaN to reach the map, whatever the search made of it: row 0.
-    rows = rows * (mark == 0)  # `where` would launch a kernel more, which fills its 0
-    return rows, mark.expand(rows.shape) + (1.0 if mixing is None else mixing)
+    total = embeddings.sum(1, keepdim=True)  # [B, 1]
+    rows = found.rows
+    if found.labels is not None:
+        # An index finds nothing for NaN. Some row must be weighed for it to reach the map: row 0.
+        rows = rows * (total * 0 == 0)  # `where` would launch a kernel more, which fills its 0
+    # 0 times the total, which is NaN where that is not finite, on top of each weight, or of 1.
+    if found.mixing is None:
+        return rows, torch.rsub(total, 1.0, alpha=0).expand(rows.shape)
+    return rows, torch.add(found.mixing, total, alpha=0)
 
 
 def explained(
@@ -143,7 +148,7 @@ def explained(
     """
     rows, mixing = found.rows, found.mixing
     if marks:
-        rows, mixing = marked(embeddings, rows, mixing)
+        rows, mixing = marked(embeddings, found)
     maps = sparse_cam(
         activations,
         rows,

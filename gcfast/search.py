@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast.extras import import_faiss
+from gcfast.ops import dispatch
+from gcfast.ops.knn import check_knn
 from gcfast.shards import Shard
 from gcfast.stored_index import as_array, made, spread, spread_rows
 
@@ -30,8 +32,17 @@ class ExactSearch:
         self.squares = torch.linalg.vector_norm(table, dim=1, dtype=dtype).square()
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(squared L2 distances [B, K] float32, rows [B, K] int64; +inf and -1 where none)."""
-        return ops.knn(queries, self.table, k, squares=self.squares)
+        """(squared L2 distances [B, K] float32, rows [B, K] int64; +inf and -1 where none).
+
+        As :mod:`gcfast.ops.dispatch`: the caller has turned gradients and autocast off.
+
+        Raises:
+            ValueError: queries of another width than the table's.
+        """
+        # The table was looked at when it was brought here; what may change is the model's output.
+        if queries.ndim != 2 or queries.shape[1] != self.table.shape[1]:
+            check_knn(queries, self.table, k, metric="l2", squares=self.squares)
+        return dispatch.knn(queries, self.table, k, squares=self.squares)
 
 
 def open_index(index: Any, shards: list[Shard], device: torch.device) -> Any:

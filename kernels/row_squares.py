@@ -44,6 +44,8 @@ def row_squares(table: Tensor) -> Tensor:
     """Squared norms [N] float32 of the rows of [N, D], from one read and with no copy."""
     N, D = table.shape
     squares = torch.empty(N, dtype=torch.float32, device=table.device)
+    if N == 0:
+        return squares
     with torch.cuda.device_of(table):
         _squares_kernel[(triton.cdiv(N, SQUARES_BLOCK_N),)](
             squares,

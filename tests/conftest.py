@@ -40,3 +40,13 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(True, warn_only=True)
         yield
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """A GPU that is pretended, and whose memory must not be freed while it is in use."""
+    from pretend_cuda import PretendCuda  # which needs Triton
+
+    with PretendCuda(monkeypatch) as mode:
+        yield mode
+    assert not mode.freed

@@ -16,7 +16,7 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, pad: int
 
 def strided(tensor: Tensor) -> Tensor:
     """The same values with a gap of NaN after every element of the last dimension."""
-    buffer = torch.full((*tensor.shape, 2), float("nan"), dtype=tensor.dtype)
+    buffer = torch.full((*tensor.shape, 2), float("nan"), dtype=tensor.dtype, device=tensor.device)
     buffer[..., 0] = tensor
     return buffer[..., 0]
 

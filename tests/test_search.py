@@ -50,6 +50,13 @@ def search(index: Any, rows: torch.Tensor, queries: torch.Tensor, k: int) -> lis
     return [torch.from_numpy(array) for array in found]
 
 
+def test_queries_of_another_width_than_the_table() -> None:
+    rows = table()
+    wider = torch.zeros(2, rows.shape[1] + 1)
+    with pytest.raises(ValueError, match=r"`table` must have shape \[N, D\] with D = "):
+        ExactSearch(rows)(wider, 1)
+
+
 @pytest.mark.parametrize("index", ["exact", "Flat", "HNSW16", "IVF1,Flat"])
 @pytest.mark.parametrize("k", [1, 5])
 def test_every_index_finds_the_nearest_rows(index: str, k: int) -> None:
