@@ -58,7 +58,7 @@ def below(tiles, values, mask, TILE: tl.constexpr, LOG_TILE: tl.constexpr):
     return place + (found < values).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _distances_kernel(
     distances_ptr,
     anchors_ptr,

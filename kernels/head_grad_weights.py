@@ -86,7 +86,7 @@ def _head_mean_kernel(
     tl.store(out_ptr + i_b * D + offs_d, mean, mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _head_product_kernel(
     out_ptr,
     cotangents_ptr,

@@ -74,7 +74,7 @@ def _empty_slots(KEEP: tl.constexpr):
     return (tl.full((KEEP,), EMPTY, tl.int64) << 32) | slots.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["is_l2"])
+@triton.jit(do_not_specialize=["B", "is_l2"])  # B: or every other batch is compiled for anew
 def _candidates_kernel(
     keys_ptr,
     queries_ptr,

@@ -63,7 +63,7 @@ class SparseCamConfig(NamedTuple):
 SPARSE_CAM_CONFIGS = (
     SparseCamConfig(window=8, block_m=16, block_oh=8, block_ow=256, num_warps=4),
     SparseCamConfig(window=8, block_m=16, block_oh=32, block_ow=64, num_warps=4),
-    SparseCamConfig(window=16, block_m=16, block_oh=8, block_ow=256, num_warps=4),
+    SparseCamConfig(window=16, block_m=8, block_oh=8, block_ow=256, num_warps=4),
     SparseCamConfig(window=16, block_m=16, block_oh=32, block_ow=64, num_warps=4),
     SparseCamConfig(window=32, block_m=4, block_oh=16, block_ow=128, num_warps=8),
     SparseCamConfig(window=64, block_m=2, block_oh=32, block_ow=128, num_warps=8),

@@ -168,7 +168,7 @@ def _across(
     return tl.reshape(near * (1.0 - along) + far * along, (WINDOW, BLOCK_OW))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices"])  # or batches of other sizes are compiled for anew
 def _sparse_cam_kernel(
     out_ptr, activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr, offsets_ptr,
     stride_act_b, stride_act_c, stride_act_h, stride_act_w, stride_nei_b, stride_nei_k,
@@ -329,11 +329,17 @@ def specialisations() -> Iterator[Specialisation]:
     plain = ("stride_nei_b", "stride_nei_k", "stride_cha_m", "stride_wei_m", "stride_off", "K")
     plain += ("relu", "normalize")
     yield _specialisation(usual, activations="*fp16", ones=("stride_act_w", *plain), even=even)
-    yield _specialisation(
-        usual, activations="*bf16", ones=("stride_act_c", "slices", *plain), even=even
-    )
+    yield _specialisation(usual, activations="*bf16", ones=("stride_act_c", *plain), even=even)
+    # And as explain_batch does, which marks with mixing weights what is not finite.
+    mixed = ("stride_act_c", "stride_mix_b", "stride_mix_k", *plain)
+    even = (*even, "stride_act_h", "stride_act_w", "N")
+    for config in (usual, SPARSE_CAM_CONFIGS[2]):
+        for activations in ("*fp32", "*bf16"):
+            yield _specialisation(
+                config, activations=activations, has_mixing=True, ones=mixed, even=even
+            )
     for config in (usual, SPARSE_CAM_CONFIGS[-1]):
-        sizes = ("B", "C", "H", "W", "N", "K", "M", "OH", "OW", "slices", "tile_h", "tile_w")
+        sizes = ("B", "C", "H", "W", "N", "K", "M", "OH", "OW", "tile_h", "tile_w")
         ones = [n for n in _sparse_cam_kernel.arg_names if n.startswith("stride_") or n in sizes]
         yield _specialisation(config, has_mixing=True, ones=(*ones, "relu", "normalize"))
     yield _specialisation(usual, weights="*fp16", has_mixing=True)

@@ -41,6 +41,7 @@ class PretendCuda(TorchDispatchMode):
         waits: what the host waited in.
         uploads: functions that copied host memory to the device.
         launches: names of the kernels launched.
+        forms: what Triton would have compiled for them, each with its kernel's name.
         freed: memory freed under a stream that was still using it.
     """
 
@@ -58,6 +59,7 @@ class PretendCuda(TorchDispatchMode):
         self.waits: list[Wait] = []
         self.uploads: list[str] = []
         self.launches: list[str] = []
+        self.forms: set[tuple[object, ...]] = set()
         self.freed: list[str] = []
         self.capturing: Graph | None = None
         self.is_moving = False
@@ -356,6 +358,7 @@ class PretendCuda(TorchDispatchMode):
         for tensor in tensors:
             tensor.place.written = (stream, stream.time)
         self.launches.append(name)
+        self.forms.add((name, *_form(kernel, args, kwargs)))
         args, kwargs = tree_map(
             lambda x: x.inner.detach() if isinstance(x, Pretended) else x, (args, kwargs)
         )
@@ -367,6 +370,19 @@ class PretendCuda(TorchDispatchMode):
         if self.capturing is not None:
             self.capturing.tape.append((again, [(tensor.place, True) for tensor in tensors]))
         again()
+
+
+def _form(kernel, args, kwargs) -> list[object]:
+    """What Triton compiles by: constants, dtypes, and which integers are 1 or divisible by 16."""
+    plain = kernel.kwargs.get("do_not_specialize") or ()
+    found: list[object] = sorted((k, v) for k, v in kwargs.items() if not isinstance(v, Tensor))
+    for name, value in zip(kernel.arg_names, args, strict=False):
+        if isinstance(value, Tensor):
+            found.append(value.dtype)
+        elif isinstance(value, int):
+            kind = "" if name in plain else "1" if value == 1 else "16" if value % 16 == 0 else ""
+            found.append((name, kind, abs(value) < 2**31))
+    return found
 
 
 def _written(func, args, kwargs) -> list[Tensor]:

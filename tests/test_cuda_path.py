@@ -46,6 +46,21 @@ def test_explain_batch_waits_for_nothing(cuda, k, options):
     agree(got, plain.explain_batch(images, **options))
 
 
+def test_batches_of_any_size_share_compiled_kernels(cuda):
+    _, ours = twins(cuda)
+    for size in (3, 4, 7, 16):
+        ours.explain_batch(cuda.cuda(pictures(size)[0]))
+        cuda.forms = {form for form in cuda.forms if form[0] != "_squares_kernel"}
+    assert sorted(form[0] for form in cuda.forms) == [
+        "_candidates_kernel", "_nearest_kernel", "_sparse_cam_kernel",
+    ]  # fmt: skip
+    for size in (17, 32, 33):  # another block of queries
+        ours.explain_batch(cuda.cuda(pictures(size)[0]))
+    assert sorted(form[0] for form in cuda.forms) == [
+        "_candidates_kernel", "_candidates_kernel", "_nearest_kernel", "_sparse_cam_kernel",
+    ]  # fmt: skip
+
+
 def test_explain_batch_with_its_kernels_interpreted(monkeypatch):
     with PretendCuda(monkeypatch, interpreted=True) as cuda:
         plain, ours = twins(cuda, k=2)
