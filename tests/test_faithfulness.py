@@ -20,7 +20,7 @@ from torch import nn
 from faithfulness import blank, deletion_insertion, road
 
 class Corner(nn.Module):
-    # Sees the upper left quarter alone: a bright one turns the embedding from (0, 1) towards (1, 0).
+    # Sees the upper left quarter alone: a bright one turns the embedding towards (1, 0).
     def forward(self, images):
         seen = images[:, 0, :4, :4].mean((1, 2))
         return torch.stack([seen, 0.5 + 0 * seen], 1)
