@@ -1,26 +1,34 @@
 """Deletion, insertion and ROAD of heat maps of embeddings, by torch-cam's and grad-cam's own code.
 
     pip install --no-deps torchvision torchcam==0.5.0 grad-cam==1.5.7 ttach opencv-python-headless
-    python bench/faithfulness.py [--images 16]
+    python bench/faithfulness.py [--images 16] [--json FILE]
 
 Those tools ask how a class score falls when what a map marks is taken away. An embedding has no
 class score; here it is the cosine to a reference: to the image's own embedding, or to the mean of
 the class that its nearest row has. Low deletion, high insertion and high ROAD are good. ROAD is
 half of what the score loses more by removing the hottest pixels than by removing the coldest.
 
-The pictures and the network are those of `gcfast demo`. "noise" is a map of random pixels and
-"channel sum" one without any weights: controls.
+What deletion removes takes the picture's mean colour. Black would be something to see itself: it
+puts the demonstration's birds farther from themselves when a part of them is blackened than when
+everything is. A picture of the mean colour alone still has a cosine near 1 to most birds, all
+embeddings of that network being close together; it is printed, since no score falls much below it.
+
+The pictures and the network are those of `gcfast demo`. Controls are "noise", random values on the
+grid of the feature map, as coarse as any map here, and "channel sum", a map without any weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peers import make_torchvision_importable
+from paired import conditions
+from peers import make_torchvision_importable, upsampled
 from torch import Tensor, nn
 
 import gcfast
@@ -45,6 +53,11 @@ class Given:
         yield
 
 
+def blank(images: Tensor) -> Tensor:
+    """Images [B, 3, h, w] of each one's mean colour."""
+    return images.mean((2, 3), keepdim=True).expand_as(images)
+
+
 def deletion_insertion(
     model: nn.Module, images: Tensor, maps: Tensor, references: Tensor, *, steps: int = 20
 ) -> tuple[float, float]:
@@ -52,7 +65,7 @@ def deletion_insertion(
 
     Args:
         model: images [B, 3, h, w] to embeddings [B, D].
-        images: [B, 3, h, w]; what is deleted becomes 0.
+        images: [B, 3, h, w]; what is deleted takes the mean colour of its image.
         maps: [B, h, w].
         references: [B, D].
         steps: of each curve.
@@ -62,7 +75,10 @@ def deletion_insertion(
 
     unit = F.normalize(references, dim=1)
     metric = DeletionInsertionMetric(
-        Given(model, maps), lambda output: F.normalize(output, dim=1) @ unit.T, steps=steps
+        Given(model, maps),
+        lambda output: F.normalize(output, dim=1) @ unit.T,
+        steps=steps,
+        baseline=blank,
     )
     metric.update(images, list(range(len(images))))
     summary = metric.summary()
@@ -77,20 +93,20 @@ def road(
     *,
     percentiles: Sequence[int] = PERCENTILES,
 ) -> Tensor:
-    """ROAD, hottest against coldest first, of the cosine to each image's reference: [B].
+    """ROAD, hottest against coldest first, of the cosine to each image's references: [B, R].
 
     Args:
         model: as for :func:`deletion_insertion`.
         images: as for :func:`deletion_insertion`.
         maps: as for :func:`deletion_insertion`.
-        references: as for :func:`deletion_insertion`.
+        references: [B, R, D]; filling in, which takes the time, is done once for all R.
         percentiles: of the pixels that are removed. The filled-in pixels carry a little noise from
             torch's global generator.
     """
     make_torchvision_importable()
     from pytorch_grad_cam.metrics.road import ROADCombined
 
-    targets = [lambda output, r=r: F.cosine_similarity(output, r, dim=0) for r in references]
+    targets = [lambda output, r=r: F.cosine_similarity(output[None], r, dim=1) for r in references]
     combined = ROADCombined(percentiles=list(percentiles))
     return torch.from_numpy(combined(images, maps.numpy(), targets, model))
 
@@ -107,6 +123,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="pictures of unseen species")
     parser.add_argument("--rows", type=int, default=8, help="pictures of each training species")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     network = load_network()
@@ -130,24 +147,38 @@ def main() -> None:
         [database.embeddings[database.labels == label].mean(0) for label in why.labels[:, 0]]
     )
     with torch.inference_mode():
-        total = network.features(images).sum(1, keepdim=True)
-    total = F.interpolate(total, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+        total = network.features(images).sum(1)
+        empty = network(blank(images))
+    size = images.shape[2:]
     maps = {
-        "noise": torch.rand(total.shape),
-        "channel sum": total / total.amax((1, 2), keepdim=True),
+        "noise": upsampled(torch.rand(total.shape), size),
+        "channel sum": upsampled(total, size),
         "Grad-CAM, for, top-50": why.maps,
         "the same, center=1": explainers["for"].explain_batch(images, center=1.0),
         "Grad-CAM, against, top-50": explainers["against"].explain_batch(images),
     }
     print(f"{len(images)} drawn birds of unseen species, {len(database)} rows, seed {options.seed}")
+    both = torch.stack([why.embeddings, means], 1)  # [B, 2, D]
+    nothing = F.cosine_similarity(empty[:, None], both, dim=2).mean(0).tolist()
+    print(f"cosine of the mean colour alone: own {nothing[0]:.4f}, class {nothing[1]:.4f}")
     columns = [f"{m}, {r}" for r in ("own", "class") for m in ("deletion", "insertion", "ROAD")]
+    record: dict[str, object] = {
+        "conditions": conditions(),
+        "images": len(images),
+        "rows": len(database),
+        "seed": options.seed,
+        "cosine of the mean colour alone": dict(zip(("own", "class"), nothing, strict=True)),
+    }
     print(" " * 26 + "".join(f"{c:>18s}" for c in columns))
     for name, heat in maps.items():
         cells = []
-        for references in (why.embeddings, means):
-            cells += deletion_insertion(network, images, heat, references)
-            cells.append(float(road(network, images, heat, references).mean()))
-        print(f"{name:26s}" + "".join(f"{cell:18.3f}" for cell in cells), flush=True)
+        removed = road(network, images, heat, both).mean(0).tolist()
+        for references, one in zip((why.embeddings, means), removed, strict=True):
+            cells += [*deletion_insertion(network, images, heat, references), one]
+        print(f"{name:26s}" + "".join(f"{cell:18.4f}" for cell in cells), flush=True)
+        record[name] = dict(zip(columns, cells, strict=True))
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -375,7 +375,52 @@ def test_coco_records_that_lack_a_key(tmp_path: Path, part: str, key: str) -> No
         open_dataset(f"coco:{tmp_path}")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images": {"id": 8}}, "must list each image once, 8 comes 2 times"),
+        ({"images": {"file_name": "000000000008.jpg"}}, "must list each image once, 0+8.jpg comes"),
+        ({"images": {"file_name": 3}}, "a file_name that is no text"),
+        ({"annotations": {"image_id": [7]}}, "must hold images, annotations .*unhashable"),
+    ],
+    ids=repr,
+)
+def test_coco_images_that_are_not_told_apart(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    file = coco(tmp_path, [instance(7, (8, 4, 4, 4))]) / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    for part, values in change.items():
+        content[part][0] |= values
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words):
+        open_dataset(f"coco:{tmp_path}")
+
+
 # Folders
+
+
+def test_tables_that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "birds").mkdir()
+    cub(tmp_path / "birds")
+    table = next((tmp_path / "birds").rglob("classes.txt"))
+    table.write_bytes(table.read_bytes() + b"9 Caf\xe9\n")
+    with pytest.raises(ValueError, match=r"classes\.txt must be UTF-8 text"):
+        open_dataset(f"cub:{tmp_path / 'birds'}")
+    (tmp_path / "own").mkdir()
+    (folder(tmp_path / "own") / "boxes.csv").write_bytes(b"path,x0,y0,x1,y1\na/\xe9.jpg,1,1,2,2\n")
+    with pytest.raises(ValueError, match=r"boxes\.csv must be UTF-8 text"):
+        open_dataset(f"folder:{tmp_path / 'own'}")
+
+
+def test_two_pictures_of_one_mask_are_refused(tmp_path: Path) -> None:
+    folder(tmp_path)
+    with Image.open(tmp_path / "images" / "a" / "1.jpg") as picture:
+        picture.save(tmp_path / "images" / "a" / "1.png")
+    (tmp_path / "masks" / "a").mkdir(parents=True)
+    rectangle(16, 16, (2, 3, 9, 11)).save(tmp_path / "masks" / "a" / "1.png")
+    with pytest.raises(ValueError, match=r"masks/a/1\.png would be of a/1\.jpg and of a/1\.png"):
+        open_dataset(f"folder:{tmp_path}")
 
 
 def folder(root: Path) -> Path:

@@ -17,16 +17,17 @@ SCRIPT = """
 import json
 import torch
 from torch import nn
-from faithfulness import deletion_insertion, road
+from faithfulness import blank, deletion_insertion, road
 
 class Corner(nn.Module):
-    # Sees the upper left quarter alone: a bright one turns the embedding from (0, 1) to (1, 0).
+    # Sees the upper left quarter alone: a bright one turns the embedding towards (1, 0).
     def forward(self, images):
         seen = images[:, 0, :4, :4].mean((1, 2))
-        return torch.stack([seen, 0.1 + 0 * seen], 1)
+        return torch.stack([seen, 0.5 + 0 * seen], 1)
 
 torch.manual_seed(0)
-images = torch.rand(2, 3, 8, 8) * 0.1 + 0.9
+images = torch.rand(2, 3, 8, 8) * 0.1
+images[:, :, :4, :4] += 0.9  # the rest is dark, and so is the mean colour
 right = torch.rand(2, 8, 8) * 0.01
 wrong = right.clone()
 right[:, :4, :4] += 0.9
@@ -36,12 +37,12 @@ answers = {
     "deletion, insertion": [
         deletion_insertion(Corner(), images, maps, own, steps=8) for maps in (right, wrong)
     ],
-    "nothing left": torch.cosine_similarity(torch.tensor([[0.0, 1.0]]), own).mean().item(),
+    "nothing left": torch.cosine_similarity(Corner()(blank(images)), own).mean().item(),
+    "blank": (blank(images) - images.mean((2, 3))[:, :, None, None]).abs().max().item(),
 }
-# Filling in a bright picture leaves it bright: ROAD needs dark surroundings to fill in from.
-images[:, :, 4:] = images[:, :, :, 4:] = 0
+both = torch.stack([own, torch.tensor([[0.0, 1.0]]).expand(2, 2)], 1)
 answers["road"] = [
-    road(Corner(), images, maps, own, percentiles=[75]).tolist() for maps in (right, wrong)
+    road(Corner(), images, maps, both, percentiles=[75]).tolist() for maps in (right, wrong)
 ]
 print(json.dumps(answers))
 """
@@ -63,13 +64,16 @@ def answers() -> dict[str, list[list[float]]]:
 
 def test_deletion_and_insertion(answers: dict[str, list[list[float]]]) -> None:
     right, wrong = answers["deletion, insertion"]
-    assert right[0] < 0.5 < wrong[0]
-    assert right[1] > 0.8 > wrong[1]
-    # Where deletion ends: the cosine of (0, 0.1), which is what is left, to the whole image's.
+    assert right[0] < wrong[0] - 0.05
+    assert right[1] > wrong[1] + 0.05
+    assert answers["blank"] < 1e-6  # type: ignore[operator]
+    # Where deletion ends: at the mean colour alone.
     assert right[0] > answers["nothing left"]  # type: ignore[operator]
 
 
 def test_road(answers: dict[str, list[list[float]]]) -> None:
     right, wrong = answers["road"]
     assert len(right) == 2
-    assert all(a > max(b, 0) for a, b in zip(right, wrong, strict=True))
+    assert all(a[0] > max(b[0], 0) for a, b in zip(right, wrong, strict=True))
+    # What takes the picture from itself brings it nearer to what an empty one is.
+    assert all(a[1] < min(b[1], 0) for a, b in zip(right, wrong, strict=True))

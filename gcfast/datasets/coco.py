@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ def read_coco(
 
     Raises:
         FileNotFoundError: the annotations or a picture are missing.
-        ValueError: the JSON is not COCO's, or does not know the category.
+        ValueError: the JSON is not COCO's, lists an image twice, or does not know the category.
     """
     root = Path(root)
     wanted = SPLITS[half] if split is None else (split,)
@@ -76,10 +76,18 @@ def read_coco(
         images = [(i["id"], i["file_name"], i["height"], i["width"]) for i in content["images"]]
         annotations = [(a["image_id"], a["category_id"], a) for a in content["annotations"]]
         numbers = {c["name"]: c["id"] for c in content["categories"]}
+        if not all(isinstance(n, str) for _, n, _, _ in images):
+            raise TypeError("a file_name that is no text")
+        # An id that cannot be looked up is told here, not where it is.
+        hash((tuple(i for i, _, _, _ in images), tuple(i for i, _, _ in annotations)))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} must hold images, annotations and categories: {error!r}"
         ) from error
+    for listed in ([i for i, _, _, _ in images], [n for _, n, _, _ in images]):
+        picture, times = max(Counter(listed).items(), key=lambda c: c[1], default=("", 1))
+        if times > 1:
+            raise ValueError(f"{file} must list each image once, {picture} comes {times} times")
     if category not in numbers:
         raise ValueError(
             f"`category` must be one of {', '.join(sorted(numbers))}, got {category!r}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from gcfast.datasets.samples import Box, MaskFile, Sample, ScoredSet
+from gcfast.datasets.samples import Box, MaskFile, Sample, ScoredSet, text_of
 
 _FILES = (
     "images.txt",
@@ -103,7 +103,7 @@ def _box(values: list[str], root: Path) -> Box:
 def _table(path: Path, values: int) -> dict[str, list[str]]:
     """Lines of a number and some values, by number as text, in order."""
     table: dict[str, list[str]] = {}
-    for at, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for at, line in enumerate(text_of(path).splitlines(), start=1):
         if not line.strip():
             continue
         number, *rest = line.split()

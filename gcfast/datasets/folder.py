@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections import defaultdict
 from pathlib import Path
 
-from gcfast.datasets.samples import Box, MaskFile, Sample, ScoredSet
+from gcfast.datasets.samples import Box, MaskFile, Sample, ScoredSet, text_of
 from gcfast.images import ImageFolder
 
 _COLUMNS = ("path", "x0", "y0", "x1", "y1")
@@ -24,7 +25,8 @@ def read_folder(root: Path) -> ScoredSet:
 
     Raises:
         FileNotFoundError: neither masks nor boxes, or a box of a picture that is not there.
-        ValueError: as :class:`gcfast.images.ImageFolder`; a line of ``boxes.csv`` that is no box.
+        ValueError: as :class:`gcfast.images.ImageFolder`; a line of ``boxes.csv`` that is no box;
+            pictures that differ in their endings alone, so that one mask would be of both.
     """
     root = Path(root)
     images = ImageFolder(root / "images")
@@ -39,8 +41,15 @@ def read_folder(root: Path) -> ScoredSet:
             f"{', '.join(strangers[:5])}"
         )
     samples, skipped = [], []
+    owners: dict[Path, str] = {}
     for name, label in zip(images.ids, images.labels, strict=True):
         mask = masks / Path(name).with_suffix(".png")
+        other = owners.setdefault(mask, name)
+        if masks.is_dir() and other != name:
+            raise ValueError(
+                f"{masks} must hold a mask for each picture, {mask.relative_to(root).as_posix()} "
+                f"would be of {other} and of {name}"
+            )
         if masks.is_dir() and not mask.is_file():
             skipped.append((name, "no mask"))
         elif not masks.is_dir() and name not in boxes:
@@ -60,7 +69,7 @@ def read_folder(root: Path) -> ScoredSet:
 
 def _boxes(path: Path) -> dict[str, list[Box]]:
     boxes: dict[str, list[Box]] = defaultdict(list)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with io.StringIO(text_of(path).removeprefix("\ufeff"), newline="") as file:
         reader = csv.DictReader(file)
         lacking = [c for c in _COLUMNS if c not in (reader.fieldnames or [])]
         if lacking:

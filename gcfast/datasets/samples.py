@@ -300,6 +300,18 @@ def labelled_loader(
     )
 
 
+def text_of(path: Path) -> str:
+    """An annotation file, line ends as they are.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from None
+
+
 def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     """The smallest box (x0, y0, x1, y1), the end exclusive, around a mask [h, w].
 
