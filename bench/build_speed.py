@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from paired import conditions, paired
-from subjects import NETWORKS, loader, network
+from subjects import CONVOLUTIONAL, loader, network
 from torch import Tensor, nn
 
 import gcfast
@@ -127,7 +127,7 @@ def paper_row(model: nn.Module, layer: str, batches: list[tuple[Tensor, Tensor]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--network", nargs="+", default=CONVOLUTIONAL, choices=CONVOLUTIONAL)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from paired import conditions, paired
-from subjects import NETWORKS, loader, network
+from subjects import CONVOLUTIONAL, loader, network
 
 import gcfast
 from gcfast.cli_evaluate import compressor
@@ -45,7 +45,7 @@ def truths(count: int, side: int, seed: int) -> Truth:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="efficientnet-lite0", choices=list(NETWORKS))
+    parser.add_argument("--network", default="efficientnet-lite0", choices=CONVOLUTIONAL)
     parser.add_argument("--train", type=int, default=512, help="training images")
     parser.add_argument("--test", type=int, default=512, help="test images")
     parser.add_argument("--batch", type=int, default=32)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from paired import conditions, paired
-from subjects import NETWORKS, explainer_with_rows, images, network
+from subjects import CONVOLUTIONAL, explainer_with_rows, images, network
 from torch import Tensor, nn
 
 import gcfast
@@ -51,7 +51,7 @@ def maps_by_hand(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--network", nargs="+", default=CONVOLUTIONAL, choices=CONVOLUTIONAL)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rows", type=int, default=10_000, help="rows of the database")
     parser.add_argument("--rounds", type=int, default=15)

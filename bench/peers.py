@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from paired import conditions, paired
-from subjects import NETWORKS, explainer_with_rows, images, network
+from subjects import CONVOLUTIONAL, explainer_with_rows, images, network
 from torch import Tensor, nn
 
 Explain = Callable[[Tensor], Tensor]
@@ -114,7 +114,7 @@ def layer_module(name: str, model: nn.Module, path: str) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--network", nargs="+", default=CONVOLUTIONAL, choices=CONVOLUTIONAL)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
@@ -158,8 +158,8 @@ def main() -> None:
             print(f"  {peer} {version(package)} / explain_batch: {timing}")
             results[peer] = {"version": version(package), **timing.record()}
         record[name] = results
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        if arguments.json:
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _forward(model: nn.Module, batch: Tensor) -> Tensor:

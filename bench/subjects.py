@@ -58,6 +58,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "resnet50": (ResNet50, "backbone.encoder"),
     "vit-b16": (ViTB16, "backbone.layernorm"),
 }
+CONVOLUTIONAL = ("efficientnet-lite0", "resnet50")
 
 
 def network(name: str) -> tuple[nn.Module, str]:
