@@ -6,9 +6,9 @@
 and four indexing operations (labels, rows). "gather": row numbers drawn beforehand, both sides
 given them; the engine also measures the rows, so NumPy is timed without and with that; "alone" is
 the engine's time less that of measuring without gathering. Rows are drawn anew for each call, so
-that they come from memory. The copy bandwidth beside it is that of torch.Tensor.copy_ of 256 MiB,
-reads and writes counted. Answers are compared before anything is timed; a comparison gets as many
-rounds as fit into about SECONDS.
+that they come from memory. FAISS and NumPy timed against themselves tell the noise. The copy
+bandwidth is that of torch.Tensor.copy_ of 256 MiB, reads and writes counted. Answers are compared
+before anything is timed; a comparison gets as many rounds as fit into about SECONDS.
 """
 
 from __future__ import annotations
@@ -76,8 +76,10 @@ def search_and_gather(
                 rounds=rounds_for(by_hand, rounds),
                 warmup=1,
             )
+            itself = paired(by_hand, by_hand, rounds=len(measured.a))
             print(f"  search + gather, B = {batch}: engine / by hand {measured}")
-            record[f"{name}, B = {batch}"] = measured.record()
+            print(f"    by hand / by hand {itself}")
+            record[f"{name}, B = {batch}"] = measured.record() | {"noise": itself.record()}
     return record
 
 
