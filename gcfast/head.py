@@ -199,15 +199,12 @@ def probe(network: Network, images: Tensor, l2_normalize: bool) -> AffineHead | 
 
 
 def _read_head(network: Network, image: Tensor) -> AffineHead | None:
-    """Weight and bias from the Jacobian of a copy of the model at one image, its head in float64.
+    """Weight and bias from a copy of the model with its head in float64; None for other heads.
 
-    A model that normalises its own output hides the part of W along f: at m0, with the free scale
-    of (W, b) chosen so that |u| = 1 there, the Jacobian is J = (I - f f^T) W and W = J + f r^T. At
-    a second point m1 = m0 + d let t = 1 + r·d, so that u = t f + J d. For v = J d (orthogonal to f)
-    the ratio h(m) = <v, f(m)> / <f, f(m)> equals v^T J (m - m0) / (1 + r·(m - m0)), and its
-    gradient at m1 gives r = (t v^T J - t^2 grad h) / (v · v).
+    Args:
+        network: the model, its layer known.
+        image: [1, 3, h, w].
     """
-    generator = torch.Generator().manual_seed(0)
     try:
         twin = Network(
             copy.deepcopy(network.model),
@@ -216,45 +213,72 @@ def _read_head(network: Network, image: Tensor) -> AffineHead | None:
             reshape=network.reshape,
         )
         _double_behind_the_layer(twin, image)
-
-        def varied(activation: Tensor) -> Tensor:
-            # The image itself, a relative, and strangers of both signs and several sizes, so that
-            # whatever is not affine bends somewhere (a hidden ReLU switches).
-            noise = torch.randn(activation.shape, generator=generator, dtype=torch.float64)
-            sizes = 4 * torch.randn(len(noise), generator=generator, dtype=torch.float64)
-            sizes[:2], noise[0] = 1, 0
-            factors = sizes.view(-1, *[1] * (noise.ndim - 1)) * (1 + noise)
-            return activation.double() * factors.to(activation.device)
-
-        copies = image.repeat(PROBE_VARIANTS, 1, 1, 1)
-        with twin.differentiable(copies, replace=varied) as captured:
-            at = captured.output.detach()
-            norms = at.norm(dim=1)
-            unit = bool((norms - norms[0]).abs().max() < UNIT_TOLERANCE * norms[0])
-            scale = norms[0] if unit else 1.0
-            output, at = captured.output / scale, at / scale  # [variants, D]
-            pooled = captured.activations.detach().mean((2, 3))  # [variants, C]
-            jacobian = torch.stack(
-                [
-                    _vjp(twin, captured, output, _one_hot(output, 0, d))[0].sum((1, 2))
-                    for d in range(output.shape[1])
-                ]
-            )  # [D, C]
-            if unit:
-                first, second = at[:2]
-                step = pooled[1] - pooled[0]
-                v = jacobian @ step
-                along, across = second @ first, second @ v
-                t = along * (v @ v) / across
-                cotangent = torch.zeros_like(at)
-                cotangent[1] = v / along - across * first / along.square()
-                slope = _vjp(twin, captured, output, cotangent)[1].sum((1, 2))
-                r = (t * (v @ jacobian) - t.square() * slope) / (v @ v)
-                jacobian = jacobian + first[:, None] * r
-            bias = at[0] - jacobian @ pooled[0]
     except (RuntimeError, TypeError, ValueError, AttributeError, copy.Error):
-        # No copy, no float64, or no other batch size behind the layer: autograd takes this model.
-        return None
+        return None  # no copy, or no float64: autograd takes this model
+    # The backbone is what costs. Most models let one image through it be several behind the layer;
+    # one that has counted its images by then does not.
+    for copies in (1, PROBE_VARIANTS):
+        try:
+            head = _from_jacobian(twin, image.repeat(copies, 1, 1, 1))
+        except Exception:
+            continue  # whatever the model says to another number of images, or to float64
+        if head is not None:
+            return head
+    return None
+
+
+def _from_jacobian(twin: Network, images: Tensor) -> AffineHead | None:
+    """Weight and bias from the Jacobian at one image.
+
+    A model that normalises its own output hides the part of W along f: at m0, with the free scale
+    of (W, b) chosen so that |u| = 1 there, the Jacobian is J = (I - f f^T) W and W = J + f r^T. At
+    a second point m1 = m0 + d let t = 1 + r·d, so that u = t f + J d. For v = J d (orthogonal to f)
+    the ratio h(m) = <v, f(m)> / <f, f(m)> equals v^T J (m - m0) / (1 + r·(m - m0)), and its
+    gradient at m1 gives r = (t v^T J - t^2 grad h) / (v · v).
+
+    Args:
+        twin: a copy of the model, float64 behind the layer.
+        images: [1 or PROBE_VARIANTS, 3, h, w], all the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def varied(activation: Tensor) -> Tensor:
+        # The image itself, a relative, and strangers of both signs and several sizes, so that
+        # whatever is not affine bends somewhere (a hidden ReLU switches).
+        shape = (PROBE_VARIANTS, *activation.shape[1:])
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        sizes = 4 * torch.randn(len(noise), generator=generator, dtype=torch.float64)
+        sizes[:2], noise[0] = 1, 0
+        factors = sizes.view(-1, *[1] * (noise.ndim - 1)) * (1 + noise)
+        return activation.double() * factors.to(activation.device)
+
+    with twin.differentiable(images, replace=varied) as captured:
+        at = captured.output.detach()
+        if len(at) != PROBE_VARIANTS:
+            return None
+        norms = at.norm(dim=1)
+        unit = bool((norms - norms[0]).abs().max() < UNIT_TOLERANCE * norms[0])
+        scale = norms[0] if unit else 1.0
+        output, at = captured.output / scale, at / scale  # [variants, D]
+        pooled = captured.activations.detach().mean((2, 3))  # [variants, C]
+        jacobian = torch.stack(
+            [
+                _vjp(twin, captured, output, _one_hot(output, 0, d))[0].sum((1, 2))
+                for d in range(output.shape[1])
+            ]
+        )  # [D, C]
+        if unit:
+            first, second = at[:2]
+            step = pooled[1] - pooled[0]
+            v = jacobian @ step
+            along, across = second @ first, second @ v
+            t = along * (v @ v) / across
+            cotangent = torch.zeros_like(at)
+            cotangent[1] = v / along - across * first / along.square()
+            slope = _vjp(twin, captured, output, cotangent)[1].sum((1, 2))
+            r = (t * (v @ jacobian) - t.square() * slope) / (v @ v)
+            jacobian = jacobian + first[:, None] * r
+        bias = at[0] - jacobian @ pooled[0]
     raw = pooled @ jacobian.T + bias
     if not _error(raw / raw.norm(dim=1, keepdim=True) if unit else raw, at) <= EXACT_TOLERANCE:
         return None  # NaN included

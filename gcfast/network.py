@@ -202,7 +202,10 @@ class Network:
                 f"`layer` must run once in a forward pass, got {self.layer_name!r}, "
                 f"which ran {times}"
             )
-        return capture, self.embedding(output, len(images))
+        # What replaces the activation may stand for more images than went in.
+        own = capture.tensor if replace is not None else None
+        count = len(images) if own is None else len(own)
+        return capture, self.embedding(output, count)
 
     def _captured(self, capture: Capture, output: Tensor) -> Captured:
         tensor = capture.tensor

@@ -68,6 +68,34 @@ def test_one_image_is_enough_for_the_probe() -> None:
     assert probed(OTHER_HEADS["mlp"](CHANNELS), count=1) is None
 
 
+def test_the_backbone_runs_on_few_images_for_the_probe() -> None:
+    """Variants of the activation are many behind the layer alone: the backbone is what costs."""
+    model = Net(AFFINE_HEADS["normalising"](CHANNELS)).eval()
+    seen: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        del module, args
+        seen.append(len(output))
+
+    # Copied with the model, and so told of the passes through its copy.
+    model.backbone.register_forward_hook(note)
+    assert probe(Network(model, "backbone"), pictures(4)[0], True) is not None
+    assert sum(seen) == 2 + 1 + 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+def test_a_model_that_counts_its_images_is_probed_with_as_many(error: type[Exception]) -> None:
+    class Counting(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            maps = self.backbone(images)
+            if len(maps) != len(images):
+                raise error("as many maps as images")
+            return self.head(maps)
+
+    model = Counting(AFFINE_HEADS["normalising"](CHANNELS)).eval()
+    assert probe(Network(model, "backbone"), pictures(4)[0], True) is not None
+
+
 def test_a_relu_that_never_closed_in_the_probe_is_noticed_where_it_closes() -> None:
     linear = nn.Linear(CHANNELS, DIM)
     with torch.no_grad():
