@@ -135,7 +135,10 @@ def test_killed_at_any_moment_it_resumes_to_the_same_rows(tmp_path: Path) -> Non
         kills += [json.loads(line) for line in said.splitlines()]
     assert len(kills) == 20
     assert all(kill["same"] and kill["clean"] for kill in kills)
-    assert all(all(kill["killed"]) for kill in kills if isinstance(kill["point"], int))
+    counted = [kill for kill in kills if isinstance(kill["point"], int)]
+    assert all(kill["killed"][0] for kill in counted)
+    # What has little left to do can end before the operation that the second kill waits for.
+    assert all(kill["killed"][1] for kill in counted if kill["stage"] != "finishing")
     stages = {kill["stage"] for kill in kills}
     assert stages >= {"begun", "embedding", "rows, some"}
     # What was whole is not done again.
