@@ -111,14 +111,15 @@ def beside(target: Path) -> Iterator[Path]:
         _remove(folder)
 
 
-def move_into_place(folder: Path, target: Path, *, swap: bool = False) -> None:
+def move_into_place(folder: Path, target: Path) -> None:
     """Rename a finished folder to its name; what has that name goes when the new one is there.
+
+    Where the system can, the two are exchanged in one step, so that there is no moment, and no
+    crash, without a folder of that name. The old one is then for a moment at ``folder``.
 
     Args:
         folder: flushed but for its list of names.
         target: the name.
-        swap: exchange the two in one step where the system can, so that there is no moment, and no
-            crash, without a folder of that name. The old one is then for a moment at ``folder``.
 
     Raises:
         GcfastError: another process writes to what has that name.
@@ -127,7 +128,7 @@ def move_into_place(folder: Path, target: Path, *, swap: bool = False) -> None:
     if target.exists():
         # Whoever adds to the old folder would do so by its name, and so to the new one.
         with locked(target, "writing to"):
-            if swap and _exchange(folder, target):
+            if _exchange(folder, target):
                 try:
                     sync_folder(target.parent)
                 except OSError:

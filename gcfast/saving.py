@@ -73,7 +73,7 @@ def write_database(conversion: Conversion, target: Path) -> dict[str, Any]:
                 database.members_of(0)  # compares its checksum
                 manifest["members"] = database.members.write(folder)
             durable.write(folder / MANIFEST, encoded(manifest))
-            durable.move_into_place(folder, target, swap=True)
+            durable.move_into_place(folder, target)
     except OSError as error:
         raise OSError(
             error.errno, f"cannot write the database {target}: {error.strerror or error}"

@@ -371,7 +371,7 @@ class _Unfinished:
                     file.unlink()
             # A folder with a manifest and without this file is what was replaced: see `tidy`.
             if self.target.exists():
-                durable.move_into_place(self.folder, self.target, swap=True)
+                durable.move_into_place(self.folder, self.target)
                 (self.target / STATE).unlink(missing_ok=True)
             else:
                 (self.folder / STATE).unlink(missing_ok=True)
