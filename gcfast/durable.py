@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from gcfast.errors import GcfastError
@@ -102,13 +102,16 @@ def beside(target: Path) -> Iterator[Path]:
         if fcntl is not None:  # or one that is being filled could not be told
             with suppress(OSError, GcfastError), locked(left, "writing to"):
                 shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
-        with locked(folder, "writing to"):
-            open_permissions(folder)
-            yield folder
-    finally:
-        _remove(folder)
+    with ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            stack.callback(_remove, folder)
+            # Until it is held, another process may take it for one that was left, and remove it.
+            with suppress(FileNotFoundError, GcfastError):
+                stack.enter_context(locked(folder, "writing to"))
+                break
+        open_permissions(folder)
+        yield folder
 
 
 def move_into_place(folder: Path, target: Path) -> None:
