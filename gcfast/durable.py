@@ -105,7 +105,7 @@ def beside(target: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         while True:
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-            stack.callback(_remove, folder)
+            stack.callback(remove, folder)
             # Until it is held, another process may take it for one that was left, and remove it.
             with suppress(FileNotFoundError, GcfastError):
                 stack.enter_context(locked(folder, "writing to"))
@@ -137,7 +137,7 @@ def move_into_place(folder: Path, target: Path) -> None:
                 except OSError:
                     _exchange(folder, target)
                     raise
-                _remove(folder)
+                remove(folder)
                 return
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.rename(target, old / target.name)
@@ -153,7 +153,7 @@ def move_into_place(folder: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a folder, or the link in its place, as far as that is possible."""
     with suppress(OSError):
         folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)

@@ -12,6 +12,7 @@ from gcfast._checks import require_choice
 from gcfast.manifest import FORMAT_VERSION, MANIFEST, STORAGES, encoded
 from gcfast.shards import Shard, write_shard
 from gcfast.storage import in_storage, scale_for
+from gcfast.unfinished import tidy
 
 if TYPE_CHECKING:
     from gcfast.database import Database
@@ -61,6 +62,7 @@ def write_database(conversion: Conversion, target: Path) -> dict[str, Any]:
     database, manifest = conversion.database, conversion.manifest()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        tidy(target)  # or nothing would tell any more what a killed build left beside it
         with durable.beside(target) as folder:
             entries = []
             for number, start in enumerate(range(0, len(database), shards.SHARD_ROWS)):
