@@ -286,13 +286,18 @@ class Database:
         return compressed(self, centers, seed=seed, iterations=iterations)
 
     def rows(self, start: int, stop: int) -> Shard:
-        """Consecutive rows as they are stored; a copy only where they span shards."""
+        """Consecutive rows as they are stored; a copy only where they span shards.
+
+        Raises:
+            DamagedDatabaseError: as ``shards``, of the files of these rows.
+        """
         if self._verify:
             _ = self.shards
         pieces, first = [], 0
-        for shard in self._shards:
+        for number, shard in enumerate(self._shards):
             end = first + len(shard.labels)
             if first < stop and start < end:
+                check_files(file.source for file in self._files[number : number + 1])
                 where = slice(max(start - first, 0), stop - first)
                 pieces.append(Shard(*(column[where] for column in shard)))
             first = end
@@ -398,7 +403,8 @@ class Database:
         manifest, files, members = opened(Path(path))
         one = cls.__new__(cls)
         one._shards = [file.tensors for file in files]
-        one.ids, one.manifest, one.path = Ids([file.ids for file in files]), manifest, folder
+        one.ids = Ids([file.ids for file in files], [file.source for file in files])
+        one.manifest, one.path = manifest, folder
         one._prepare(files, verify=verify is not False)
         if members is not None:
             one._members_file, one.members = members, members.members
