@@ -23,7 +23,7 @@ from gcfast._checks import require_int
 from gcfast.compress import compressed
 from gcfast.errors import GcfastError, NoDatabaseError
 from gcfast.manifest import check_target
-from gcfast.mapped import check_files
+from gcfast.mapped import SourceFile, check_files
 from gcfast.members import Members, MembersFile, PackedMembers
 from gcfast.opening import opened
 from gcfast.saving import Conversion, write_database
@@ -134,7 +134,12 @@ class Database:
         Raises:
             DamagedDatabaseError: one was deleted or cut off.
         """
-        check_files(file.source for file in self._files)
+        check_files(self.sources)
+
+    @property
+    def sources(self) -> list[SourceFile]:
+        """The files that the shards of an opened database are mapped from, in order."""
+        return [file.source for file in self._files]
 
     def _column(self, name: str) -> Tensor:
         with self._lock:
