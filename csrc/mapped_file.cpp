@@ -13,7 +13,8 @@ namespace gcfast {
 namespace {
 
 constexpr char kManifest[] = "/manifest.json";
-// A build that takes an old database's place renames that one away first.
+// What takes an old database's place renames that one away first, where the system cannot exchange
+// the two.
 constexpr int kMovingTries = 5;
 constexpr std::chrono::milliseconds kMovingTime{10};
 

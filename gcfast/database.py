@@ -23,7 +23,7 @@ from gcfast._checks import require_int
 from gcfast.compress import compressed
 from gcfast.errors import GcfastError, NoDatabaseError
 from gcfast.manifest import check_target
-from gcfast.mapped import check_files
+from gcfast.mapped import SourceFile, check_files
 from gcfast.members import Members, MembersFile, PackedMembers
 from gcfast.opening import opened
 from gcfast.saving import Conversion, write_database
@@ -134,7 +134,12 @@ class Database:
         Raises:
             DamagedDatabaseError: one was deleted or cut off.
         """
-        check_files(file.source for file in self._files)
+        check_files(self.sources)
+
+    @property
+    def sources(self) -> list[SourceFile]:
+        """The files that the shards of an opened database are mapped from, in order."""
+        return [file.source for file in self._files]
 
     def _column(self, name: str) -> Tensor:
         with self._lock:
@@ -286,13 +291,18 @@ class Database:
         return compressed(self, centers, seed=seed, iterations=iterations)
 
     def rows(self, start: int, stop: int) -> Shard:
-        """Consecutive rows as they are stored; a copy only where they span shards."""
+        """Consecutive rows as they are stored; a copy only where they span shards.
+
+        Raises:
+            DamagedDatabaseError: as ``shards``, of the files of these rows.
+        """
         if self._verify:
             _ = self.shards
         pieces, first = [], 0
-        for shard in self._shards:
+        for number, shard in enumerate(self._shards):
             end = first + len(shard.labels)
             if first < stop and start < end:
+                check_files(file.source for file in self._files[number : number + 1])
                 where = slice(max(start - first, 0), stop - first)
                 pieces.append(Shard(*(column[where] for column in shard)))
             first = end
@@ -398,7 +408,8 @@ class Database:
         manifest, files, members = opened(Path(path))
         one = cls.__new__(cls)
         one._shards = [file.tensors for file in files]
-        one.ids, one.manifest, one.path = Ids([file.ids for file in files]), manifest, folder
+        one.ids = Ids([file.ids for file in files], [file.source for file in files])
+        one.manifest, one.path = manifest, folder
         one._prepare(files, verify=verify is not False)
         if members is not None:
             one._members_file, one.members = members, members.members

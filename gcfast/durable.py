@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from gcfast.errors import GcfastError
@@ -102,23 +102,27 @@ def beside(target: Path) -> Iterator[Path]:
         if fcntl is not None:  # or one that is being filled could not be told
             with suppress(OSError, GcfastError), locked(left, "writing to"):
                 shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
-        with locked(folder, "writing to"):
-            open_permissions(folder)
-            yield folder
-    finally:
-        _remove(folder)
+    with ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            stack.callback(remove, folder)
+            # Until it is held, another process may take it for one that was left, and remove it.
+            with suppress(FileNotFoundError, GcfastError):
+                stack.enter_context(locked(folder, "writing to"))
+                break
+        open_permissions(folder)
+        yield folder
 
 
-def move_into_place(folder: Path, target: Path, *, swap: bool = False) -> None:
+def move_into_place(folder: Path, target: Path) -> None:
     """Rename a finished folder to its name; what has that name goes when the new one is there.
+
+    Where the system can, the two are exchanged in one step, so that there is no moment, and no
+    crash, without a folder of that name. The old one is then for a moment at ``folder``.
 
     Args:
         folder: flushed but for its list of names.
         target: the name.
-        swap: exchange the two in one step where the system can, so that there is no moment, and no
-            crash, without a folder of that name. The old one is then for a moment at ``folder``.
 
     Raises:
         GcfastError: another process writes to what has that name.
@@ -127,13 +131,13 @@ def move_into_place(folder: Path, target: Path, *, swap: bool = False) -> None:
     if target.exists():
         # Whoever adds to the old folder would do so by its name, and so to the new one.
         with locked(target, "writing to"):
-            if swap and _exchange(folder, target):
+            if _exchange(folder, target):
                 try:
                     sync_folder(target.parent)
                 except OSError:
                     _exchange(folder, target)
                     raise
-                _remove(folder)
+                remove(folder)
                 return
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.rename(target, old / target.name)
@@ -149,7 +153,7 @@ def move_into_place(folder: Path, target: Path, *, swap: bool = False) -> None:
     sync_folder(target.parent)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a folder, or the link in its place, as far as that is possible."""
     with suppress(OSError):
         folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)

@@ -21,6 +21,7 @@ FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 INDEX = "index.faiss"  # as it is written; the manifest's name has a part of its checksum
 MEMBERS = "members.safetensors"
+STATE = "build.json"  # of an unfinished build
 OWN_FILES = re.compile(
     r"manifest\.json(\.new)?|rows-\d{5,}\.safetensors|members\.safetensors"
     r"|index(-[0-9a-f]{16})?\.faiss(\.new)?|build\.json"
@@ -183,7 +184,8 @@ def named_files(manifest: dict[str, Any]) -> set[str]:
 def _remove_unnamed(folder: Path, kept: set[str]) -> None:
     """Remove the files of a database that its manifest does not name, but for those kept."""
     with suppress(OSError, GcfastError):  # the database is whole with them, too
-        kept = kept | named_files(read_manifest(folder))
+        # A build that was killed at its end is for the next build to clear away, by its state.
+        kept = kept | {STATE} | named_files(read_manifest(folder))
         for file in folder.iterdir():
             if OWN_FILES.fullmatch(file.name) and file.name not in kept:
                 file.unlink()

@@ -17,8 +17,8 @@ from torch import Tensor
 from gcfast.errors import DamagedDatabaseError
 from gcfast.manifest import MANIFEST
 
-# A build that takes an old database's place renames that one away first: how often, and how far
-# apart, a manifest is looked for before it counts as gone.
+# What takes an old database's place renames that one away first, where the system cannot exchange
+# the two: how often, and how far apart, a manifest is looked for before it counts as gone.
 MOVING_TRIES = 5
 MOVING_SECONDS = 0.01
 MAPS = Path("/proc/self/maps")
@@ -93,9 +93,15 @@ class _Mapping(NamedTuple):
 
 
 class Mappings:
-    """This process's mapped files, as they are now; none where the system does not list them."""
+    """This process's mapped files, as they are now; none where the system does not list them.
 
-    def __init__(self) -> None:
+    Args:
+        known: files that go by the names they have here: the system has a file's name of this
+            moment, which is another while a database that was replaced is being removed.
+    """
+
+    def __init__(self, known: Iterable[SourceFile] = ()) -> None:
+        self._known = {(file.device, file.inode): file.path for file in known}
         self._mappings: list[_Mapping] = []
         if not MAPS.exists():
             return
@@ -128,5 +134,6 @@ class Mappings:
                 now = os.stat(path)
             except FileNotFoundError:
                 continue
+            path = self._known.get((now.st_dev, now.st_ino), path)
             files.append(SourceFile(path, now.st_dev, now.st_ino, end))
         return files

@@ -12,6 +12,7 @@ from gcfast._checks import require_choice
 from gcfast.manifest import FORMAT_VERSION, MANIFEST, STORAGES, encoded
 from gcfast.shards import Shard, write_shard
 from gcfast.storage import in_storage, scale_for
+from gcfast.unfinished import tidy
 
 if TYPE_CHECKING:
     from gcfast.database import Database
@@ -61,6 +62,7 @@ def write_database(conversion: Conversion, target: Path) -> dict[str, Any]:
     database, manifest = conversion.database, conversion.manifest()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        tidy(target)  # or nothing would tell any more what a killed build left beside it
         with durable.beside(target) as folder:
             entries = []
             for number, start in enumerate(range(0, len(database), shards.SHARD_ROWS)):
@@ -73,7 +75,7 @@ def write_database(conversion: Conversion, target: Path) -> dict[str, Any]:
                 database.members_of(0)  # compares its checksum
                 manifest["members"] = database.members.write(folder)
             durable.write(folder / MANIFEST, encoded(manifest))
-            durable.move_into_place(folder, target, swap=True)
+            durable.move_into_place(folder, target)
     except OSError as error:
         raise OSError(
             error.errno, f"cannot write the database {target}: {error.strerror or error}"

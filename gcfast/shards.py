@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gcfast import durable
 from gcfast.errors import DamagedDatabaseError
-from gcfast.mapped import SourceFile
+from gcfast.mapped import SourceFile, check_files
 
 
 class Shard(NamedTuple):
@@ -104,7 +104,8 @@ class MappedFile:
                 name: _tensor(content, 8 + size, name, header[name], types)
                 for name, types in allowed.items()
             }
-        except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+        # RuntimeError: PyTorch's, where the file has gone since it was looked at.
+        except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
             raise DamagedDatabaseError(
                 f"the {self.KIND} {self.path} cannot be read: {error}"
             ) from error
@@ -188,10 +189,18 @@ class IdTable(NamedTuple):
 
 
 class Ids(Sequence[str]):
-    """Ids in tables: a sequence that is decoded where it is read."""
+    """Ids in tables: a sequence that is decoded where it is read.
 
-    def __init__(self, tables: list[IdTable]) -> None:
-        self._tables = tables
+    Args:
+        tables: the ids, in order.
+        sources: the file of each table, looked at before the table is read; none in memory.
+
+    Raises:
+        DamagedDatabaseError: as ids are read, where the file of their table was deleted or cut off.
+    """
+
+    def __init__(self, tables: list[IdTable], sources: Sequence[SourceFile] = ()) -> None:
+        self._tables, self._sources = tables, sources
         self._starts = [0]
         for table in tables:
             self._starts.append(self._starts[-1] + len(table.ends))
@@ -221,12 +230,17 @@ class Ids(Sequence[str]):
         number = bisect_right(self._starts, start) - 1
         while start < stop:
             first, end = self._starts[number : number + 2]
-            out += self._tables[number].decoded(start - first, min(stop, end) - first)
+            out += self._table(number).decoded(start - first, min(stop, end) - first)
             start, number = end, number + 1
         return out
 
+    def _table(self, number: int) -> IdTable:
+        check_files(self._sources[number : number + 1])
+        return self._tables[number]
+
     def __iter__(self) -> Iterator[str]:
-        for table in self._tables:
+        for number in range(len(self._tables)):
+            table = self._table(number)
             yield from table.decoded(0, len(table.ends))
 
     def __eq__(self, other: object) -> bool:

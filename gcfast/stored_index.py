@@ -127,11 +127,12 @@ def read(
     """
     faiss = import_faiss("index")
     entry = manifest.get("index")
+    none = (
+        f"there is no index with the database {folder or 'in memory'}: gcfast index, or "
+        "Database.build_index, makes one"
+    )
     if folder is None or entry is None:
-        raise NoDatabaseError(
-            f"there is no index with the database {folder or 'in memory'}: gcfast index, or "
-            "Database.build_index, makes one"
-        )
+        raise NoDatabaseError(none)
     while True:
         try:
             return _read(faiss, folder, entry, rows, verify=verify), entry
@@ -141,8 +142,8 @@ def read(
                 raise
             if now["shards"] != manifest["shards"]:
                 raise GcfastError(changed(folder)) from None
-            if "index" not in now:
-                raise
+            if "index" not in now:  # saved anew, which leaves it behind
+                raise NoDatabaseError(none) from None
             entry = now["index"]
 
 

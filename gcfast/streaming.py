@@ -10,6 +10,7 @@ behind it that do not count. At the end the manifest is written and the folder g
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,7 @@ from gcfast.head import AffineHead
 from gcfast.labels import column
 from gcfast.manifest import (
     MANIFEST,
+    STATE,
     check_target,
     encoded,
     named_files,
@@ -43,7 +45,7 @@ from gcfast.settings import Settings
 from gcfast.shards import ShardFile, write_shard
 from gcfast.spool import KeptSpool
 from gcfast.storage import in_storage, scale_for
-from gcfast.unfinished import HEAD, STATE, check_unfinished, state_of, tidy
+from gcfast.unfinished import HEAD, check_unfinished, state_of, tidy
 
 STATE_FORMAT = "gcfast-build"
 # How much of stage 1 a killed build loses at most: images, or seconds where they are slow.
@@ -152,8 +154,12 @@ class _Unfinished:
         elif stored is None:
             if (self.folder / STATE).exists():
                 raise DamagedDatabaseError(f"{self.folder / STATE} is damaged: it is not JSON")
-            with self._writing():
-                self._commit()
+            try:
+                with self._writing():
+                    self._commit()
+            except BaseException:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise
         else:
             if stored.get("format") != STATE_FORMAT or stored.get("format_version") != 1:
                 raise GcfastError(
@@ -369,10 +375,12 @@ class _Unfinished:
             for file in sorted(self.folder.iterdir()):
                 if file.name not in named:
                     file.unlink()
-            # A folder with a manifest and without this file is what was replaced: see `tidy`.
             if self.target.exists():
-                durable.move_into_place(self.folder, self.target, swap=True)
-                (self.target / STATE).unlink(missing_ok=True)
+                durable.move_into_place(self.folder, self.target)
+                # By this file `tidy` knows what was replaced, so that has to be gone for good.
+                durable.sync_folder(self.target.parent)
+                if not os.path.lexists(self.folder):
+                    (self.target / STATE).unlink(missing_ok=True)
             else:
                 (self.folder / STATE).unlink(missing_ok=True)
                 durable.move_into_place(self.folder, self.target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gcfast.database import Database
 from gcfast.hot_path import Tables, Transferred, from_tables
-from gcfast.mapped import Mappings, check_files
+from gcfast.mapped import Mappings, SourceFile, check_files
 from gcfast.precision import full_precision
 from gcfast.search import (
     ExactSearch,
@@ -81,7 +82,7 @@ class ExactTransfer:
         table = database.embeddings.to(device)
         self.search = ExactSearch(table)
         self.temperature = temperature(table, k) if k > 1 else 1.0
-        self.files = Mappings().files((table, *self.tables))
+        self.files = Mappings(database.sources).files((table, *self.tables))
 
     def __call__(self, embeddings: Tensor) -> Transferred:
         """See :class:`Transfer`; DamagedDatabaseError where a mapped file was cut short."""
@@ -120,7 +121,9 @@ class IndexTransfer:
         self.index = open_index(index, shards, device)
         self.width = shards[0].channels.shape[1]
         self.real_labels = shards[0].labels.is_floating_point()
-        self.engine = make_engine(self.index, shards, threads=torch.get_num_threads())
+        self.engine = make_engine(
+            self.index, shards, database.sources, threads=torch.get_num_threads()
+        )
         self.temperature = 1.0
         if k > 1:
             # By the index too: an exact search among millions of rows would take minutes.
@@ -218,13 +221,19 @@ class _Submitted:
 
 
 def make_engine(
-    index: Any, shards: list[Shard], *, threads: int, memory_bytes: int = MEMORY_BYTES
+    index: Any,
+    shards: list[Shard],
+    sources: Iterable[SourceFile] = (),
+    *,
+    threads: int,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> _core.TransferEngine:
     """The C++ engine over an index of the shards' rows.
 
     Args:
         index: from :func:`gcfast.search.open_index`.
         shards: the rows; their mapped files are looked at before each gather.
+        sources: of these files, as their database knows them.
         threads: of measuring and gathering. FAISS takes as many as it does in this thread.
         memory_bytes: what is held at once beyond a batch's result; the batch is split to stay below
             (FAISS's own memory for a search shrinks with it, and is not counted). Rows that are
@@ -234,7 +243,7 @@ def make_engine(
 
     from gcfast import _core
 
-    mappings = Mappings()
+    mappings = Mappings(sources)
     parts = []
     for shard in shards:
         tensors = [getattr(shard, name).detach().contiguous() for name in COLUMNS]

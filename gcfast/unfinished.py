@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
 from gcfast import durable
-from gcfast.manifest import MANIFEST, OWN_FILES, partial_folder
+from gcfast.manifest import MANIFEST, OWN_FILES, STATE, partial_folder
 from gcfast.spool import KeptSpool
 
-STATE = "build.json"
 HEAD = "head.safetensors"
 
 
@@ -21,7 +20,8 @@ def check_unfinished(
     """Refuse an unfinished build at ``target`` that is not to be resumed.
 
     Raises:
-        FileExistsError: there is one; or a folder in its place that is none.
+        FileExistsError: there is one; or a folder in its place that is none, such as a database
+            beside the one at ``target``: to go on with it would put it in that one's place.
     """
     folder = partial_folder(target)
     if not folder.exists():
@@ -30,6 +30,8 @@ def check_unfinished(
         raise FileExistsError(
             f"`{name}` must leave {folder} to the build, got something else there"
         )
+    if target.exists() and (folder / MANIFEST).exists() and not (folder / STATE).exists():
+        raise FileExistsError(f"`{name}` must leave {folder} to the build, got a database there")
     if not resume:
         raise FileExistsError(
             f"`{name}` must not be an unfinished build, got {folder}; {remedy} continues it"
@@ -40,21 +42,26 @@ def tidy(target: Path) -> None:
     """Remove what a build that was killed when it had replaced a database left of the old one.
 
     The two exchange their names, so that the old one is in the unfinished build's place, and the
-    new one has the build's state, until the old one is gone.
+    new one has the build's state until the old one is gone. Without that a database in the
+    unfinished build's place is none of ours.
 
     Raises:
         GcfastError: another process is about to do so.
     """
-    old = partial_folder(target)
-    if not (target / MANIFEST).exists():
+    state, old = target / STATE, partial_folder(target)
+    if not (target / MANIFEST).exists() or not state.exists():
         return
-    done = (target / STATE).exists()
-    replaced = old.is_dir() and not (old / STATE).exists() and (done or (old / MANIFEST).exists())
-    if done or replaced:
-        with durable.locked(target, "building in"):
-            if replaced and all(_ours(p.name) for p in old.iterdir()):
-                shutil.rmtree(old)
-            (target / STATE).unlink(missing_ok=True)
+    with durable.locked(target, "building in"):
+        if not state.exists():  # another process has done so, and may be building there by now
+            return
+        if (
+            old.is_dir()
+            and not (old / STATE).exists()
+            and all(_ours(p.name) for p in old.iterdir())
+        ):
+            durable.remove(old)
+        if not os.path.lexists(old):  # or it is tried again
+            state.unlink(missing_ok=True)
 
 
 def state_of(folder: Path) -> dict[str, Any] | None:

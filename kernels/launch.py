@@ -256,7 +256,7 @@ def sample_triplets_config(B: int, N: int, processors: int) -> TripletsConfig:
 
 VECTOR_BYTES = 16  # the widest load of one thread
 PROGRAMS_PER_SM = 4  # wanted before T is split
-RUN_ELEMENTS = 2048  # of one triplet, held by a program: 8 for each of 256 threads
+RUN_ELEMENTS = 2048  # of one triplet, held by a program: 8 of float32 for each of 256 threads
 RUN_PIXELS = 1024  # above it a channel's pixels are long enough for a tile
 
 

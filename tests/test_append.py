@@ -6,13 +6,13 @@ import errno
 import json
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kill_builds import Countdown
 from networks import common, loader, other, pictures
 
 import gcfast
@@ -222,7 +222,7 @@ def test_a_rebuild_killed_at_any_step_of_its_end_leaves_a_database(
         shutil.copytree(tmp_path / "whole", root / "db")
         child = os.fork()
         if child == 0:
-            _kill_at(point, streaming._Unfinished, "finish")
+            _kill_at(point)
             gcfast.load(root / "db", one.network.model).rebuild(first + second)
             os._exit(0)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -239,32 +239,17 @@ def test_a_rebuild_killed_at_any_step_of_its_end_leaves_a_database(
     assert found == sorted(found)
 
 
-def _kill_at(point: int, where: Any, method: str) -> None:
-    """End this process before or after a counted step of a method and what comes after it."""
-    count, real = 0, getattr(where, method)
+def _kill_at(point: int) -> None:
+    """Have this process end at a counted step of the end of a build."""
+    countdown, finish = Countdown(point), streaming._Unfinished.finish
 
-    def step() -> None:
-        nonlocal count
-        count += 1
-        if count == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def around(function: Any) -> Any:
-        def counted(*arguments: Any, **options: Any) -> Any:
-            step()
-            out = function(*arguments, **options)
-            step()
-            return out
-
-        return counted
-
-    def counting(*arguments: Any) -> Any:
+    def counting(work: streaming._Unfinished) -> None:
         for name in ("fsync", "rename", "unlink", "rmdir"):
-            setattr(os, name, around(getattr(os, name)))
-        durable._exchange = around(durable._exchange)
-        return real(*arguments)
+            setattr(os, name, countdown.around(getattr(os, name)))
+        durable._exchange = countdown.around(durable._exchange)
+        finish(work)
 
-    setattr(where, method, counting)
+    streaming._Unfinished.finish = counting
 
 
 # --- refused

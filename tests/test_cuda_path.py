@@ -247,8 +247,10 @@ def test_calibrated_confidence(cuda):
     wanted, got = plain.calibrate(held_out), ours.calibrate(held_out)
     torch.testing.assert_close(got.cosine, wanted.cosine, atol=1e-4, rtol=1e-3)
     images = pictures(3)[0]
-    why = ours.explain_batch(cuda.cuda(images), details=True)
-    cuda.waits.clear()
+    on_gpu = cuda.cuda(images)
+    cuda.waits.clear(), cuda.uploads.clear()
+    why = ours.explain_batch(on_gpu, details=True)
+    assert (cuda.waits, cuda.uploads) == ([], [])
     agree(why.confidence, plain.explain_batch(images, details=True).confidence, atol=1e-4)
 
 

@@ -145,6 +145,28 @@ def test_what_killed_saves_left_goes_with_the_next_one(tmp_path: Path) -> None:
     assert all((folder / "file").exists() for folder in kept)
 
 
+def test_a_folder_that_is_taken_for_one_that_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another save to the same place, between its making and its locking."""
+    place, make, made = tmp_path / "db", durable.tempfile.mkdtemp, []
+
+    def late(**options: Any) -> str:
+        one = make(**options)
+        made.append(one)
+        if len(made) == 1:
+            with durable.beside(place):
+                assert not Path(one).exists()
+        return one
+
+    monkeypatch.setattr(durable.tempfile, "mkdtemp", late)
+    with durable.beside(place) as folder:
+        (folder / "file").write_text("content")
+        durable.move_into_place(folder, place)
+    assert len(made) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["db"]
+
+
 def test_a_link_in_the_place(saved: Path) -> None:
     """It is replaced, not what it leads to."""
     link = saved.with_name("link")

@@ -223,6 +223,40 @@ def test_a_reader_of_a_database_that_was_replaced_by_a_smaller_one(
     assert len(Database.open(tmp_path / "copy", verify=True)) == ROWS
 
 
+@pytest.mark.parametrize("shard", [SHARD, ROWS])
+@pytest.mark.parametrize("index", ["Flat", "exact"])
+@pytest.mark.parametrize("how", ["save", "rebuild"])
+def test_a_reader_that_begins_while_what_it_opened_is_removed(
+    tmp_path: Path,
+    model: torch.nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    index: str,
+    how: str,
+    shard: int,
+) -> None:
+    """When its files have, for a moment, the name of the place where they are removed."""
+    images, _ = pictures(ROWS)
+    monkeypatch.setattr(shards, "SHARD_ROWS", shard)
+    Database.open(tmp_path / "db").save(tmp_path / "db", overwrite=True)
+    reader, writer = (gcfast.load(tmp_path / "db", model, index=index) for _ in range(2))
+    found, remove = [], durable.remove
+
+    def late(folder: Path) -> None:
+        if (folder / "rows-00000.safetensors").exists():
+            found.append(reader.explain_batch(images))
+        remove(folder)
+
+    monkeypatch.setattr(durable, "remove", late)
+    few = loader(images[:4], [0, 0, 1, 1])
+    if how == "save":
+        writer.build(few).save(tmp_path / "db", overwrite=True)
+    else:
+        writer.rebuild(few)
+    assert len(Database.open(tmp_path / "db", verify=True)) == 4
+    assert len(found) == 1
+    assert torch.equal(reader.explain_batch(images), found[0])
+
+
 @pytest.mark.parametrize("index", ["stored", "Flat"])
 def test_a_shard_that_is_deleted(tmp_path: Path, model: torch.nn.Module, index: str) -> None:
     Database.open(tmp_path / "db").build_index("Flat")

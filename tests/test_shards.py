@@ -168,6 +168,31 @@ def test_a_shard_harmed_under_an_open_database(saved: Path, harm: str) -> None:
     assert len(Database.open(saved).embeddings) == 9
 
 
+@pytest.mark.parametrize("harm", ["deleted", "truncated"])
+def test_rows_and_ids_of_a_harmed_shard_are_not_read(saved: Path, harm: str) -> None:
+    """What columns are there already does not matter; the other shards' can be read."""
+    opened = Database.open(saved)
+    for field in FIELDS:
+        _ = getattr(opened, field)
+    shard = saved / "rows-00001.safetensors"
+    if harm == "deleted":
+        shard.unlink()
+    else:
+        os.truncate(shard, 200)
+    for use in (
+        lambda: opened.rows(3, 5),
+        lambda: opened.rows(5, 6),
+        lambda: opened.ids[4],
+        lambda: opened.ids[2:6],
+        lambda: list(opened.ids),
+        lambda: opened.in_storage("float16"),
+    ):
+        with pytest.raises(gcfast.DamagedDatabaseError, match=f"00001.safetensors was {harm}"):
+            use()
+    assert opened.rows(8, 9).labels.tolist() == opened.labels[8:].tolist()
+    assert opened.ids[8] == "8"
+
+
 def test_a_database_outlasts_its_replacement(fresh: Database, saved: Path) -> None:
     opened = Database.open(saved, verify=False)
     new = gcfast.Explainer(common(), "backbone", channels=5).build(loader(*pictures(9)))
@@ -175,6 +200,20 @@ def test_a_database_outlasts_its_replacement(fresh: Database, saved: Path) -> No
     for field in FIELDS:
         assert torch.equal(getattr(opened, field), getattr(fresh, field))
     assert not torch.equal(opened.embeddings, Database.open(saved).embeddings)
+
+
+def test_a_shard_that_goes_as_it_is_opened(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is replaced is read again where that is said to be damage."""
+    look = shards_module.MappedFile._check_size
+
+    def late(file: shards_module.MappedFile) -> None:
+        look(file)
+        if file.path.name == "rows-00001.safetensors":
+            file.path.unlink()
+
+    monkeypatch.setattr(shards_module.MappedFile, "_check_size", late)
+    with pytest.raises(gcfast.DamagedDatabaseError, match=r"rows-00001.* cannot be read: .*o such"):
+        Database.open(saved)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from kill_builds import Countdown
 from networks import common, loader, pictures
 
 import gcfast
@@ -277,6 +277,14 @@ def test_an_index_of_further_rows_is_not_taken(one: gcfast.Explainer) -> None:
     assert one.database.read_index().ntotal == 46
 
 
+def test_an_index_that_was_left_behind_is_no_damage(one: gcfast.Explainer) -> None:
+    one.database.build_index("Flat")
+    reader = Database.open(one.database.path)
+    Database.open(one.database.path).save(one.database.path, overwrite=True)
+    with pytest.raises(gcfast.NoDatabaseError, match="there is no index with the database"):
+        reader.read_index()
+
+
 def test_readers_find_an_index_at_any_moment(
     one: gcfast.Explainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,7 +326,10 @@ def test_killed_at_any_step_it_leaves_one_of_the_two(
         point += 1
         child = os.fork()
         if child == 0:
-            _kill_at(point)
+            countdown = Countdown(point)
+            for name in ("fsync", "rename", "unlink"):
+                setattr(os, name, countdown.around(getattr(os, name)))
+            faiss.write_index = countdown.around(faiss.write_index)
             stored_index.store(index, "HNSW8", folder, shards_)
             os._exit(0)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -338,30 +349,6 @@ def test_killed_at_any_step_it_leaves_one_of_the_two(
     assert leftovers > 5
     assert kinds[0] == "IndexFlatL2"
     assert kinds[-1] == "IndexHNSWFlat"
-
-
-def _kill_at(point: int) -> None:
-    """End this process before or after a counted step."""
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        if count == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def around(function: Any) -> Any:
-        def counted(*arguments: Any) -> Any:
-            step()
-            out = function(*arguments)
-            step()
-            return out
-
-        return counted
-
-    for name in ("fsync", "rename", "unlink"):
-        setattr(os, name, around(getattr(os, name)))
-    faiss.write_index = around(faiss.write_index)
 
 
 def test_appending_removes_what_a_killed_run_left(tmp_path: Path, one: gcfast.Explainer) -> None:
