@@ -15,7 +15,7 @@ namespace {
 constexpr char kManifest[] = "/manifest.json";
 // What takes an old database's place renames that one away first, where the system cannot exchange
 // the two.
-constexpr int kMovingTries = 5;
+constexpr int kMovingTries = 20;
 constexpr std::chrono::milliseconds kMovingTime{10};
 
 // The manifest of a folder; empty where there is none.

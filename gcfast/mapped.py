@@ -19,7 +19,7 @@ from gcfast.manifest import MANIFEST
 
 # What takes an old database's place renames that one away first, where the system cannot exchange
 # the two: how often, and how far apart, a manifest is looked for before it counts as gone.
-MOVING_TRIES = 5
+MOVING_TRIES = 20
 MOVING_SECONDS = 0.01
 MAPS = Path("/proc/self/maps")
 

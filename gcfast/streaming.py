@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,6 +169,12 @@ class _Unfinished:
             self._refuse_others(stored, "preprocessing")
             storage, self.state = self.state["storage"], stored
             if stored["storage"] != storage:
+                if stored["shards"]:
+                    warnings.warn(
+                        f"the rows of the unfinished build {self.folder} are in "
+                        f"{stored['storage']} and are made anew in {storage}",
+                        stacklevel=2,
+                    )
                 # What stage 1 made is float32 whatever the rows are stored in: those alone are
                 # made anew, and the files of the shards written over.
                 self.state |= {"storage": storage, "weight_scale": None, "shards": []}

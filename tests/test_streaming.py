@@ -376,7 +376,8 @@ def test_what_half_cannot_hold_goes_on_in_float32(tmp_path: Path, head: str) -> 
     passed: list[int] = []
     hook = one.network.model.register_forward_hook(lambda _, x, __: passed.append(len(x[0])))
     # In closed form it needs no images; by autograd it has to see them once more.
-    built = one.build([] if head == "closed form" else given, out=tmp_path / "db", resume=True)
+    with pytest.warns(UserWarning, match="are in float16 and are made anew in float32"):
+        built = one.build([] if head == "closed form" else given, out=tmp_path / "db", resume=True)
     hook.remove()
     assert sum(passed) == (0 if head == "closed form" else 22)
     assert content(built.path) == content(wanted.path)
@@ -397,7 +398,8 @@ def test_another_storage_at_any_stage(tmp_path: Path, monkeypatch: pytest.Monkey
             one.build(given, out=tmp_path / "rows")
     assert len(list((tmp_path / "rows.partial").glob("rows-*"))) == 7
     monkeypatch.setattr(shards, "SHARD_ROWS", 7)
-    one.build([], out=tmp_path / "rows", storage="float16", resume=True)
+    with pytest.warns(UserWarning, match="are in float32 and are made anew in float16"):
+        one.build([], out=tmp_path / "rows", storage="float16", resume=True)
     assert content(tmp_path / "rows") == content(wanted.path)
     # Finished but for the name: those rows are what they are.
     with monkeypatch.context() as patch:
