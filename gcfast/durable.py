@@ -15,7 +15,7 @@ from gcfast.errors import GcfastError
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where two writers of one folder are the user's to avoid
+except ImportError:  # on Windows, where none of this has been run
     fcntl = None  # type: ignore[assignment]
 
 _held: set[int] = set()  # descriptors of locked folders
