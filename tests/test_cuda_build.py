@@ -18,7 +18,7 @@ pytestmark = needs_no_gpu
 # Where a build looks at values, by design: once a batch of rows, not once a row.
 BUILD_WAITS = {
     ("event", "offload.py:finish"),  # a batch behind
-    ("read", "head.py:_error"), ("read", "head.py:agrees"), ("read", "head.py:_read_head"),
+    ("read", "head.py:_error"), ("read", "head.py:agrees"), ("read", "head.py:_from_jacobian"),
     ("read", "triplets.py:_with_hardest"), ("download", "fingerprint.py:fingerprint"),
 }  # fmt: skip
 LISTING_WAITS = {("read", "triplets.py:all"), ("read", "rows.py:<genexpr>")}
