@@ -156,6 +156,22 @@ def _hardest_kernel(
 
 
 @triton.jit
+def positive_thresholds(
+    distances_ptr, by_label_ptr, start, last, anchor_row, margin, BLOCK_P: tl.constexpr
+):
+    """(rows, which are positives, d(b, p) + margin) of BLOCK_P places in the order of labels.
+
+    ``distances_ptr`` is the anchor's own.
+    """
+    offs_p = start + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < last
+    row = tl.load(by_label_ptr + offs_p, mask=mask_p, other=0)
+    mask_p = mask_p & (row != anchor_row)
+    threshold = tl.load(distances_ptr + row, mask=mask_p, other=0.0) + margin
+    return row, mask_p, threshold
+
+
+@triton.jit
 def _counts_kernel(
     counts_ptr,
     distances_ptr,
@@ -185,11 +201,9 @@ def _counts_kernel(
     last_tile = tl.minimum(first_tile + tiles_per_split, tiles)
     ordered = ordered_ptr + i_b * tiles * TILE
     for start in range(first, last, tl.num_programs(1) * BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)
-        mask_p = offs_p < last
-        row = tl.load(by_label_ptr + offs_p, mask=mask_p, other=0)
-        mask_p = mask_p & (row != anchor_row)
-        threshold = tl.load(distances_ptr + i_b * N + row, mask=mask_p, other=0.0) + margin
+        row, mask_p, threshold = positive_thresholds(
+            distances_ptr + i_b * N, by_label_ptr, start, last, anchor_row, margin, BLOCK_P
+        )
         count = tl.zeros((BLOCK_P,), tl.int32)
         for tile in range(first_tile, last_tile):
             start_of_tile = ordered + tl.cast(tile, tl.int64) * TILE

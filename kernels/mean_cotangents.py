@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcfast.kernels.anchor_pairs import below, forms, log2, measured_groups, places
+from gcfast.kernels.anchor_pairs import (
+    below,
+    forms,
+    log2,
+    measured_groups,
+    places,
+    positive_thresholds,
+)
 from gcfast.kernels.launch import (
     Specialisation,
     TripletsConfig,
@@ -49,11 +56,10 @@ def _thresholds_kernel(
     margin = tl.load(margin_ptr)
     first = begin + tl.program_id(1) * TILE
     for start in range(first, last, tl.num_programs(1) * TILE):
-        offs_p = start + tl.arange(0, TILE)
-        mask_p = offs_p < last
-        row = tl.load(by_label_ptr + offs_p, mask=mask_p, other=0)
-        mask_p = mask_p & (row != anchor_row)
-        negated = -(tl.load(distances_ptr + i_b * N + row, mask=mask_p, other=0.0) + margin)
+        _, mask_p, threshold = positive_thresholds(
+            distances_ptr + i_b * N, by_label_ptr, start, last, anchor_row, margin, TILE
+        )
+        negated = -threshold
         negated = tl.where(mask_p & (negated == negated), negated, float("inf"))
         out = thresholds_ptr + i_b * tiles * TILE + (start - begin)
         tl.store(out + places(negated, TILE), negated)
