@@ -197,6 +197,15 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> torch.nn.Module:
     return one.network.model
 
 
+def replace_by_four_rows(writer: gcfast.Explainer, folder: Path, how: str) -> None:
+    few = loader(pictures(ROWS)[0][:4], [0, 0, 1, 1])
+    if how == "save":
+        writer.build(few).save(folder, overwrite=True)
+    else:
+        writer.rebuild(few)
+    assert len(Database.open(folder, verify=True)) == 4
+
+
 @pytest.mark.parametrize("index", ["stored", "Flat", "exact"])
 @pytest.mark.parametrize("how", ["save", "rebuild"])
 def test_a_reader_of_a_database_that_was_replaced_by_a_smaller_one(
@@ -208,12 +217,7 @@ def test_a_reader_of_a_database_that_was_replaced_by_a_smaller_one(
     wanted = reader.explain_batch(images, details=True)
     rows = Database.open(tmp_path / "db")
     writer = gcfast.load(tmp_path / "db", model)
-    few = loader(images[:4], [0, 0, 1, 1])
-    if how == "save":
-        writer.build(few).save(tmp_path / "db", overwrite=True)
-    else:
-        writer.rebuild(few)
-    assert len(Database.open(tmp_path / "db", verify=True)) == 4
+    replace_by_four_rows(writer, tmp_path / "db", how)
     assert not (tmp_path / "db" / "rows-00001.safetensors").exists()
     got = reader.explain_batch(images, details=True)
     assert torch.equal(got.maps, wanted.maps)
@@ -247,12 +251,7 @@ def test_a_reader_that_begins_while_what_it_opened_is_removed(
         remove(folder)
 
     monkeypatch.setattr(durable, "remove", late)
-    few = loader(images[:4], [0, 0, 1, 1])
-    if how == "save":
-        writer.build(few).save(tmp_path / "db", overwrite=True)
-    else:
-        writer.rebuild(few)
-    assert len(Database.open(tmp_path / "db", verify=True)) == 4
+    replace_by_four_rows(writer, tmp_path / "db", how)
     assert len(found) == 1
     assert torch.equal(reader.explain_batch(images), found[0])
 

@@ -58,15 +58,8 @@ def test_axes_vary_only_what_a_configuration_has():
     assert list(sweep_launch.variants(tile, axes, case)) == [tile._replace(num_warps=4), tile]
 
 
-def test_a_variant_with_another_result_is_named_and_not_timed(monkeypatch):
-    real = sweep_launch.launch
-
-    def wrong(operation, inputs, config):
-        out = real(operation, inputs, config)
-        return out + 1 if config is not None and config.block_t == 4 else out
-
-    monkeypatch.setattr(sweep_launch, "launch", wrong)
-    found = sweep_launch.sweep(
+def swept_over_block_t():
+    return sweep_launch.sweep(
         TINY["grad_weights"][0],
         gpu_timing.HostClock(),
         torch.device("cpu"),
@@ -75,6 +68,17 @@ def test_a_variant_with_another_result_is_named_and_not_timed(monkeypatch):
         l2_bytes=0,
         memory_bytes=2**30,
     )
+
+
+def test_a_variant_with_another_result_is_named_and_not_timed(monkeypatch):
+    real = sweep_launch.launch
+
+    def wrong(operation, inputs, config):
+        out = real(operation, inputs, config)
+        return out + 1 if config is not None and config.block_t == 4 else out
+
+    monkeypatch.setattr(sweep_launch, "launch", wrong)
+    found = swept_over_block_t()
     assert [one.config.block_t for one in found.tried] == [1]
     assert [config.block_t for config in found.wrong] == [4]
     text = sweep_launch.report(TINY["grad_weights"][0], found)
@@ -90,15 +94,7 @@ def test_a_variant_without_room_is_counted(monkeypatch):
         return real(operation, inputs, config)
 
     monkeypatch.setattr(sweep_launch, "launch", small)
-    found = sweep_launch.sweep(
-        TINY["grad_weights"][0],
-        gpu_timing.HostClock(),
-        torch.device("cpu"),
-        axes={"block_t": (1, 4)},
-        seconds=1e-6,
-        l2_bytes=0,
-        memory_bytes=2**30,
-    )
+    found = swept_over_block_t()
     assert ([one.config.block_t for one in found.tried], found.failed) == ([1], 1)
 
 
