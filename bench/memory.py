@@ -1,7 +1,8 @@
-"""Memory: flat over many explain_batch calls, linear in N for build, and what append takes.
+"""Memory: flat over many explain_batch calls, linear in N for build, what append and open take.
 
     python bench/memory.py [--calls 1000] [--rows 20000 40000]
     python bench/memory.py --append 200000 [400000 …]
+    python bench/memory.py --open 611
 
 Resident memory is read from /proc. The network is small, so that what gcfast holds shows.
 """
@@ -12,6 +13,7 @@ import argparse
 import gc
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -134,12 +136,42 @@ def append_peak(rows: int, folder: Path) -> dict[str, float]:
             "seconds": seconds}  # fmt: skip
 
 
+def many_shards(count: int, folder: Path) -> None:
+    """A database of so many shards of 16,384 rows, all of them hard links to one file."""
+    stored_rows(16_384, folder)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    (entry,) = manifest["shards"]
+    names = [f"rows-{number:05d}.safetensors" for number in range(count)]
+    for name in names[1:]:
+        (folder / name).hardlink_to(folder / entry["file"])
+    manifest["shards"] = [entry | {"file": name} for name in names]
+    path.write_text(json.dumps(manifest))
+
+
+def opening(folder: Path) -> dict[str, float]:
+    """What it takes to open a database, and to check its files before a use."""
+    before, start, cpu = resident_mib(), time.perf_counter(), time.process_time()
+    database = Database.open(folder)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    growth = resident_mib() - before
+    checks = []
+    for _ in range(101):
+        start = time.perf_counter()
+        database.check_files()
+        checks.append(time.perf_counter() - start)
+    return {"rows": len(database), "seconds": seconds, "cpu_seconds": cpu, "growth_mib": growth,
+            "check_seconds": statistics.median(checks)}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 40_000])
     parser.add_argument("--one", help=argparse.SUPPRESS)  # rows,method,spool of a single build
     parser.add_argument("--append", type=int, nargs="+", help="only append, to so many rows")
+    parser.add_argument("--open", type=int, help="only open, so many shards")
+    parser.add_argument("--opened", type=Path, help=argparse.SUPPRESS)  # folder of a single open
     parser.add_argument("--appended", help=argparse.SUPPRESS)  # rows,folder of a single append
     arguments = parser.parse_args()
     if arguments.appended:
@@ -153,6 +185,17 @@ def main() -> None:
                 path = Path(folder, "db")
                 stored_rows(rows, path)
                 print(f"append: {child('--appended', f'{rows},{path}')}", flush=True)
+        return
+    if arguments.opened:
+        print(json.dumps(opening(arguments.opened)))
+        return
+    if arguments.open:
+        print(conditions())
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "db")
+            many_shards(arguments.open, path)
+            for _ in range(3):
+                print(f"open: {child('--opened', str(path))}", flush=True)
         return
     if arguments.one:
         rows, method, spool = arguments.one.split(",")

@@ -8,12 +8,10 @@ function is a confidence for any image from its distance alone.
 It tells images apart only where agreement falls with distance, and it speaks for the neighbour only
 where it is above what a random row's map has. Neither is a matter of course, so both are measured:
 :class:`Fidelity` has a random row's agreement for each image, a :class:`Calibration` its mean. And
-it holds for images like those it was fitted to, of the database's classes. Measured (mean cosine,
-in brackets a random row's): drawn birds of the database's species 0.975 (0.380), of other species
-0.741 (0.345), so that there a calibration by the former promises too much; real pictures with one
-object 0.98 (0.978), which any row's map finds; made-up houses, all pairs, 0.724 (0.684). On none of
-them did it fall with distance: there the level is what a calibration tells, and a confidence is
-near enough the same for every image.
+it holds for images like those it was fitted to, of the database's classes: to others it promises
+too much. Where one object is all there is to see, any row's map finds it (bench/RESULTS.md). Where
+agreement does not fall with distance the level is what a calibration tells, and a confidence is near
+enough the same for every image.
 """
 
 from __future__ import annotations
