@@ -10,8 +10,8 @@ where it is above what a random row's map has. Neither is a matter of course, so
 :class:`Fidelity` has a random row's agreement for each image, a :class:`Calibration` its mean. And
 it holds for images like those it was fitted to, of the database's classes: to others it promises
 too much. Where one object is all there is to see, any row's map finds it (bench/RESULTS.md). Where
-agreement does not fall with distance the level is what a calibration tells, and a confidence is near
-enough the same for every image.
+agreement does not fall with distance the level is what a calibration tells, and a confidence is
+near enough the same for every image.
 """
 
 from __future__ import annotations
