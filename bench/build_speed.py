@@ -24,8 +24,8 @@ from subjects import CONVOLUTIONAL, loader, network
 from torch import Tensor, nn
 
 import gcfast
-from gcfast import embedding as embedding_module
-from gcfast import head as head_module
+from gcfast.builder import embed as embedding_module
+from gcfast.method import head as head_module
 
 MARGIN = 0.2
 TRIPLETS = 50

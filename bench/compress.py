@@ -32,13 +32,13 @@ from torch import Tensor
 
 import gcfast
 from gcfast import metrics, ops
-from gcfast.compress import ROWS_AT_ONCE
-from gcfast.database import Database
-from gcfast.evaluation import tables_from, upsampled
-from gcfast.manifest import FORMAT_VERSION
+from gcfast.database.compress import ROWS_AT_ONCE
+from gcfast.database.database import Database
+from gcfast.database.manifest import FORMAT_VERSION
+from gcfast.database.shards import FIELDS
+from gcfast.evaluation.table import tables_from, upsampled
+from gcfast.evaluation.ways import Query, Trained, Way, database_ways
 from gcfast.metrics import box_score, mask_score
-from gcfast.shards import FIELDS
-from gcfast.ways import Query, Trained, Way, database_ways
 
 DIM, CHANNELS, KEPT, SIDE = 128, 512, 50, 7
 CLUSTERS = 2000

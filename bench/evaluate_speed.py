@@ -19,9 +19,9 @@ from paired import conditions, paired
 from subjects import CONVOLUTIONAL, loader, network
 
 import gcfast
-from gcfast.cli_evaluate import compressor
-from gcfast.datasets import Truth
-from gcfast.evaluate import AnnotationScore, evaluate
+from gcfast.cli.evaluate import compressor
+from gcfast.evaluation.datasets import Truth
+from gcfast.evaluation.evaluate import AnnotationScore, evaluate
 
 
 def truths(count: int, side: int, seed: int) -> Truth:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import gcfast
 from gcfast import reference
-from gcfast.transfer import ExactTransfer
+from gcfast.explain.transfer import ExactTransfer
 
 NAME, OTHER = "resnet50", "vit-b16"
 TITLES = {"resnet50": "ResNet-50", "vit-b16": "ViT-B/16"}

@@ -26,8 +26,8 @@ from paired import conditions
 from torch import Tensor, nn
 
 import gcfast
-from gcfast.build import build
-from gcfast.database import Database
+from gcfast.builder.build import build
+from gcfast.database.database import Database
 
 DIM, CHANNELS = 128, 256
 

@@ -42,9 +42,9 @@ from scenes_overlays import Explain, channel_sum, overlay_rows, save_grid
 from scenes_quality import bars, gap_lines, measure, sweep_lines
 
 import gcfast
-from gcfast.evaluation import MAIN_ROW
-from gcfast.evaluation_report import draw, write_tables
-from gcfast.report import ReportRow, write_report
+from gcfast.evaluation.report import draw, write_tables
+from gcfast.evaluation.table import MAIN_ROW
+from gcfast.images.html import ReportRow, write_report
 
 LAYER = "head"
 QUICK_STEP = 30  # of the stamps' files, which leaves about 14 classes

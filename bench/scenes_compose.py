@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gcfast.datasets.samples import tight_box
+from gcfast.evaluation.datasets.samples import tight_box
 
 PICTURE_PIXELS = 224
 MIN_STAMP_PIXELS = 100

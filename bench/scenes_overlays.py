@@ -15,7 +15,7 @@ from scenes_network import SceneNetwork, to_input
 from torch import Tensor
 
 import gcfast
-from gcfast.report import Panel, ReportRow, overlay
+from gcfast.images.html import Panel, ReportRow, overlay
 
 MATCH, OTHER = (60, 220, 90), (255, 80, 80)
 

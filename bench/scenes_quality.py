@@ -15,9 +15,9 @@ from scenes_network import to_input
 from torch import Tensor
 
 import gcfast
-from gcfast.cli_evaluate import compressor
-from gcfast.evaluate import PAPER_ROW, Evaluation, evaluate
-from gcfast.evaluation import MAIN_ROW, statistics
+from gcfast.cli.evaluate import compressor
+from gcfast.evaluation.evaluate import PAPER_ROW, Evaluation, evaluate
+from gcfast.evaluation.table import MAIN_ROW, statistics
 from gcfast.metrics import RegionSums, box_masks, localisation_accuracy
 from gcfast.metrics.shares import two_object_shares
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gcfast.shards import Shard
+from gcfast.database.shards import Shard
 
 CHANNELS = 1280
 CLUSTERS = 1000

@@ -27,8 +27,8 @@ from subjects import explainer_with_rows, images, network
 from tables import Known, filled, numpy_gather, queries, shard, views
 
 import gcfast
-from gcfast.shards import Shard
-from gcfast.transfer import make_engine
+from gcfast.database.shards import Shard
+from gcfast.explain.transfer import make_engine
 
 D, M = 128, 50
 SECONDS = 30.0

@@ -325,7 +325,7 @@ void register_transfer(py::module_& module) {
            "What TransferEngine.transfer returns, or its exception; each time.");
   py::class_<PyEngine>(
       module, "TransferEngine",
-      "Search through a FAISS index and gather of the rows it finds; see gcfast.transfer.\n\n"
+      "Search through a FAISS index and gather of the rows it finds; see gcfast.explain.transfer.\n\n"
       "shards: [(embeddings, channels, weights, offsets, labels, files)], rows in order; files:\n"
       "[(path, device, inode, bytes)] that are looked at before each gather. exclusive: one\n"
       "thread in the index at a time. memory_bytes bounds what is held at once beyond the result.")

@@ -21,7 +21,7 @@ struct MappedFile {
   std::int64_t bytes;  // from its start to the end of the last array in it
 };
 
-// Whether files are as they were, by the rule and in the words of gcfast/mapped.py: a file that was
+// Whether files are as they were, by the rule and in the words of gcfast/database/mapped.py: a file that was
 // replaced, alone or with the whole database, is no damage, since what is mapped lives on. Manifests
 // that had to be read are kept for the next file, so one object is for one use.
 class FileCheck {

@@ -6,9 +6,7 @@ Networks*, WACV 2020 (arXiv:2001.06538).
 
 from importlib.metadata import version
 
-from gcfast import library as library  # registers torch.ops.gcfast
-from gcfast.database import Database
-from gcfast.default import explain_batch, load
+from gcfast.database.database import Database
 from gcfast.errors import (
     DamagedDatabaseError,
     GcfastError,
@@ -17,9 +15,10 @@ from gcfast.errors import (
     NoDatabaseError,
     UnsupportedModelError,
 )
-from gcfast.explainer import Explainer
-from gcfast.explanation import Explanation, TripletMaps
-from gcfast.objectives import (
+from gcfast.explain.default import explain_batch, load
+from gcfast.explain.explainer import Explainer
+from gcfast.explain.result import Explanation, TripletMaps
+from gcfast.method.objectives import (
     DistanceDifference,
     Objective,
     PairDistance,
@@ -27,8 +26,9 @@ from gcfast.objectives import (
     RankLoss,
     TripletLoss,
 )
-from gcfast.settings import PAPER
-from gcfast.tokens import TokenGrid
+from gcfast.method.settings import PAPER
+from gcfast.model.tokens import TokenGrid
+from gcfast.ops import library as library  # registers torch.ops.gcfast
 
 __version__ = version("gcfast")
 

@@ -23,8 +23,9 @@ import torch
 from networks import common, loader, other, pictures
 
 import gcfast
-from gcfast import shards, streaming
-from gcfast.manifest import partial_folder
+from gcfast.builder import resumable
+from gcfast.database import shards
+from gcfast.database.manifest import partial_folder
 
 POINTS = 8  # kills at a counted operation
 MOMENTS = 2  # kills at a moment
@@ -67,7 +68,7 @@ def build(folder: Path, head: str, *, resume: bool, kill_at: int | None = None) 
     model.register_forward_hook(lambda *_: countdown.step())
     explainer = gcfast.Explainer(model, "backbone", channels=5, triplets=7, method="gradcam++")
     shards.SHARD_ROWS = 9
-    streaming.COMMIT_ROWS = 12
+    resumable.COMMIT_ROWS = 12
     explainer.build(loader(images, names, BATCH), out=folder, resume=resume)
     return countdown.count
 
@@ -112,7 +113,7 @@ def stage(folder: Path) -> str:
     if (partial / "manifest.json").exists():
         return "finishing"
     try:
-        state = json.loads((partial / streaming.STATE).read_bytes())
+        state = json.loads((partial / resumable.STATE).read_bytes())
     except OSError:
         return "begun"
     if state["totals"] is None:

@@ -183,7 +183,7 @@ class PretendCuda(TorchDispatchMode):
     def run(self, func, types, args, kwargs):
         del types
         if func.namespace == "gcfast":  # as eager PyTorch runs it on a GPU
-            from gcfast import library
+            from gcfast.ops import library
 
             super().__enter__()
             try:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gcfast.shards import Shard
-from gcfast.transfer import make_engine
+from gcfast.database.shards import Shard
+from gcfast.explain.transfer import make_engine
 
 WIDTH, KEPT, CHANNELS = 16, 7, 20
 

@@ -34,14 +34,14 @@ from torch import Tensor
 
 import gcfast
 from gcfast import ops
-from gcfast.build import assemble
-from gcfast.cli_evaluate import compressor
-from gcfast.evaluate import PAPER_ROW, AnnotationScore, Evaluation, evaluate
-from gcfast.evaluation import MAIN_ROW
-from gcfast.evaluation_report import draw, write_tables
+from gcfast.builder.build import assemble
+from gcfast.builder.rows import rows_from_spool
+from gcfast.cli.evaluate import compressor
+from gcfast.evaluation.evaluate import PAPER_ROW, AnnotationScore, Evaluation, evaluate
+from gcfast.evaluation.report import draw, write_tables
+from gcfast.evaluation.table import MAIN_ROW
+from gcfast.evaluation.ways import Trained
 from gcfast.metrics import localisation_accuracy
-from gcfast.rows import rows_from_spool
-from gcfast.ways import Trained
 
 CENTERS = 50
 SWEEP = (1, 2, 5, 10, 20, CENTERS, 100, 200, 500)

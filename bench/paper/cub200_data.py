@@ -1,7 +1,7 @@
 """What `cub200.py` runs on: CUB-200-2011, the pictures of `bench/scenes.py`, or drawn birds.
 
 Every subject is a network with its layer, labelled training batches, and test batches with
-gcfast.datasets.Truth: boxes, masks and labels of one object a picture.
+gcfast.evaluation.datasets.Truth: boxes, masks and labels of one object a picture.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from cub200_network import Recipe, make_network, restore, save, train
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gcfast.datasets import Sample, ScoredLoader, Truth, labelled_loader, read_cub
+from gcfast.evaluation.datasets import Sample, ScoredLoader, Truth, labelled_loader, read_cub
+from gcfast.images.preprocessing import Preprocessing
 from gcfast.metrics import box_masks
-from gcfast.preprocessing import Preprocessing
 
 BATCH = 32
 # The published split by species (Song et al., CVPR 2016): images of the classes 1-100 and 101-200.
@@ -97,7 +97,7 @@ def cub(options: argparse.Namespace) -> Subject:
     """CUB-200-2011, its network trained here or read from the cache.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`gcfast.datasets.read_cub`.
+        FileNotFoundError, ValueError: as :func:`gcfast.evaluation.datasets.read_cub`.
         GcfastError: no ResNet-50 can be had.
     """
     device = torch.device(options.device)

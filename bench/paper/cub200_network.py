@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from gcfast.datasets import Sample
+from gcfast.cli.models import load_model
 from gcfast.errors import GcfastError
-from gcfast.models import load_model
-from gcfast.preprocessing import Preprocessing, decode
+from gcfast.evaluation.datasets import Sample
+from gcfast.images.preprocessing import Preprocessing, decode
 
 EMBEDDING = 128
 # Where a ResNet-50 comes from, and its last convolutional layer.

@@ -29,9 +29,9 @@ from torch import Tensor
 
 import gcfast
 from gcfast import ops
-from gcfast.calibration import Fidelity, transfer_fidelity
-from gcfast.controls import random_channels, random_rows
+from gcfast.explain.calibration import Fidelity, transfer_fidelity
 from gcfast.metrics import mask_score
+from gcfast.metrics.controls import random_channels, random_rows
 
 PAIRS, CHANNELS = 50, 50  # of the paper
 BATCH = 128

@@ -14,8 +14,8 @@ from gcfast import ops
 from gcfast.demo.birds import SIZE, Picture
 from gcfast.demo.network import BirdNet
 from gcfast.demo.species import SPECIES
+from gcfast.images.html import Panel, ReportRow, overlay, write_report
 from gcfast.metrics import mask_score
-from gcfast.report import Panel, ReportRow, overlay, write_report
 
 _TITLE = "Which part tells this bird apart?"
 _LEAD = """\

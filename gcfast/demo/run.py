@@ -21,7 +21,7 @@ from gcfast.demo.birds import Picture, draw_bird
 from gcfast.demo.network import BirdNet, load_network
 from gcfast.demo.page import write_page
 from gcfast.demo.species import PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
-from gcfast.evaluation import MAIN_ROW, quality_table
+from gcfast.evaluation.table import MAIN_ROW, quality_table
 from gcfast.metrics import RegionSums, box_masks
 
 _LAYER = "features"

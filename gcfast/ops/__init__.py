@@ -6,7 +6,7 @@ and the PyTorch reference for everything else, float64 included. ``"triton"`` in
 ``MissingExtraError`` where Triton is not installed, ``ValueError`` for tensors they cannot take.
 ``"reference"`` always runs the reference (:mod:`gcfast.reference`), which is the specification.
 
-Each is also ``torch.ops.gcfast.<name>`` (:mod:`gcfast.library`), and becomes that under
+Each is also ``torch.ops.gcfast.<name>`` (:mod:`gcfast.ops.library`), and becomes that under
 ``torch.compile``.
 
 None of them is differentiable. Inputs may have any strides and are not changed.

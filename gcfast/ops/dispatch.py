@@ -2,7 +2,8 @@
 
 The signatures are those of :mod:`gcfast.ops`, which checks and documents the arguments; here they
 are trusted, and nothing waits for the device. The caller has turned gradients and autocast off
-(:mod:`gcfast.precision`). The explainer's forward pass and :mod:`gcfast.library` come in here.
+(:mod:`gcfast.ops.precision`). The explainer's forward pass and :mod:`gcfast.ops.library` come in
+here.
 
 A channel id outside [0, C) or a row number of N or more is read by no kernel: it weighs nothing.
 """

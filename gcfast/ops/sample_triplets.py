@@ -18,7 +18,7 @@ from gcfast._checks import (
 )
 from gcfast.ops import dispatch
 from gcfast.ops.backend import BACKENDS
-from gcfast.precision import operation
+from gcfast.ops.precision import operation
 from gcfast.reference import Triplets
 
 

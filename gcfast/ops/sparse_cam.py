@@ -19,7 +19,7 @@ from gcfast._checks import (
 )
 from gcfast.ops import dispatch
 from gcfast.ops.backend import BACKENDS
-from gcfast.precision import operation
+from gcfast.ops.precision import operation
 
 MAP_DTYPES = (torch.float32, torch.float16, torch.uint8)
 

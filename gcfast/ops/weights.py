@@ -16,7 +16,7 @@ from gcfast._checks import (
 )
 from gcfast.ops import dispatch
 from gcfast.ops.backend import BACKENDS
-from gcfast.precision import operation
+from gcfast.ops.precision import operation
 
 METHODS = ("gradcam", "gradcam++")
 PRECISIONS = ("ieee", "tf32")

@@ -1,0 +1,106 @@
+"""What a manifest says of a build: of which model, with which settings, how it went."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gcfast.builder.embed import Embedded
+from gcfast.database.manifest import FORMAT, FORMAT_VERSION
+from gcfast.method.settings import Settings
+from gcfast.model.fingerprint import fingerprint
+from gcfast.model.network import Network
+
+
+def identity(
+    network: Network, settings: Settings, preprocessing: dict[str, Any] | None, storage: str
+) -> dict[str, Any]:
+    """What makes two builds the same but for their images; part of the manifest."""
+    return {
+        "fingerprint": fingerprint(network.model),
+        "layer": network.layer_name,
+        "settings": {**settings.describe(), "output_key": network.output_key},
+        "preprocessing": preprocessing,
+        "storage": storage,
+    }
+
+
+def changed_settings(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, each setting of a build that is another one now."""
+    now = json.loads(json.dumps(now))
+    return [
+        f"{key} was {was!r}, is {now.get(key)!r}"
+        for key, was in stored.items()
+        if was != now.get(key)
+    ]
+
+
+def report_of(
+    labels: Tensor, rows: int, hardest: int, settings: Settings, *, alone: Tensor | None = None
+) -> dict[str, int]:
+    """The counts of a build.
+
+    Args:
+        labels: [N], of the images.
+        rows: how many of them have a row.
+        hardest: how many of those took their hardest triplet.
+        settings: of the build.
+        alone: [N] bool, images whose label is seen once; None for those of ``labels``.
+
+    Raises:
+        ValueError: no row.
+    """
+    single = 0
+    if settings.objective.pairs in ("triplet", "positive"):
+        if alone is None:
+            _, seen = np.unique(labels.numpy(), return_counts=True)
+            single = int((seen == 1).sum())
+        else:
+            single = int(alone.sum())
+    report = {
+        "images": len(labels),
+        "rows": rows,
+        # Without a positive there is no triplet, so that none of these has a row.
+        "skipped_single": single,
+        "skipped_no_triplet": len(labels) - rows - single,
+        "hardest_triplet": hardest,
+    }
+    if rows == 0:
+        raise ValueError(
+            f"`loader` must give images with valid triplets, got none: {report['skipped_single']} "
+            f"of {report['images']} labels were seen once, {report['skipped_no_triplet']} images "
+            "had no valid triplet"
+        )
+    return report
+
+
+def describe(
+    network: Network, embedded: Embedded, same: dict[str, Any], report: dict[str, int]
+) -> dict[str, Any]:
+    """The manifest of a database but for its shards.
+
+    Args:
+        network: the model, its layer known.
+        embedded: what stage 1 found out.
+        same: of :func:`identity`.
+        report: of :func:`report_of`.
+    """
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "fingerprint": same["fingerprint"],
+        "layer": network.layer_name,
+        "settings": same["settings"],
+        "closed_form": embedded.head is not None,
+        "storage": same["storage"],
+        "channels_last": network.channels_last,
+        "embedding_dim": embedded.embeddings.shape[1],
+        "layer_channels": len(embedded.mean_activation),
+        "class_names": embedded.class_names,
+        "report": report,
+        "preprocessing": same["preprocessing"],
+        "mean_activation": embedded.mean_activation.tolist(),
+    }

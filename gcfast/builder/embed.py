@@ -1,0 +1,294 @@
+"""Stage 1 of a build: one forward pass over the images, into a spool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gcfast.builder.loader import Batch, batches, check_embeddings, on_device
+from gcfast.builder.offload import Columns, Offload, resident
+from gcfast.builder.spool import Spool
+from gcfast.database.shards import Ids, IdTable
+from gcfast.method import labels
+from gcfast.method.head import AffineHead, normalized, probe
+from gcfast.method.labels import Labels, Values
+from gcfast.method.pairs import PairSource
+from gcfast.method.settings import Settings
+from gcfast.model.network import Network
+
+SAME_IMAGE_TOLERANCE = 1e-2  # distance by which an embedding may move between two passes
+CLOSED_FORM = ("norms", "pixels", "pooled")  # columns that only the closed form needs
+
+
+class Embedded(NamedTuple):
+    """What stage 1 found out."""
+
+    embeddings: Tensor  # [N, D] float32
+    labels: Tensor  # [N] int64; float64 where they are real numbers
+    ids: Sequence[str]
+    class_names: list[str]
+    norms: Tensor | None  # [N] float32: closed form only
+    pixels: Tensor | None  # [N] int64
+    pooled: Tensor | None  # [N, C] float32: closed form with Grad-CAM++ only
+    mean_activation: Tensor  # [C] float64
+    head: AffineHead | None
+
+    def source(self, settings: Settings, device: torch.device) -> PairSource:
+        """The valid pairs of any anchor among these rows, found on the device if there is room."""
+        table = resident(self.embeddings, device)
+        return PairSource(
+            settings.objective,
+            table,
+            self.labels.to(table.device),
+            hardest=settings.on_no_triplet == "hardest",
+        )
+
+    def check_same(self, batch: Batch, start: int, before: str) -> int:
+        """Refuse a batch of labels or ids other than these rows', from ``start`` on.
+
+        Args:
+            batch: what the loader gave.
+            start: number of its first image.
+            before: when the rows were made, for the error: "the first time", …
+
+        Returns:
+            The number behind its last image.
+
+        Raises:
+            ValueError: it is another batch.
+        """
+        stop = start + len(batch.images)
+        if stop > len(self.ids):
+            raise other_images(f"it gave {len(self.ids)} images {before} and more now")
+        labels = self.labels[start:stop].tolist()
+        known = [self.class_names[label] for label in labels] if self.class_names else labels
+        if known != batch.labels:
+            raise other_images(f"labels differ in rows {start} to {stop - 1}")
+        if batch.ids is not None and batch.ids != self.ids[start:stop]:
+            raise other_images(f"ids differ in rows {start} to {stop - 1}")
+        return stop
+
+    def check_embeddings(self, embeddings: Tensor, start: int) -> None:
+        """Refuse embeddings [B, D] that moved from these rows', from ``start`` on."""
+        before = self.embeddings[start : start + len(embeddings)]
+        moved = (embeddings.detach().cpu() - before).norm(dim=1)
+        if bool((moved > SAME_IMAGE_TOLERANCE * before.norm(dim=1).clamp(min=1e-12)).any()):
+            raise other_images(f"the embedding of row {start + int(moved.argmax())} differs")
+
+
+def other_images(how: str) -> ValueError:
+    """The error of a loader that gives other images than it gave before."""
+    return ValueError(
+        "`loader` must give the same images in the same order each time "
+        f"(shuffling and random augmentation off): {how}"
+    )
+
+
+@dataclass
+class Totals:
+    """What stage 1 carries from batch to batch, besides the spool."""
+
+    rows: int = 0
+    first: int = 0  # the number of the first image, where a database has some already
+    head: AffineHead | None = None
+    channel_sum: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    pixel_count: int = 0
+    id_bytes: int = 0
+    labels: Labels | Values = field(default_factory=Labels)
+
+    def embedded(self, spool: Spool) -> Embedded:
+        """The spooled rows so far."""
+
+        def column(name: str) -> Tensor | None:
+            return spool.column(name) if self.head is not None and spool.has(name) else None
+
+        return Embedded(
+            embeddings=spool.column("embeddings"),
+            labels=spool.column("labels"),
+            ids=Ids([IdTable(spool.column("id_ends"), spool.column("id_bytes"))]),
+            class_names=self.labels.names,
+            norms=column("norms"),
+            pixels=column("pixels"),
+            pooled=column("pooled"),
+            mean_activation=self.channel_sum / max(self.pixel_count, 1),
+            head=self.head,
+        )
+
+
+def embed_all(
+    network: Network,
+    loader: Iterable[Any],
+    *,
+    l2_normalize: bool,
+    keep_pooled: bool,
+    progress: bool,
+    channels: int | str = "all",
+    one_pass: bool = False,
+    spool_bytes: int | None = None,
+    real_labels: bool = False,
+) -> Embedded:
+    """Stage 1: one forward pass over the loader.
+
+    Args:
+        network: the model and its layer.
+        loader: as for :meth:`gcfast.Explainer.build`.
+        l2_normalize: whether the embedding is normalised after the model.
+        keep_pooled: spool the pooled activations too, for Grad-CAM++.
+        progress: show a bar on stderr.
+        channels: how many channels a row will keep.
+        one_pass: the loader cannot be gone through again; stop where a head needs that.
+        spool_bytes: what is held in memory; None for gcfast.builder.spool.SPOOL_MEMORY_BYTES.
+        real_labels: labels are real numbers instead of classes.
+
+    Raises:
+        ValueError: no images, no labels, one class only, or NaN in an embedding, with its row;
+            more channels than the layer has; one pass only, and a head that needs two.
+    """
+    spool = Spool(spool_bytes)
+    totals = Totals(labels=labels.column(real_labels))
+    stage = EmbeddingStage(
+        network, l2_normalize=l2_normalize, keep_pooled=keep_pooled, channels=channels
+    )
+    try:
+        stage.run(loader, spool, totals, progress=progress, one_pass=one_pass)
+        totals.labels.require_two()
+        return totals.embedded(spool)
+    finally:
+        spool.close()
+
+
+class _Launched(NamedTuple):
+    """What is known of a batch while its columns are on their way to the host."""
+
+    batch: Batch
+    images: Tensor  # on the device, to be looked at where an embedding is not finite
+    pixels: int
+
+
+class EmbeddingStage:
+    """Stage 1 with its settings; arguments as for :func:`embed_all`."""
+
+    def __init__(
+        self, network: Network, *, l2_normalize: bool, keep_pooled: bool, channels: int | str
+    ) -> None:
+        self.network = network
+        self.l2_normalize = l2_normalize
+        self.keep_pooled = keep_pooled
+        self.channels = channels
+
+    def run(
+        self,
+        loader: Iterable[Any],
+        spool: Spool,
+        totals: Totals,
+        *,
+        progress: bool,
+        one_pass: bool,
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Go through the loader from where the totals are; ``after_batch`` may store them.
+
+        Batches that the spool holds already are compared with it, without a forward pass but for
+        the last of them.
+
+        Raises:
+            ValueError: as :func:`embed_all`; a loader that gives other images than are spooled.
+        """
+        done = totals.rows
+        before = totals.embedded(spool) if done else None
+        offload: Offload[_Launched] | None = None
+        row = 0
+
+        def take(columns: Columns, launched: _Launched) -> None:
+            self._take(columns, launched, spool, totals)
+            if totals.head is None and one_pass:
+                raise ValueError(
+                    "`loader` must be one that can be gone through twice, got a one-shot iterator "
+                    f"({type(loader).__name__}): this model's head needs a second pass over the "
+                    "images"
+                )
+            after_batch()
+
+        bar = tqdm(desc="embedding", unit=" images", disable=not progress, leave=False)
+        real = isinstance(totals.labels, Values)
+        for batch in batches(loader, real_labels=real):
+            if before is not None and row < done:
+                self._compare(batch, before, row)
+            else:
+                images = on_device(batch.images, self.network)
+                if offload is None:
+                    offload = Offload(images.device)
+                    if not done:
+                        totals.head = probe(self.network, images, self.l2_normalize)
+                for taken in offload.put(*self._launch(batch, images, totals)):
+                    take(*taken)
+            row += len(batch.images)
+            bar.update(len(batch.images))
+        for taken in offload.drain() if offload is not None else []:
+            take(*taken)
+        bar.close()
+        if row < done:
+            raise other_images(f"it gave {done} images or more before and {row} now")
+        if not totals.rows:
+            raise ValueError("`loader` must give images, got none")
+
+    def _compare(self, batch: Batch, before: Embedded, row: int) -> None:
+        stop = row + len(batch.images)
+        done = len(before.ids)
+        if stop > done:
+            raise other_images(f"its batches ended at image {done} before, and at {stop} now")
+        before.check_same(batch, row, "before")
+        if stop == done:
+            captured = self.network.embed(on_device(batch.images, self.network))
+            before.check_embeddings(normalized(captured.output, self.l2_normalize), row)
+
+    def _launch(self, batch: Batch, images: Tensor, totals: Totals) -> tuple[Columns, _Launched]:
+        """What the device makes of a batch; nothing here waits for it."""
+        captured = self.network.embed(images)
+        embeddings = normalized(captured.output, self.l2_normalize)
+        C = captured.activations.shape[1]
+        if self.channels != "all" and int(self.channels) > C:
+            raise ValueError(f"`channels` must be at most the layer's C = {C}, got {self.channels}")
+        pooled = captured.activations.float().mean((2, 3))  # [B, C]
+        columns = {"embeddings": embeddings, "sums": pooled.sum(0, dtype=torch.float64)}
+        if totals.head is not None:
+            columns["norms"], columns["agreed"] = totals.head.norms_and_agreement(
+                pooled, embeddings, captured.output.dtype
+            )
+            if self.keep_pooled:
+                columns["pooled"] = pooled
+        pixels = math.prod(captured.activations.shape[2:])
+        return columns, _Launched(batch, images, pixels)
+
+    def _take(self, columns: Columns, launched: _Launched, spool: Spool, totals: Totals) -> None:
+        """Check and spool a batch whose columns are on the host."""
+        batch, images, pixels = launched
+        B, start = len(images), totals.first + totals.rows
+        embeddings = columns["embeddings"]
+        check_embeddings(embeddings, images, first=start)
+        sums = columns["sums"] * pixels
+        totals.channel_sum = totals.channel_sum + sums if totals.rows else sums
+        totals.pixel_count += pixels * B
+        kept = {"embeddings": embeddings}
+        if totals.head is not None and bool(columns["agreed"]):
+            kept |= {"norms": columns["norms"], "pixels": torch.full((B,), pixels)}
+            if self.keep_pooled:
+                kept["pooled"] = columns["pooled"]
+        else:
+            totals.head = None  # affine as far as the probe saw; autograd takes all the rows
+            spool.drop(*CLOSED_FORM)
+        ids = IdTable.encoded(batch.ids or [str(start + i) for i in range(B)])
+        spool.add(
+            **kept,
+            labels=totals.labels.add(batch.labels),
+            id_ends=ids.ends + totals.id_bytes,
+            id_bytes=ids.content,
+        )
+        totals.id_bytes += len(ids.content)
+        totals.rows += B

@@ -1,0 +1,83 @@
+"""What a loader gives, checked and brought to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcfast._checks import require_finite_rows, require_tensor
+from gcfast.method.labels import Labels, Values
+from gcfast.model.network import Network
+
+
+class Batch(NamedTuple):
+    """One element of a loader, checked."""
+
+    images: Tensor  # [B, 3, h, w]
+    labels: Any  # list[int] or list[str]; list[float] where they are real numbers
+    ids: list[str] | None
+
+
+def batches(loader: Iterable[Any], *, real_labels: bool = False) -> Iterator[Batch]:
+    """The elements of a loader, checked, as they come; empty ones are left out."""
+    if not isinstance(loader, Iterable):
+        raise TypeError(
+            f"`loader` must be an iterable of (images, labels), got {type(loader).__name__}"
+        )
+    for number, element in enumerate(loader):
+        if not isinstance(element, tuple | list) or len(element) not in (2, 3):
+            got = type(element).__name__
+            if isinstance(element, tuple | list):
+                got = f"{got} of {len(element)}"
+            raise ValueError(
+                f"`loader` must give (images, labels) or (images, labels, ids), got a {got} as "
+                f"batch {number}: a database needs labels"
+            )
+        images = require_images("images", element[0])
+        listed = Values.listed if real_labels else Labels.listed
+        labels = listed(element[1], len(images))
+        ids = None
+        if len(element) == 3:
+            ids = listed_ids(element[2], len(images))
+        if len(images):
+            yield Batch(images, labels, ids)
+
+
+def on_device(images: Tensor, network: Network) -> Tensor:
+    """The images on the model's device and in its dtype."""
+    device = network.device(images.device)
+    dtype = images.dtype if torch.is_autocast_enabled(device.type) else network.dtype()
+    return images.to(device, dtype)
+
+
+def listed_ids(ids: Any, count: int) -> list[str]:
+    """Ids of any kind, also as a tensor or an array, as strings."""
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"`ids` must be one id an image, got {ids!r}")
+    values = [str(value) for value in values]
+    if len(values) != count:
+        raise ValueError(f"`ids` must have B = {count} elements, got {len(values)}")
+    return values
+
+
+def require_images(name: str, images: object) -> Tensor:
+    """The images, if they are a floating-point tensor [B, channels, h, w]."""
+    tensor = require_tensor(name, images)
+    if tensor.ndim != 4:
+        raise ValueError(f"`{name}` must have shape [B, 3, h, w], got {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"`{name}` must be floating point, scaled as the model expects, got {got}")
+    return tensor
+
+
+def check_embeddings(embeddings: Tensor, images: Tensor, *, first: int = 0) -> None:
+    """Refuse embeddings with NaN or infinity, blaming the images where it is they that have it."""
+    if bool(torch.isfinite(embeddings.sum(dtype=torch.float64))):
+        return
+    require_finite_rows("images", images, first=first)
+    require_finite_rows("embeddings", embeddings, first=first)

@@ -1,0 +1,419 @@
+"""The database: for each training image its embedding and its few strongest grad-weights.
+
+On disk it is a folder: ``manifest.json``, which describes everything, and shards of rows in
+safetensors. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gcfast._checks import require_int
+from gcfast.database import index as stored_index
+from gcfast.database.compress import compressed
+from gcfast.database.manifest import check_target
+from gcfast.database.mapped import SourceFile, check_files
+from gcfast.database.members import Members, MembersFile, PackedMembers
+from gcfast.database.read import opened
+from gcfast.database.shards import FIELDS, Ids, Shard, ShardFile
+from gcfast.database.write import Conversion, write_database
+from gcfast.errors import GcfastError, NoDatabaseError
+
+if TYPE_CHECKING:
+    from gcfast.explain.explainer import Explainer
+
+VERIFY_BYTES = 256 * 2**20  # up to which `open` compares checksums: a fifth of a second to read
+VERIFY_THREADS = 4
+
+
+class Database:
+    """Rows in the order of the training images, as CPU tensors (memory-mapped once opened).
+
+    An opened database reads a page of its rows when it is first touched, and any number of threads
+    and processes may read one. ``shards`` is how to reach rows without joining them; the columns
+    below are one tensor each, and where there are several shards that is a copy of the whole
+    column, made at first use and kept.
+
+    Attributes:
+        embeddings: [N, D] float32, or float16 where it is stored so.
+        channels: [N, M] int64, by falling weight.
+        weights: [N, M] float32, raw (the scale of the paper's Eq. 6), of the signed gradient, so
+            that larger is kept for either evidence.
+        offsets: [N] float32: sum over m of w_m times channel m's mean activation over the training
+            images and pixels.
+        labels: [N] int64; with names where those were strings (see :meth:`label_name`). float64
+            where it was built with an objective over real-valued labels.
+        triplet_counts: [N] int64, valid pairs found for the row.
+        ids: the images' names, a sequence of N strings; decoded as they are read once opened.
+        manifest: what else is known, as JSON has it: settings, layer, fingerprint of the model,
+            mean activation, counts of the build.
+        path: the folder it was opened from or saved to last; None before that.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        ids: Sequence[str],
+        manifest: dict[str, Any],
+        path: Path | None = None,
+    ) -> None:
+        self._shards = [Shard(**{field: tensors[field] for field in FIELDS})]
+        self.ids = ids
+        self.manifest = manifest
+        self.path = path
+        self._prepare([], verify=False)
+
+    def _prepare(self, files: list[ShardFile], *, verify: bool) -> None:
+        self._files = files
+        self._verify = self._checked = verify
+        self._columns: dict[str, Tensor] = {}
+        # Set by the explainer that takes the database; weak, since that one refers to it.
+        self.explainer: weakref.ref[Explainer] | None = None
+        self.members: Members | PackedMembers | None = None
+        self._members_file: MembersFile | None = None
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return sum(len(shard.labels) for shard in self._shards)
+
+    def __repr__(self) -> str:
+        return f"Database({len(self)} rows, D={self.dim}, M={self.m}, path={self.path})"
+
+    @property
+    def dim(self) -> int:
+        """D, the size of an embedding."""
+        return self._shards[0].embeddings.shape[1]
+
+    @property
+    def m(self) -> int:
+        """M, how many channels a row keeps."""
+        return self._shards[0].channels.shape[1]
+
+    @property
+    def storage(self) -> str:
+        """How embeddings and weights are kept: "float32" or "float16"."""
+        return str(self.manifest.get("storage", "float32"))
+
+    @property
+    def weight_scale(self) -> float:
+        """The power of two that weights and offsets of ``shards`` are multiplied by; 1 mostly."""
+        return float(self.manifest.get("weight_scale", 1.0))
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The rows as they are stored, shard by shard, without a copy.
+
+        Raises:
+            DamagedDatabaseError: the file of a shard is gone, cut off, or (where that is compared
+                at first use) not what was written.
+        """
+        with self._lock:
+            self.check_files()
+            if self._verify:
+                with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+                    list(pool.map(ShardFile.verify, self._files))
+                self._verify = False
+            return list(self._shards)
+
+    def check_files(self) -> None:
+        """Whether the files of an opened database are as long as they were, and not deleted.
+
+        Reading a page of a file that was cut off kills the process, so this comes before. Where
+        another database has taken the folder's place, this one goes on with what it has mapped.
+
+        Raises:
+            DamagedDatabaseError: one was deleted or cut off.
+        """
+        check_files(self.sources)
+
+    @property
+    def sources(self) -> list[SourceFile]:
+        """The files that the shards of an opened database are mapped from, in order."""
+        return [file.source for file in self._files]
+
+    def _column(self, name: str) -> Tensor:
+        with self._lock:
+            if name not in self._columns:
+                parts = [getattr(shard, name) for shard in self.shards]
+                column = parts[0] if len(parts) == 1 else torch.cat(parts)
+                if name in ("weights", "offsets"):
+                    column = column.float()
+                    if self.weight_scale != 1:
+                        column = column / self.weight_scale
+                self._columns[name] = column
+            return self._columns[name]
+
+    @property
+    def embeddings(self) -> Tensor:
+        """[N, D] float32 or float16."""
+        return self._column("embeddings")
+
+    @property
+    def channels(self) -> Tensor:
+        """[N, M] int64, by falling weight."""
+        return self._column("channels")
+
+    @property
+    def weights(self) -> Tensor:
+        """[N, M] float32, raw."""
+        return self._column("weights")
+
+    @property
+    def offsets(self) -> Tensor:
+        """[N] float32."""
+        return self._column("offsets")
+
+    @property
+    def labels(self) -> Tensor:
+        """[N] int64; float64 where they are real numbers."""
+        return self._column("labels")
+
+    @property
+    def triplet_counts(self) -> Tensor:
+        """[N] int64."""
+        return self._column("triplet_counts")
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the labels 0, 1, …; empty where labels were numbers."""
+        return list(self.manifest["class_names"])
+
+    @property
+    def report(self) -> dict[str, int]:
+        """Counts of the build: images, rows, and what was left out or fell back, and why."""
+        return dict(self.manifest["report"])
+
+    @property
+    def mean_activation(self) -> Tensor:
+        """Mean of each channel over the training images and pixels, [C] float32."""
+        return torch.tensor(self.manifest["mean_activation"], dtype=torch.float32)
+
+    def label_name(self, label: float) -> str:
+        """The class name of a label; the number itself where labels have no names; "" for -1."""
+        if isinstance(label, float):
+            return "" if math.isnan(label) else f"{label:.12g}"
+        names = self.manifest["class_names"]
+        if label < 0 and names:
+            return ""
+        return str(names[int(label)]) if names else str(label)
+
+    def members_of(self, row: int) -> list[str]:
+        """The ids of the rows that a row of a compressed database stands for.
+
+        Raises:
+            GcfastError: the database is not compressed.
+            DamagedDatabaseError: the file of the members is gone, cut off or not what was written.
+        """
+        if self.members is None:
+            raise GcfastError("a database that is not compressed has no members: row 0 is itself")
+        require_int("row", row, 0, len(self) - 1)
+        if self._members_file is not None:
+            check_files([self._members_file.source])
+            if self._checked:
+                self._members_file.verify()
+        return self.members.of_centre(row)
+
+    @property
+    def index_path(self) -> Path | None:
+        """The file of the stored index; None where the manifest names none."""
+        if self.path is None or "index" not in self.manifest:
+            return None
+        return self.path / str(self.manifest["index"]["file"])
+
+    def build_index(self, factory: str) -> None:
+        """Make a FAISS index of the rows and store it in the database's folder.
+
+        Args:
+            factory: a FAISS factory string, "IVF4096,PQ32" for one; trained on 2^20 rows at most.
+
+        Raises:
+            NoDatabaseError: the database is in memory alone.
+            MissingExtraError: FAISS is not installed.
+            TypeError, ValueError: no factory string, or too few rows to train it.
+            GcfastError: the folder has changed since, or another process writes to it.
+            OSError: the disk is full, or another failure to write; the database is as it was.
+        """
+        if self.path is None:
+            raise NoDatabaseError("there is no folder to store an index in: save the database")
+        index = stored_index.made(factory, self.shards)
+        entry = stored_index.store(index, factory, self.path, self.manifest["shards"])
+        self.manifest = {**self.manifest, "index": entry}
+
+    def read_index(self) -> Any:
+        """The stored FAISS index; its checksum is compared unless ``open`` was told not to.
+
+        Raises:
+            MissingExtraError: FAISS is not installed.
+            NoDatabaseError: none is stored.
+            GcfastError: the database has got other rows since it was made, or since it was opened.
+            DamagedDatabaseError: the file is missing, cut off, or not what was written.
+        """
+        manifest = self.manifest
+        index, entry = stored_index.read(self.path, manifest, len(self), verify=self._checked)
+        self.manifest = {**manifest, "index": entry}
+        return index
+
+    def compress(self, centers: int = 50, *, seed: int = 0, iterations: int = 25) -> Database:
+        """The paper's compressed database: k-means centres in the embedding space, as rows.
+
+        A centre's grad-weights are the mean over its rows, a channel that a row did not keep
+        counting 0, of which the M highest are kept; its offset is made anew of them. Its label is
+        the majority's (ties to the smaller one; the mean of real-valued ones), its id that of the
+        row nearest to it, and ``members_of`` gives those of all its rows; the manifest counts them.
+        Centres are not normalised again; they are searched by L2 like any rows. A calibration is
+        left behind, a distance to a centre being another thing: an explainer of the centres can be
+        calibrated anew. Memory: [centers, C] float64 and 256 embeddings a centre.
+
+        Args:
+            centers: how many; empty ones, which FAISS hardly leaves, are dropped.
+            seed: of the k-means.
+            iterations: of the k-means.
+
+        Returns:
+            A database in memory, to be saved; embeddings and weights are float32.
+
+        Raises:
+            MissingExtraError: FAISS is not installed.
+            TypeError, ValueError: an argument out of range; a compressed database.
+
+        Source: the paper's experiments with a database of k-means centres.
+        """
+        return compressed(self, centers, seed=seed, iterations=iterations)
+
+    def rows(self, start: int, stop: int) -> Shard:
+        """Consecutive rows as they are stored; a copy only where they span shards.
+
+        Raises:
+            DamagedDatabaseError: as ``shards``, of the files of these rows.
+        """
+        if self._verify:
+            _ = self.shards
+        pieces, first = [], 0
+        for number, shard in enumerate(self._shards):
+            end = first + len(shard.labels)
+            if first < stop and start < end:
+                check_files(file.source for file in self._files[number : number + 1])
+                where = slice(max(start - first, 0), stop - first)
+                pieces.append(Shard(*(column[where] for column in shard)))
+            first = end
+        if len(pieces) == 1:
+            return pieces[0]
+        return Shard(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    def extended(self, rows: Shard, ids: Sequence[str], manifest: dict[str, Any]) -> Database:
+        """A database in memory of these rows and further ones, none of them copied."""
+        one = Database(rows._asdict(), [*self.ids, *ids], manifest)
+        one._shards = [*self.shards, rows]
+        return one
+
+    def append(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
+        """Add rows for further images; see :meth:`gcfast.Explainer.append`.
+
+        Raises:
+            GcfastError: no explainer has this database, so that there is no model.
+        """
+        return self._attached_to().append(loader, progress=progress)
+
+    def rebuild(
+        self, loader: Iterable[Any], *, progress: bool = False, resume: bool = False
+    ) -> Database:
+        """Make all rows anew; see :meth:`gcfast.Explainer.rebuild`.
+
+        Raises:
+            GcfastError: no explainer has this database, so that there is no model.
+        """
+        return self._attached_to().rebuild(loader, progress=progress, resume=resume)
+
+    def _attached_to(self) -> Explainer:
+        explainer = None if self.explainer is None else self.explainer()
+        if explainer is None or explainer.database is not self:
+            raise GcfastError(
+                "the database must be an explainer's, whose model the rows are made with: "
+                "gcfast.load, or Explainer(model, database=…)"
+            )
+        return explainer
+
+    def in_storage(self, storage: str) -> Database:
+        """This database with embeddings and weights in float32 or float16, in memory.
+
+        Itself where it is in that storage already. The offsets are made anew of rounded weights.
+
+        Raises:
+            ValueError: another ``storage``, or weights that float16 cannot hold, with the row.
+        """
+        conversion = Conversion(self, storage)
+        if not conversion.changes:
+            return self
+        one = Database(conversion.rows(0, len(self))._asdict(), self.ids, conversion.manifest())
+        one.members, one._members_file = self.members, self._members_file
+        return one
+
+    def save(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, storage: str | None = None
+    ) -> None:
+        """Write the database as a folder: whole or not at all.
+
+        It is written under a temporary name beside ``path``, flushed to the disk and renamed. A
+        stored index is not written with it.
+
+        Args:
+            path: the folder to make.
+            overwrite: replace a gcfast database that is there.
+            storage: "float32" or "float16" for embeddings and weights; None is as they are. Where
+                it changes, this database stays what and where it was.
+
+        Raises:
+            FileExistsError: ``path`` exists and is not to be, or must not be, replaced.
+            ValueError: another ``storage``, or weights that float16 cannot hold.
+            DamagedDatabaseError: this database was opened, and its files have changed since.
+            GcfastError: another process writes to the database that is to be replaced.
+            OSError: the disk is full, or another failure to write; ``path`` is as it was.
+        """
+        conversion = Conversion(self, self.storage if storage is None else storage)
+        target = Path(path).absolute()
+        check_target(target, overwrite)
+        _ = self.shards  # compares checksums before damage is copied
+        manifest = write_database(conversion, target)
+        if not conversion.changes:
+            self.manifest, self.path = manifest, target
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool | None = None) -> Database:
+        """Open a database folder; the rows are memory-mapped and read when they are needed.
+
+        Presence, sizes and headers of all the shards are always checked.
+
+        Args:
+            path: the folder.
+            verify: whether each shard is compared with its checksum, which reads all of it: True
+                at once; False never; None at once where the shards together have at most
+                gcfast.database.database.VERIFY_BYTES, and where they have more when rows are first
+                used.
+
+        Raises:
+            NoDatabaseError: there is no database at ``path``.
+            DamagedDatabaseError: the manifest or a shard is missing, truncated or not as written.
+            GcfastError: written by a newer version.
+        """
+        folder = Path(path).absolute()
+        manifest, files, members = opened(Path(path))
+        one = cls.__new__(cls)
+        one._shards = [file.tensors for file in files]
+        one.ids = Ids([file.ids for file in files], [file.source for file in files])
+        one.manifest, one.path = manifest, folder
+        one._prepare(files, verify=verify is not False)
+        if members is not None:
+            one._members_file, one.members = members, members.members
+        if verify or (verify is None and sum(file.bytes for file in files) <= VERIFY_BYTES):
+            _ = one.shards
+        return one

@@ -1,0 +1,79 @@
+"""Embeddings and weights in float32 or float16."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gcfast.database.shards import Shard
+
+# Where the largest weight of a database's first rows is put in float16: 2^8 above it is left before
+# infinity, and 2^22 below it before digits are lost.
+LARGEST_AT = 2.0**8
+# The largest norm-relative error of a row of weights in float16; 5e-4 is what rounding alone makes.
+HALF_TOLERANCE = 2e-3
+
+
+def scale_for(weights: Tensor, storage: str) -> float:
+    """The power of two that the weights of a database are multiplied by in this storage.
+
+    Args:
+        weights: [n, M] float32, raw, of its first rows.
+        storage: "float32" or "float16".
+    """
+    largest = float(weights.abs().max()) if weights.numel() else 0.0
+    if storage == "float32" or largest == 0 or not math.isfinite(largest):
+        return 1.0
+    return 2.0 ** round(math.log2(LARGEST_AT / largest))
+
+
+def in_storage(rows: Shard, storage: str, scale: float, mean: Tensor, *, first: int = 0) -> Shard:
+    """Rows with embeddings and weights in another storage, the offsets made anew of the weights.
+
+    Args:
+        rows: as they are.
+        storage: "float32" or "float16".
+        scale: what weights and offsets are multiplied by.
+        mean: [C], the mean activation, for the offsets of rounded weights.
+        first: number of the first row, for the error.
+
+    Raises:
+        ValueError: weights or embeddings that float16 cannot hold, with the row.
+    """
+    dtype = torch.float16 if storage == "float16" else torch.float32
+    wanted = rows.weights.float() * scale
+    weights = wanted.to(dtype)
+    embeddings = rows.embeddings.to(dtype)
+    if dtype == torch.float16:
+        missed = (weights.float() - wanted).norm(dim=1)
+        good = missed <= HALF_TOLERANCE * wanted.norm(dim=1)
+        good &= torch.isfinite(weights).all(1) & torch.isfinite(embeddings).all(1)
+        if not bool(good.all()):
+            row = int((~good).nonzero()[0])
+            why = _why_not(rows.embeddings[row].float(), wanted[row], scale)
+            raise ValueError(
+                f"`storage` must be 'float32' for these rows, got 'float16', which cannot hold "
+                f"row {first + row}: {why}"
+            )
+    offsets = (weights.double() * mean.double()[rows.channels]).sum(1).float()
+    return rows._replace(embeddings=embeddings, weights=weights, offsets=offsets)
+
+
+def _why_not(embedding: Tensor, wanted: Tensor, scale: float) -> str:
+    """What of a row float16 cannot hold; its weights come scaled."""
+    largest = torch.finfo(torch.float16).max
+    value = float(embedding[embedding.abs().argmax()])
+    if not abs(value) <= largest:
+        return f"its embedding has a value of {value:.4g}, above {largest:.5g}"
+    value = float(wanted[wanted.abs().argmax()]) / scale
+    if not abs(value) <= largest / scale:
+        return (
+            f"it has a weight of {value:.4g}, above the {largest / scale:.4g} that the scale of "
+            "the first rows' weights leaves room for"
+        )
+    return (
+        f"its largest weight is {value:.4g}, so small that in the scale of the first rows' weights "
+        "it would lose digits"
+    )

@@ -1,0 +1,206 @@
+"""A FAISS index of a database's rows, kept in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gcfast._extras import import_faiss
+from gcfast.database import files
+from gcfast.database.manifest import INDEX, MANIFEST, changed, encoded, read_manifest, updating
+from gcfast.database.shards import Shard
+from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
+
+TRAINING_ROWS = 2**20  # that an index is trained on at most, evenly spread
+
+
+def made(factory: str, shards: list[Shard], *, name: str = "factory") -> Any:
+    """A FAISS index of all rows, in order.
+
+    Args:
+        factory: a FAISS factory string.
+        shards: the rows.
+        name: what the caller calls the string.
+
+    Raises:
+        MissingExtraError: FAISS is not installed.
+        TypeError: not a string.
+        ValueError: an unknown factory string, or too few rows to train it.
+    """
+    faiss = import_faiss(name)
+    if not isinstance(factory, str):
+        raise TypeError(f"`{name}` must be a FAISS factory string, got {factory!r}")
+    try:
+        index = faiss.index_factory(shards[0].embeddings.shape[1], factory)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`{name}` must be a FAISS factory string, got {factory!r}: {error}"
+        ) from error
+    try:
+        if not index.is_trained:
+            index.train(as_array(spread(shards, TRAINING_ROWS)))
+    except RuntimeError as error:
+        count = sum(len(shard.labels) for shard in shards)
+        raise ValueError(
+            f"`{name}` must be trainable on the database's {count} rows, got {factory!r}: {error}"
+        ) from error
+    for shard in shards:
+        index.add(as_array(shard.embeddings))
+    return index
+
+
+def store(index: Any, factory: str, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write an index into a database folder: the file first, then the manifest that names it.
+
+    A reader finds the index that the manifest names at any moment; the old one's file goes last.
+
+    Args:
+        index: of the database's rows.
+        factory: what it was made with.
+        folder: the database's.
+        shards: the manifest's, of the rows that are indexed.
+
+    Returns:
+        What the manifest says of it.
+
+    Raises:
+        GcfastError: the database has changed, or another process writes to it.
+        OSError: the disk is full, or another failure to write; the database is as it was.
+    """
+    faiss = import_faiss("factory")
+    try:
+        with updating(folder, shards) as manifest:
+            name, size, digest = _write(faiss, index, folder)
+            entry = {
+                "file": name,
+                "factory": factory,
+                "rows": index.ntotal,
+                "bytes": size,
+                "sha256": digest,
+            }
+            files.replace(folder / MANIFEST, encoded({**manifest, "index": entry}))
+            return entry
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write the index of {folder}: {error.strerror or error}"
+        ) from error
+
+
+def _write(faiss: Any, index: Any, folder: Path) -> tuple[str, int, str]:
+    """(name, bytes, checksum) of an index that no manifest names yet, flushed to the disk."""
+    beside, digest = folder / f"{INDEX}.new", hashlib.sha256()
+    with beside.open("wb") as file:
+
+        def write(content: bytes) -> None:
+            file.write(content)
+            digest.update(content)
+
+        try:
+            # FAISS's own files end silently short where the last of them cannot be written.
+            faiss.write_index(index, faiss.PyCallbackIOWriter(write))
+        except RuntimeError as error:
+            raise OSError(None, f"FAISS: {error}") from error
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    stem, ending = INDEX.split(".")
+    # Another name than the old one's, which readers are told of until the manifest is replaced.
+    path = folder / f"{stem}-{digest.hexdigest()[:16]}.{ending}"
+    os.rename(beside, path)
+    files.sync_folder(folder)
+    return path.name, size, digest.hexdigest()
+
+
+def read(
+    folder: Path | None, manifest: dict[str, Any], rows: int, *, verify: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The stored index, and what the manifest says of it; see :meth:`gcfast.Database.read_index`.
+
+    The manifest that is given may be older than the folder's, whose index of the same rows is then
+    taken: the older one's may be gone.
+    """
+    faiss = import_faiss("index")
+    entry = manifest.get("index")
+    none = (
+        f"there is no index with the database {folder or 'in memory'}: gcfast index, or "
+        "Database.build_index, makes one"
+    )
+    if folder is None or entry is None:
+        raise NoDatabaseError(none)
+    while True:
+        try:
+            return _read(faiss, folder, entry, rows, verify=verify), entry
+        except DamagedDatabaseError:
+            now = _manifest(folder)
+            if now is None or now.get("index") == entry:
+                raise
+            if now["shards"] != manifest["shards"]:
+                raise GcfastError(changed(folder)) from None
+            if "index" not in now:  # saved anew, which leaves it behind
+                raise NoDatabaseError(none) from None
+            entry = now["index"]
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(folder)
+    except GcfastError:
+        return None
+
+
+def _read(faiss: Any, folder: Path, entry: dict[str, Any], rows: int, *, verify: bool) -> Any:
+    again = "gcfast index, or Database.build_index, makes it anew"
+    if entry["rows"] != rows:
+        raise GcfastError(
+            f"the index of {folder} was made of {entry['rows']} rows and the database has {rows}: "
+            f"{again}"
+        )
+    path = folder / entry["file"]
+    try:
+        # One descriptor for all: the file may be removed, or be another one, at any moment.
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
+                raise DamagedDatabaseError(
+                    f"the index {path} is truncated or changed: {entry['bytes']} bytes were "
+                    f"written, it has {size}; {again}"
+                )
+            if verify:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != entry["sha256"]:
+                    raise DamagedDatabaseError(
+                        f"the index {path} is changed: its checksum differs; {again}"
+                    )
+                file.seek(0)
+            return faiss.read_index(faiss.PyCallbackIOReader(file.read))
+    except FileNotFoundError:
+        raise DamagedDatabaseError(f"the index {path} is missing; {again}") from None
+    except RuntimeError as error:
+        raise DamagedDatabaseError(f"the index {path} cannot be read: {error}; {again}") from error
+
+
+def spread_rows(count: int, most: int) -> Tensor:
+    """Numbers of at most ``most`` rows of ``count``, evenly spread."""
+    most = min(count, most)
+    return torch.linspace(0, count - 1, most, dtype=torch.float64).round().long()
+
+
+def spread(shards: list[Shard], most: int) -> Tensor:
+    """Embeddings of at most ``most`` rows, evenly spread over the shards, as they are stored."""
+    rows, first, parts = spread_rows(sum(len(shard.labels) for shard in shards), most), 0, []
+    for shard in shards:
+        inside = rows[(rows >= first) & (rows < first + len(shard.labels))]
+        parts.append(shard.embeddings[inside - first])
+        first += len(shard.labels)
+    return torch.cat(parts)
+
+
+def as_array(rows: Tensor) -> np.ndarray[Any, Any]:
+    """Embeddings as FAISS takes them."""
+    return np.ascontiguousarray(rows.detach().float().numpy())

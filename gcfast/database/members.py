@@ -1,0 +1,185 @@
+"""Which rows the centres of a compressed database stand for.
+
+The ids of all rows would be most of a compressed database's folder, so the file holds them packed,
+centre by centre, so that one centre's can be read alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gcfast.database.manifest import MEMBERS
+from gcfast.database.shards import IdTable, MappedFile, write_tensors
+from gcfast.errors import DamagedDatabaseError
+
+# Until format 2 the ids lay there as they are.
+PLAIN: dict[str, tuple[str, ...]] = {"ends": ("I64",), "id_ends": ("I64",), "id_bytes": ("U8",)}
+PACKED: dict[str, tuple[str, ...]] = {"ends": ("I64",), "block_ends": ("I64",), "blocks": ("U8",)}
+NAMES, NUMBERS = 0, 1  # what a block holds
+LONGEST = 18  # digits of a number that an int64 holds in any case
+
+
+class MembersFile(MappedFile):
+    """The members on the disk; raises as :class:`gcfast.database.shards.MappedFile`."""
+
+    KIND = "members file"
+
+    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
+        packed = bool(entry.get("packed", False))
+        super().__init__(folder, entry, PACKED if packed else PLAIN)
+        ends = self.columns["ends"]
+        self.members: Members | PackedMembers
+        if packed:
+            self.members = PackedMembers(ends, self.columns["block_ends"], self.columns["blocks"])
+            # A block for each centre, and no byte more.
+            blocks = self.members.block_ends
+            sound = (
+                len(ends) == len(blocks)
+                and rising(blocks, len(self.members.blocks))
+                and rising(ends, int(ends[-1]))
+            )
+            what = f"the members of {len(ends)} centres"
+        else:
+            ids = IdTable(self.columns["id_ends"], self.columns["id_bytes"])
+            self.members = Members(ends, ids)
+            sound = len(ends) > 0 and int(ends[-1]) == len(ids.ends)
+            what = f"{len(ids.ends)} members"
+        if not sound:
+            raise DamagedDatabaseError(f"the members file {self.path} must hold {what}")
+
+
+def rising(ends: Tensor, last: int) -> bool:
+    """Whether these are ends of parts, one after another, up to ``last``."""
+    if not len(ends) or int(ends[-1]) != last:
+        return False
+    return bool((ends.diff(prepend=ends.new_zeros(1)) >= 0).all())
+
+
+class Members(NamedTuple):
+    """The ids of the rows of each centre, centre after centre."""
+
+    ends: Tensor  # [centres] int64: where each centre's members end
+    ids: IdTable
+
+    @classmethod
+    def of(cls, assignment: Tensor, centres: int, ids: Sequence[str]) -> Members:
+        """The members of each centre.
+
+        Args:
+            assignment: [N] int64, the centre of each row.
+            centres: how many there are.
+            ids: the rows' ids.
+        """
+        order = assignment.argsort(stable=True)
+        names = list(ids)
+        ends = torch.bincount(assignment, minlength=centres).cumsum(0)
+        return cls(ends, IdTable.encoded([names[row] for row in order.tolist()]))
+
+    def of_centre(self, centre: int) -> list[str]:
+        """The ids of one centre's rows, in the order of the rows."""
+        start = int(self.ends[centre - 1]) if centre else 0
+        return self.ids.decoded(start, int(self.ends[centre]))
+
+    def packed(self) -> PackedMembers:
+        """The same as a file holds them."""
+        blocks = [packed(self.of_centre(centre)) for centre in range(len(self.ends))]
+        return PackedMembers(
+            self.ends,
+            torch.tensor([len(block) for block in blocks]).cumsum(0),
+            torch.from_numpy(np.frombuffer(b"".join(blocks), dtype=np.uint8).copy()),
+        )
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the file of a database in this folder; returns the manifest's entry."""
+        return self.packed().write(folder)
+
+
+class PackedMembers(NamedTuple):
+    """The same, a block of :func:`packed` ids for each centre."""
+
+    ends: Tensor  # [centres] int64, as above
+    block_ends: Tensor  # [centres] int64: where each centre's block ends
+    blocks: Tensor  # uint8
+
+    def of_centre(self, centre: int) -> list[str]:
+        """The ids of one centre's rows, in the order of the rows.
+
+        Raises:
+            DamagedDatabaseError: a block that does not hold them.
+        """
+        start, first = (
+            (int(ends[centre - 1]) if centre else 0) for ends in (self.block_ends, self.ends)
+        )
+        block = self.blocks[start : int(self.block_ends[centre])].numpy().tobytes()
+        count = int(self.ends[centre]) - first
+        try:
+            return unpacked(block, count)
+        except (zlib.error, ValueError, IndexError) as error:
+            raise DamagedDatabaseError(
+                f"the members of centre {centre} are damaged: {error}"
+            ) from None
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the file of a database in this folder; returns the manifest's entry."""
+        return write_tensors(folder / MEMBERS, self._asdict()) | {"packed": True}
+
+
+def packed(ids: Sequence[str]) -> bytes:
+    """Ids in a few bytes: rising whole numbers by their differences, others as they are; zlib.
+
+    A million row numbers in 50 centres take 0.93 bytes each, 13.9 as strings with their ends; paths
+    like "class0001/img_000600.jpg" 3.4 of 32 (measured, the rows assigned at random).
+    """
+    numbers = rising_numbers(ids)
+    if numbers is not None:
+        kind, content = NUMBERS, planes(np.diff(numbers, prepend=0))
+    else:
+        names = [name.encode(errors="surrogateescape") for name in ids]
+        lengths = np.array([len(name) for name in names], dtype=np.int64)
+        kind, content = NAMES, planes(lengths) + b"".join(names)
+    return bytes([kind]) + zlib.compress(content)
+
+
+def unpacked(block: bytes, count: int) -> list[str]:
+    """The ``count`` ids of a block.
+
+    Raises:
+        ValueError, IndexError, zlib.error: it does not hold them.
+    """
+    kind, content = block[0], zlib.decompress(block[1:])
+    values, rest = from_planes(content, count), content[8 * count :]
+    ends = values.cumsum().tolist()
+    if kind == NUMBERS and not rest:
+        return [str(number) for number in ends]
+    if kind != NAMES or (values < 0).any() or (ends or [0])[-1] != len(rest):
+        raise ValueError(f"its ids must be {count}")
+    return [rest[a:b].decode(errors="surrogateescape") for a, b in pairwise([0, *ends])]
+
+
+def rising_numbers(ids: Sequence[str]) -> NDArray[np.int64] | None:
+    """The ids as numbers where they are written as numbers are and never fall; None otherwise."""
+    if not all(i.isascii() and i.isdigit() and len(i) <= LONGEST for i in ids):
+        return None
+    numbers = np.array([int(i) for i in ids], dtype=np.int64)
+    zeros = any(i[0] == "0" and i != "0" for i in ids)
+    return None if zeros or (np.diff(numbers) < 0).any() else numbers
+
+
+def planes(values: NDArray[np.int64]) -> bytes:
+    """All the lowest bytes, then all the next ones: small numbers are mostly runs of zeros."""
+    return values.astype("<i8").view(np.uint8).reshape(-1, 8).T.tobytes()
+
+
+def from_planes(content: bytes, count: int) -> NDArray[np.int64]:
+    """The values of :func:`planes`; raises ValueError where there are fewer."""
+    columns = np.frombuffer(content, np.uint8, count=8 * count).reshape(8, count)
+    return np.ascontiguousarray(columns.T).view("<i8")[:, 0].astype(np.int64)

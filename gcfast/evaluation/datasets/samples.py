@@ -1,0 +1,346 @@
+"""Images with their annotations, brought to the view that the network sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gcfast.errors import GcfastError
+from gcfast.images.folder import ImageLoader
+from gcfast.images.preprocessing import Preprocessing
+from gcfast.metrics import box_masks
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the picture
+
+
+class AnnotationError(GcfastError):
+    """An annotation does not fit its picture, and it was asked that none be skipped."""
+
+
+class MaskSource(Protocol):
+    """Where the mask of a picture comes from; picklable, for the worker processes."""
+
+    def read(self) -> NDArray[np.bool_]:
+        """The mask [h, w] at the picture's size."""
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """A picture whose values of at least 128 of 255 are the object."""
+
+    path: Path
+
+    def read(self) -> NDArray[np.bool_]:
+        """The mask [h, w].
+
+        Raises:
+            ValueError: there is something in it, but nothing of at least 128.
+        """
+        with Image.open(self.path) as picture:
+            values = np.asarray(picture.convert("L"))
+        mask: NDArray[np.bool_] = values >= 128
+        if not mask.any() and values.any():
+            raise ValueError(
+                f"the mask has no value of at least 128, its highest is {values.max()}"
+            )
+        return mask
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and what is on it.
+
+    Attributes:
+        path: the file.
+        id: its name in reports and databases.
+        label: its class.
+        boxes: of its objects, in pixels of the picture; without any the mask's extent is taken.
+        mask: of its objects together, or None.
+    """
+
+    path: Path
+    id: str
+    label: str
+    boxes: tuple[Box, ...] = ()
+    mask: MaskSource | None = None
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """What a reader found.
+
+    Attributes:
+        name: of the data set, for reports.
+        samples: in the order of the annotation files.
+        skipped: (id, reason) of what cannot be used and was left out.
+        has_masks: whether the samples have masks; they have boxes in any case.
+    """
+
+    name: str
+    samples: list[Sample]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    has_masks: bool = False
+
+    @property
+    def class_names(self) -> list[str]:
+        """The distinct classes, sorted."""
+        return sorted({sample.label for sample in self.samples})
+
+    @property
+    def single(self) -> list[str]:
+        """Classes of one sample only, which has no positive partner; sorted."""
+        labels = [sample.label for sample in self.samples]
+        return [name for name in self.class_names if labels.count(name) == 1]
+
+
+class Truth(NamedTuple):
+    """What a batch of B views of S x S pixels shows."""
+
+    ids: list[str]
+    labels: list[str]
+    boxes: list[Tensor]  # B of [n, 4] int64, whole pixels of the view, the end exclusive
+    box_mask: Tensor  # [B, S, S] bool: inside any of the boxes
+    masks: Tensor | None  # [B, S, S] bool; None where the set has none
+
+    @property
+    def localised(self) -> tuple[list[Tensor], Tensor]:
+        """Boxes, and where pointing is a hit: on the mask, or in a box where there is none."""
+        return self.boxes, self.box_mask if self.masks is None else self.masks
+
+
+class _Item(NamedTuple):
+    view: NDArray[np.uint8] | None
+    boxes: NDArray[np.int64] | None
+    mask: NDArray[np.bool_] | None
+    reason: str
+
+
+class _Items(Dataset[_Item]):
+    """Views with their annotations; what cannot be used comes as its reason."""
+
+    def __init__(
+        self, samples: Sequence[Sample], preprocessing: Preprocessing, masks: bool
+    ) -> None:
+        self.samples = list(samples)
+        self.preprocessing = preprocessing
+        self.masks = masks
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> _Item:
+        sample = self.samples[index]
+        try:
+            size = _size(sample.path)
+            view = self.preprocessing.view(sample.path)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise anything on damaged files
+            return _Item(None, None, None, f"unreadable, {type(error).__name__}: {error}")
+        try:
+            mask = self._mask(sample, size)
+            boxes = self._boxes(sample, size, mask)
+        except MemoryError:
+            raise
+        except Exception as error:  # of the mask's decoder too
+            return _Item(None, None, None, str(error) or type(error).__name__)
+        return _Item(view, boxes, mask, "")
+
+    def _mask(self, sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] | None:
+        if not self.masks:
+            return None
+        if sample.mask is None:
+            raise ValueError("no mask")
+        whole = sample.mask.read()
+        if whole.shape != (size[1], size[0]):
+            raise ValueError(
+                f"the mask has {whole.shape[1]} x {whole.shape[0]} pixels, the picture "
+                f"{size[0]} x {size[1]}"
+            )
+        if not whole.any():
+            raise ValueError("the mask is empty")
+        side = self.preprocessing.size
+        seen = Image.fromarray(whole.astype(np.uint8) * 255).resize(
+            (side, side), Image.Resampling.BILINEAR, box=_window(self.preprocessing, size)
+        )
+        mask: NDArray[np.bool_] = np.asarray(seen) >= 128
+        if not mask.any():
+            raise ValueError("nothing of the mask is in the network's view")
+        return mask
+
+    def _boxes(
+        self, sample: Sample, size: tuple[int, int], mask: NDArray[np.bool_] | None
+    ) -> NDArray[np.int64]:
+        if not sample.boxes:
+            if mask is None:
+                raise ValueError("no box")
+            return np.asarray([tight_box(mask)], np.int64)
+        left, top, right, bottom = _window(self.preprocessing, size)
+        side = self.preprocessing.size
+        scale = np.array([side / (right - left), side / (bottom - top)] * 2)
+        boxes = (np.asarray(sample.boxes, float) - [left, top, left, top]) * scale
+        whole = np.rint(boxes.clip(0, side)).astype(np.int64)
+        seen: NDArray[np.int64] = whole[(whole[:, 0] < whole[:, 2]) & (whole[:, 1] < whole[:, 3])]
+        if not len(seen):
+            raise ValueError("no box is in the network's view")
+        return seen
+
+
+class ScoredLoader:
+    """Batches (images, Truth), the same in every pass; what cannot be used is counted.
+
+    Args:
+        dataset: what a reader found.
+        preprocessing: gives the view.
+        batch_size: images a batch; smaller where some are skipped.
+        workers: processes that decode; 0 decodes in this one.
+        strict: raise at the first image that cannot be used instead of skipping it.
+    """
+
+    def __init__(
+        self,
+        dataset: ScoredSet,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int = 32,
+        workers: int = 0,
+        strict: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size
+        self.workers = workers
+        self.strict = strict
+        self._reasons: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset.samples) // self.batch_size)
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(id, reason) of what the reader and the passes so far left out."""
+        return [*self.dataset.skipped, *self._reasons.items()]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Truth]]:
+        """One pass: images float32 [B, 3, S, S], and what they show.
+
+        Raises:
+            AnnotationError: an image cannot be used and ``strict`` is set, or none can be used.
+        """
+        samples, masked = self.dataset.samples, self.dataset.has_masks
+        loader = DataLoader(
+            _Items(samples, self.preprocessing, masked),
+            batch_size=self.batch_size,
+            num_workers=self.workers,
+            collate_fn=_as_they_are,
+            generator=torch.Generator(),  # its own, or each pass would draw from the global one
+        )
+        start = good = 0
+        for items in loader:
+            kept = []
+            for sample, item in zip(samples[start : start + len(items)], items, strict=True):
+                if not item.reason:
+                    kept.append((sample, item))
+                    continue
+                self._reasons[sample.id] = item.reason
+                if self.strict:
+                    raise AnnotationError(f"cannot use {sample.id}: {item.reason}")
+            start += len(items)
+            good += len(kept)
+            if kept:
+                yield self._batch(kept, masked)
+        if not good:
+            first = next(iter(self.skipped), ("none", "there are none"))
+            raise AnnotationError(
+                f"none of the images of {self.dataset.name} can be used; {first[0]}: {first[1]}"
+            )
+
+    def _batch(self, kept: list[tuple[Sample, _Item]], masked: bool) -> tuple[Tensor, Truth]:
+        side = self.preprocessing.size
+        views = torch.from_numpy(np.stack([i.view for _, i in kept if i.view is not None]))
+        boxes = [torch.from_numpy(i.boxes) for _, i in kept if i.boxes is not None]
+        masks = [i.mask for _, i in kept if i.mask is not None]
+        truth = Truth(
+            ids=[sample.id for sample, _ in kept],
+            labels=[sample.label for sample, _ in kept],
+            boxes=boxes,
+            box_mask=torch.stack([box_masks(b, side, side).any(0) for b in boxes]),
+            masks=torch.from_numpy(np.stack(masks)) if masked else None,
+        )
+        return self.preprocessing.normalize(views), truth
+
+
+def labelled_loader(
+    dataset: ScoredSet,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    strict: bool = False,
+) -> ImageLoader:
+    """Batches (images, labels, ids) of all samples, for :meth:`gcfast.Explainer.build`."""
+    samples = dataset.samples
+    return ImageLoader(
+        [sample.path for sample in samples],
+        [sample.id for sample in samples],
+        [sample.label for sample in samples],
+        preprocessing=preprocessing,
+        batch_size=batch_size,
+        workers=workers,
+        strict=strict,
+    )
+
+
+def text_of(path: Path) -> str:
+    """An annotation file, line ends as they are.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from None
+
+
+def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """The smallest box (x0, y0, x1, y1), the end exclusive, around a mask [h, w].
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if not len(columns):
+        raise ValueError("`mask` must hold at least one pixel, got none")
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _window(preprocessing: Preprocessing, size: tuple[int, int]) -> Box:
+    """The part of a picture of size (w, h) that :meth:`Preprocessing.view` shows."""
+    width, height = size
+    if preprocessing.resize != "crop":
+        return 0.0, 0.0, float(width), float(height)
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """(w, h) of a picture the way up it is meant to be seen; reads the header alone."""
+    with Image.open(path) as picture:
+        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        width, height = picture.size
+    return (height, width) if turned else (width, height)
+
+
+def _as_they_are(items: list[_Item]) -> list[_Item]:
+    return items

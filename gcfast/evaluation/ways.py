@@ -1,0 +1,325 @@
+"""Ways to make a map: what a table compares, each as one weight a channel for each image.
+
+Everything is dense here, [B, C]: the maps of all ways of a batch are then one matrix product with
+its activations, and rows' weights are made for the rows that are asked for, not for the whole table
+of every variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcfast import ops
+from gcfast.builder.build import assemble
+from gcfast.builder.embed import embed_all
+from gcfast.builder.loader import check_embeddings
+from gcfast.builder.rows import averaged, rows_from_spool
+from gcfast.database.database import Database
+from gcfast.errors import UnsupportedModelError
+from gcfast.explain.explainer import Explainer
+from gcfast.method.head import normalized
+from gcfast.method.pairs import Anchors, Cotangents, PairSource
+from gcfast.method.settings import Settings
+from gcfast.metrics.controls import random_channels, random_rows
+
+METHOD_NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++"}
+CONTROL_CHANNELS = 50
+TRIPLETS = 50
+MAIN_ROW = "Grad-CAM, for, top-50"
+ROWS = 17  # of the table
+
+Count = int | Literal["all"]
+
+
+class Way(NamedTuple):
+    """One way to make the maps of a batch."""
+
+    name: str
+    weights: Tensor | None  # [B, C]; None: a uniform map
+
+
+class Query(NamedTuple):
+    """A batch of test images after its forward pass, on the model's device."""
+
+    activations: Tensor  # [B, C, H, W]
+    embeddings: Tensor  # [B, D] float32
+    pooled: Tensor  # [B, C] float32
+    norms: Tensor  # [B]
+    nearest: Tensor  # [B] int64, rows of the database
+    distances: Tensor  # [B] float32, squared L2
+
+    @property
+    def pixels(self) -> int:
+        """P of the feature map."""
+        return self.activations.shape[2] * self.activations.shape[3]
+
+
+class Trained:
+    """The training images after their one forward pass, and the database of the main row.
+
+    Args:
+        explainer: gives the network, the objective, the margin and the seed.
+        loader: as for :meth:`gcfast.Explainer.build`.
+        progress: show bars on stderr.
+
+    Raises:
+        UnsupportedModelError: the head does not average the activations and map them affinely.
+        ValueError: an objective over real numbers, which has no classes to compare; as
+            :meth:`gcfast.Explainer.build`; fewer than 50 channels.
+    """
+
+    def __init__(self, explainer: Explainer, loader: Iterable[Any], progress: bool) -> None:
+        self.network, self.settings = explainer.network, explainer.settings
+        if self.settings.objective.real_labels:
+            raise ValueError(
+                "`explainer` must have an objective over classes to be evaluated, got "
+                f"{self.settings.objective!r}"
+            )
+        self.embedded = embed_all(
+            self.network,
+            loader,
+            l2_normalize=self.settings.l2_normalize,
+            keep_pooled=True,
+            progress=progress,
+            channels=CONTROL_CHANNELS,
+        )
+        if self.embedded.head is None:
+            raise UnsupportedModelError(
+                "the table needs a head that averages the activations and maps them affinely"
+            )
+        self.head = self.embedded.head
+        self.device = self.head.weight.device
+        main = rows_from_spool(self.embedded, self.main_settings(), progress=progress)
+        self.database = assemble(self.network, self.embedded, main, main.settings, None)
+        self.kept = main.tensors()[1]  # [N], rows of the spool that the database has
+        self.table = self.database.embeddings.to(self.device)
+        self.mean = self.embedded.mean_activation.to(self.device)  # [C] float64
+        self.source = self.embedded.source(self.settings, torch.device("cpu"))
+
+    def main_settings(self) -> Settings:
+        """Of the database that the main row explains from."""
+        return replace(
+            self.settings,
+            method="gradcam",
+            evidence="for",
+            triplets=TRIPLETS,
+            channels=CONTROL_CHANNELS,
+        )
+
+    def query(self, images: Tensor) -> Query:
+        """One forward pass over test images, and their nearest rows.
+
+        Raises:
+            ValueError: NaN or infinity in the images or their embeddings, with the row.
+        """
+        captured = self.network.embed(images)
+        embeddings = normalized(captured.output, self.settings.l2_normalize)
+        check_embeddings(embeddings, images)
+        distances, nearest = ops.knn(embeddings, self.table, 1)
+        pooled = captured.activations.float().mean((2, 3))
+        norms = self.head.project(pooled)[1]
+        activations = captured.activations
+        return Query(activations, embeddings, pooled, norms, nearest[:, 0], distances[:, 0])
+
+    def label_names(self, rows: Tensor) -> list[str]:
+        """Class names of database rows [B]."""
+        labels = self.database.labels[rows.cpu()].tolist()
+        return [self.database.label_name(label) for label in labels]
+
+    def cotangents(self, rows: Tensor, triplets: Count) -> Cotangents:
+        """dL/df of the triplets of database rows [B], as a build draws them; one if it is "all"."""
+        spool = self.kept[rows.cpu()]
+        anchors = Anchors(self.embedded.embeddings[spool], self.embedded.labels[spool], spool)
+        return drawn(self.source, anchors, triplets, self.settings.seed)
+
+    def weights(self, rows: Tensor, part: Cotangents, method: str, evidence: str) -> Tensor:
+        """Grad-weights [B, C] of database rows [B] for their cotangents."""
+        spool = self.kept[rows.cpu()]
+        embedded, device = self.embedded, self.device
+        assert embedded.norms is not None
+        assert embedded.pixels is not None
+        assert embedded.pooled is not None
+        return grad_weights(
+            self,
+            part,
+            method,
+            evidence,
+            embeddings=embedded.embeddings[spool].to(device),
+            norms=embedded.norms[spool].to(device),
+            pixels=embedded.pixels[spool].to(device),
+            pooled=embedded.pooled[spool].to(device),
+        )
+
+
+def drawn(source: PairSource, anchors: Anchors, triplets: Count, seed: int) -> Cotangents:
+    """T triplets of each anchor, or the mean over all of them as one."""
+    return source.mean(anchors) if triplets == "all" else source.draw(anchors, triplets, seed)
+
+
+def grad_weights(
+    trained: Trained,
+    part: Cotangents,
+    method: str,
+    evidence: str,
+    *,
+    embeddings: Tensor,
+    norms: Tensor,
+    pixels: Tensor,
+    pooled: Tensor,
+) -> Tensor:
+    """Grad-weights [B, C] in closed form, with the sign of the evidence."""
+    one = averaged(part) if method == "gradcam" else part
+    sign = -1 if evidence == "for" else 1
+    values = (sign * one.values).to(trained.device)
+    return trained.head.grad_weights(
+        [Cotangents(values, one.valid.to(trained.device), one.counts)],
+        method,
+        embeddings=embeddings,
+        norms=norms,
+        pixels=pixels,
+        pooled=pooled if method == "gradcam++" else None,
+    )
+
+
+def strongest(weights: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The weights [B, C] with all but the M highest of each row zero, for each M; ties as top_m."""
+    order = weights.sort(dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(order)
+    places = torch.arange(weights.shape[1], device=weights.device)
+    rank.scatter_(1, order, places.expand_as(order))
+    return [torch.where(rank < m, weights, 0.0) for m in counts]
+
+
+def table_ways(trained: Trained, query: Query, first: int, seed: int) -> Iterator[Way]:
+    """The seventeen rows of the paper's table with its controls, in order.
+
+    Args:
+        trained: the training images after their pass.
+        query: a batch of test images.
+        first: the number of its first image among the test images.
+        seed: of the random controls.
+    """
+    B, C = query.pooled.shape
+    device = query.pooled.device
+    yield Way("uniform", None)
+    yield Way("channel sum", torch.ones((B, C), device=device))
+    images = torch.arange(first, first + B)
+    channels = random_channels(images, C, CONTROL_CHANNELS, seed)
+    chosen = torch.zeros((B, C)).scatter_(1, channels, 1.0)
+    yield Way("random channels", chosen.to(device))
+    rows = random_rows(images, len(trained.database), seed)
+    yield Way("random neighbour", from_database(trained.database, rows, C, device))
+    yield Way("EmbeddingCAM", _embedding_cam(trained, query))
+
+    # Images of a batch often share their nearest row.
+    nearest, back = torch.unique(query.nearest, return_inverse=True)
+    single, fifty = (trained.cotangents(nearest, t) for t in (1, TRIPLETS))
+    for method, shown in METHOD_NAMES.items():
+        for evidence in ("for", "against"):
+            head = f"{shown}, {evidence}"
+            one = trained.weights(nearest, single, method, evidence)
+            yield Way(f"{head}, one triplet", one[back])
+            every = trained.weights(nearest, fifty, method, evidence)
+            yield Way(f"{head}, all channels", every[back])
+            yield Way(f"{head}, top-50", strongest(every, [CONTROL_CHANNELS])[0][back])
+
+
+def _embedding_cam(trained: Trained, query: Query) -> Tensor:
+    # The similarity <f, p> to the proxy, differentiated at the image itself; growing channels raise
+    # it, so its sign is that of evidence for.
+    embedded = trained.embedded
+    labels = trained.database.labels[query.nearest.cpu()]
+    proxies = {
+        label: embedded.embeddings[embedded.labels == label].mean(0)
+        for label in sorted(set(labels.tolist()))
+    }
+    proxy = torch.stack([proxies[label] for label in labels.tolist()]).to(trained.device)
+    return ops.head_grad_weights(
+        proxy[:, None],
+        trained.head.weight,
+        pixels=query.pixels,
+        embeddings=query.embeddings if trained.head.unit else None,
+        norms=query.norms if trained.head.unit else None,
+    )
+
+
+def from_database(database: Database, rows: Tensor, C: int, device: torch.device) -> Tensor:
+    """Weights [B, C] of database rows [B]."""
+    taken = rows.cpu()
+    dense = torch.zeros((len(taken), C))
+    dense.scatter_(1, database.channels[taken], database.weights[taken])
+    return dense.to(device)
+
+
+# Sweeps
+
+Ways = Callable[[Trained, Query], Iterator[Way]]
+
+
+def channel_ways(counts: Sequence[int], evidence: str = "for") -> Ways:
+    """Grad-CAM with T = 50 and the top M channels, for each M; named ``M=…, evidence``."""
+
+    def ways(trained: Trained, query: Query) -> Iterator[Way]:
+        nearest, back = torch.unique(query.nearest, return_inverse=True)
+        part = trained.cotangents(nearest, TRIPLETS)
+        every = trained.weights(nearest, part, "gradcam", evidence)
+        for m, weights in zip(counts, strongest(every, counts), strict=True):
+            yield Way(f"M={m}, {evidence}", weights[back])
+
+    return ways
+
+
+def triplet_ways(counts: Sequence[Count]) -> Ways:
+    """Grad-CAM, evidence for, top-50, with T triplets for each T; named ``T=…``."""
+
+    def ways(trained: Trained, query: Query) -> Iterator[Way]:
+        nearest, back = torch.unique(query.nearest, return_inverse=True)
+        for count in counts:
+            part = trained.cotangents(nearest, count)
+            every = trained.weights(nearest, part, "gradcam", "for")
+            yield Way(f"T={count}", strongest(every, [CONTROL_CHANNELS])[0][back])
+
+    return ways
+
+
+def database_ways(databases: dict[str, Database]) -> Ways:
+    """Transfer from the nearest row of other databases of the network, by their names."""
+
+    def ways(trained: Trained, query: Query) -> Iterator[Way]:
+        C, device = query.pooled.shape[1], query.pooled.device
+        for name, database in databases.items():
+            _, nearest = ops.knn(query.embeddings, database.embeddings.to(device), 1)
+            yield Way(name, from_database(database, nearest[:, 0], C, trained.device))
+
+    return ways
+
+
+# Maps
+
+
+def low_resolution_maps(
+    trained: Trained, query: Query, ways: Sequence[Way], centers: Sequence[float]
+) -> list[Tensor]:
+    """Maps [B, V, H, W] of V ways in [0, 1], before they are upsampled; one tensor a centre.
+
+    ReLU, then division by the maximum, as :func:`gcfast.ops.sparse_cam` does; a uniform map is 1
+    everywhere.
+    """
+    B, C, H, W = query.activations.shape
+    nothing = query.pooled.new_zeros((B, C))
+    weights = torch.stack([nothing if w.weights is None else w.weights for w in ways], 1)
+    raw = torch.bmm(weights, query.activations.float().flatten(2))  # [B, V, P]
+    offsets = (weights.double() @ trained.mean).float()[..., None]  # [B, V, 1]
+    uniform = torch.tensor([w.weights is None for w in ways], device=raw.device)[:, None]
+    finished = []
+    for center in centers:
+        maps = (raw - center * offsets).clamp(min=0)
+        peak = maps.amax(2, keepdim=True)
+        maps = torch.where(peak == 0, 0.0, maps / peak)  # NaN stays NaN
+        finished.append(torch.where(uniform, 1.0, maps).view(B, len(ways), H, W))
+    return finished

@@ -1,0 +1,309 @@
+"""How faithful transferred maps are, and what that says of a single one.
+
+Transfer lends an image the grad-weights of its nearest row in place of its own. Where labels are
+known the image's own map can be made too (:meth:`gcfast.Explainer.explain_labelled`), so their
+agreement can be measured, as a function of the distance to the row. Fitted to held-out images, that
+function is a confidence for any image from its distance alone.
+
+It tells images apart only where agreement falls with distance, and it speaks for the neighbour only
+where it is above what a random row's map has. Neither is a matter of course, so both are measured:
+:class:`Fidelity` has a random row's agreement for each image, a :class:`Calibration` its mean. And
+it holds for images like those it was fitted to, of the database's classes: to others it promises
+too much. Where one object is all there is to see, any row's map finds it (bench/RESULTS.md). Where
+agreement does not fall with distance the level is what a calibration tells, and a confidence is
+near enough the same for every image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gcfast import ops
+from gcfast._checks import require_finite_rows, require_shape
+from gcfast.builder.loader import batches, on_device
+from gcfast.errors import DamagedDatabaseError
+from gcfast.metrics import cosine, flat_maps, spearman
+from gcfast.metrics.controls import random_rows
+
+if TYPE_CHECKING:
+    from gcfast.database.database import Database
+    from gcfast.explain.explainer import Explainer
+    from gcfast.model.network import Network
+
+KEY = "calibration"  # in the database's manifest
+MOST_KNOTS = 20
+IMAGES_A_KNOT = 10
+SAME_IMAGE = 1e-6  # squared distance below which an image is taken to be the row's own
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Agreement of each image's transferred map with the map from its own triplets.
+
+    Attributes:
+        distances: [n] float32, squared L2 to the nearest row.
+        cosine: [n] float32, of the two maps; 0 where one of them is flat.
+        spearman: [n] float32, their rank correlation; 0 where one of them is flat.
+        flat: how many images have a flat map among the two.
+        unknown: how many images were left out because the database has no row of their class.
+        control: [n] float32, or None: the cosine of the image's own map with the map that a random
+            row gives in place of the nearest. Maps of one object agree whatever weighs the
+            channels; only what exceeds this is the merit of the neighbour.
+
+    Its ``str`` is a line for each quarter of the images by distance, and one for the control.
+    """
+
+    distances: Tensor
+    cosine: Tensor
+    spearman: Tensor
+    flat: int
+    unknown: int
+    control: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.distances)
+
+    def __str__(self) -> str:
+        """Means by distance, beside those of a random row."""
+        lines = []
+        for part in self.distances.argsort(stable=True).tensor_split(4):
+            if not len(part):
+                continue
+            low, high = self.distances[part[[0, -1]]].tolist()
+            line = (
+                f"fidelity at distance {low:.3f} to {high:.3f}: cosine "
+                f"{float(self.cosine[part].mean()):.3f}, Spearman "
+                f"{float(self.spearman[part].mean()):.3f}"
+            )
+            if self.control is not None:
+                line += f", cosine of a random row {float(self.control[part].mean()):.3f}"
+            lines.append(f"{line} ({len(part)} images)")
+        if self.control is not None and len(self):
+            ours, control = float(self.cosine.mean()), float(self.control.mean())
+            lines.append(
+                f"fidelity of the nearest row {ours:.3f}, of a random row {control:.3f}: "
+                f"{ours - control:+.3f}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Expected agreement at a distance: linear between knots, never rising, flat beyond them.
+
+    Attributes:
+        distances: [Q] float32, rising.
+        agreement: [Q] float32, falling.
+        images: how many images it was fitted to.
+        control: the mean agreement of a random row's map, or None where it was not measured. A
+            confidence that is hardly above it says that any row's map would have agreed as well,
+            not that this one is right.
+    """
+
+    distances: Tensor
+    agreement: Tensor
+    images: int
+    control: float | None = None
+
+    @classmethod
+    def fit(cls, distances: Tensor, agreement: Tensor) -> Calibration:
+        """The falling function closest to the images, in groups of equal size by distance.
+
+        Groups of at least IMAGES_A_KNOT images, at most MOST_KNOTS of them, give a knot each, at
+        their mean distance and mean agreement; neighbouring groups whose agreement rises are pooled
+        (isotonic regression), so that noise does not make a farther row more trustworthy.
+
+        Args:
+            distances: [n] floating point.
+            agreement: [n] floating point.
+
+        Raises:
+            ValueError: another shape, NaN or infinity, or fewer than IMAGES_A_KNOT images.
+        """
+        sizes = require_shape("distances", distances, "n")
+        require_shape("agreement", agreement, "n", sizes)
+        require_finite_rows("distances", distances[:, None])
+        require_finite_rows("agreement", agreement[:, None])
+        if len(distances) < IMAGES_A_KNOT:
+            raise ValueError(
+                f"`distances` must be of at least {IMAGES_A_KNOT} images, got {len(distances)}"
+            )
+        order = distances.argsort(stable=True)
+        count = min(MOST_KNOTS, len(order) // IMAGES_A_KNOT)
+        groups = [
+            (float(distances[part].double().mean()), float(agreement[part].double().mean()), 1)
+            for part in order.tensor_split(count)
+        ]
+        pooled: list[tuple[float, float, int]] = []
+        for group in groups:
+            pooled.append(group)
+            while len(pooled) > 1 and pooled[-2][1] <= pooled[-1][1]:
+                (d1, a1, n1), (d2, a2, n2) = pooled[-2:]
+                n = n1 + n2
+                pooled[-2:] = [((d1 * n1 + d2 * n2) / n, (a1 * n1 + a2 * n2) / n, n)]
+        return cls(
+            torch.tensor([d for d, _, _ in pooled]),
+            torch.tensor([a for _, a, _ in pooled]),
+            len(distances),
+        )
+
+    def confidence(self, distances: Tensor) -> Tensor:
+        """Expected agreement at distances [B], on the knots' device; 0 where one is infinite."""
+        knots, values = self.distances, self.agreement
+        above = torch.searchsorted(knots, distances.contiguous()).clamp(max=len(knots) - 1)
+        below = (above - 1).clamp(min=0)
+        span = knots[above] - knots[below]
+        share = (distances - knots[below]) / torch.where(span > 0, span, 1.0)
+        mixed = torch.lerp(values[below], values[above], share.clamp(0, 1))
+        return torch.where(distances.isinf(), 0.0, mixed)
+
+    def to(self, device: torch.device) -> Calibration:
+        """The same on a device."""
+        return replace(
+            self, distances=self.distances.to(device), agreement=self.agreement.to(device)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest keeps it; :meth:`from_manifest` reads it back."""
+        return {
+            "measure": "cosine",
+            "distances": self.distances.tolist(),
+            "agreement": self.agreement.tolist(),
+            "images": self.images,
+        } | ({} if self.control is None else {"control": self.control})
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> Calibration | None:
+        """The calibration that a database's manifest holds, or None.
+
+        Raises:
+            DamagedDatabaseError: it is not what :meth:`to_dict` writes.
+        """
+        kept = manifest.get(KEY)
+        if kept is None:
+            return None
+        try:
+            distances, agreement = (
+                [float(v) for v in kept[name]] for name in ("distances", "agreement")
+            )
+            if len(distances) != len(agreement) or not distances:
+                raise ValueError(f"{len(distances)} distances, {len(agreement)} values")
+            if distances != sorted(distances) or not all(map(math.isfinite, distances + agreement)):
+                raise ValueError("its distances must rise and everything be finite")
+            # Without one until it was measured at all.
+            control = float(kept["control"]) if "control" in kept else None
+            if control is not None and not math.isfinite(control):
+                raise ValueError("its control must be finite")
+            images = int(kept["images"])
+            return cls(torch.tensor(distances), torch.tensor(agreement), images, control)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedDatabaseError(
+                f"the calibration in the manifest is damaged: {error}"
+            ) from None
+
+
+def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
+    """Compare, image by image, the transferred map with the map from the image's own triplets.
+
+    And the map that a random row gives, as a control; the rows are drawn with the explainer's seed.
+    That makes three forward passes over the images.
+
+    Args:
+        explainer: with a database.
+        loader: labelled images that the database was not built from, as for
+            :meth:`gcfast.Explainer.build`.
+
+    Returns:
+        The agreements, on the CPU, in the loader's order.
+
+    Raises:
+        NoDatabaseError, TypeError, ValueError: as :meth:`gcfast.Explainer.explain_labelled`; a
+            loader without images of the database's classes.
+    """
+    database = explainer.database
+    # Classes that have rows: one that lost its own, to a compression for one, gives no own map.
+    numbers = set(database.labels.tolist()) if database is not None else set()
+    names = (
+        {database.label_name(label) for label in numbers}
+        if database is not None and database.class_names
+        else set()
+    )
+    distances: list[Tensor] = []
+    cosines: list[Tensor] = []
+    ranks: list[Tensor] = []
+    controls: list[Tensor] = []
+    flat = unknown = 0
+    real = explainer.settings.objective.real_labels
+    for batch in batches(loader, real_labels=real):
+        # Any number can be compared with the rows'; a class must be one of theirs.
+        known = [real or label in (names or numbers) for label in batch.labels]
+        unknown += known.count(False)
+        if not any(known):
+            continue
+        images = on_device(batch.images[torch.tensor(known)], explainer.network)
+        labels = [label for label, kept in zip(batch.labels, known, strict=True) if kept]
+        why = explainer.explain_batch(images, details=True)
+        own = explainer.explain_labelled(images, labels)
+        distances.append(why.distances[:, 0].cpu())
+        cosines.append(cosine(why.maps, own).cpu())
+        seen = torch.arange(len(images)) + sum(map(len, controls))
+        assert database is not None  # or there were no maps
+        drawn = random_rows(seen, len(database), explainer.settings.seed)
+        controls.append(cosine(_maps_of(drawn, images, explainer.network, database), own).cpu())
+        ranks.append(spearman(why.maps, own).cpu())
+        flat += int((flat_maps(why.maps) | flat_maps(own)).sum())
+    if not distances:
+        raise ValueError(
+            "`loader` must give images of the database's classes, got "
+            + (f"{unknown} of others" if unknown else "none")
+        )
+    return Fidelity(
+        torch.cat(distances),
+        torch.cat(cosines),
+        torch.cat(ranks),
+        flat,
+        unknown,
+        torch.cat(controls),
+    )
+
+
+def _maps_of(rows: Tensor, images: Tensor, network: Network, database: Database) -> Tensor:
+    """Maps [B, h, w] of images with the weights of given rows [B]."""
+    # Some rows of shards that may be many: joining the columns would copy all of them.
+    taken = [database.rows(row, row + 1) for row in rows.tolist()]
+    return ops.sparse_cam(
+        network.embed(images).activations,
+        torch.arange(len(rows), device=images.device)[:, None],
+        torch.cat([row.channels for row in taken]).to(images.device),
+        torch.cat([row.weights for row in taken]).float().to(images.device),
+        size=(images.shape[2], images.shape[3]),
+    )
+
+
+def calibrated(fidelity: Fidelity) -> Calibration:
+    """The calibration of a measured fidelity, by cosine.
+
+    Raises:
+        ValueError: too few images, or most of them are rows of the database themselves.
+    """
+    same = int((fidelity.distances <= SAME_IMAGE).sum())
+    if 2 * same > len(fidelity):
+        raise ValueError(
+            "`loader` must give images that the database was not built from, got "
+            f"{same} of {len(fidelity)} at distance 0 from a row"
+        )
+    if len(fidelity) < IMAGES_A_KNOT:
+        raise ValueError(
+            f"`loader` must give at least {IMAGES_A_KNOT} images of the database's classes, "
+            f"got {len(fidelity)}"
+        )
+    fitted = Calibration.fit(fidelity.distances, fidelity.cosine)
+    if fidelity.control is None:
+        return fitted
+    return replace(fitted, control=float(fidelity.control.mean()))

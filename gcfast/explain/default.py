@@ -1,0 +1,62 @@
+"""The process's own Explainer: opened once by ``load``, used by ``explain_batch``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from gcfast.database.database import Database
+from gcfast.errors import NoDatabaseError
+from gcfast.explain.explainer import Explainer
+from gcfast.method.objectives import objective_from
+
+_default: Explainer | None = None
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    reshape: Callable[[Tensor], Tensor] | None = None,
+    verify: bool | None = None,
+    **settings: Any,
+) -> Explainer:
+    """Open a database for a model, once a process; :func:`explain_batch` uses it from then on.
+
+    Args:
+        path: the database's folder.
+        model: the network that it was built with.
+        reshape: as it was given to the Explainer; it is not stored.
+        verify: whether checksums are compared, as for :meth:`Database.open`.
+        **settings: of :class:`Explainer`, in the place of the stored ones; ``k`` and ``index`` are
+            not stored.
+
+    Returns:
+        The Explainer, with its database.
+
+    Raises:
+        NoDatabaseError, DamagedDatabaseError: as :meth:`Database.open`.
+        ModelMismatchError: the model is another one.
+        TypeError, ValueError: as :class:`Explainer`.
+    """
+    global _default
+    database = Database.open(path, verify=verify)
+    stored = dict(database.manifest["settings"])
+    stored["objective"] = objective_from(stored["objective"])
+    explainer = Explainer(model, database=database, reshape=reshape, **{**stored, **settings})
+    _default = explainer
+    return explainer
+
+
+def explain_batch(images: Tensor, **options: Any) -> Any:
+    """:meth:`Explainer.explain_batch` of the Explainer that :func:`load` opened last.
+
+    Raises:
+        NoDatabaseError: :func:`load` has not been called.
+    """
+    if _default is None:
+        raise NoDatabaseError("there is no database to explain from: call gcfast.load first")
+    return _default.explain_batch(images, **options)

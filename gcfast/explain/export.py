@@ -1,0 +1,146 @@
+"""An explainer as one module without hooks, for torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gcfast.errors import UnsupportedModelError
+from gcfast.explain.maps import Finish, Tables, explained, from_tables
+from gcfast.explain.transfer import ExactTransfer
+from gcfast.method.head import normalized
+from gcfast.model.capture import first_tensor
+from gcfast.model.network import Network
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class ExportedExplainer(nn.Module):
+    """Forward pass, search and heat maps in one graph; made by :meth:`gcfast.Explainer.export`.
+
+    The model in it shares its parameters and buffers with the user's, and is a copy otherwise, in
+    evaluation mode. The database's tables are buffers. Searches are exact.
+
+    One thread at a time may run it outside torch.compile: the layer's output passes through it.
+    """
+
+    table: Tensor
+    squares: Tensor
+    channels: Tensor
+    weights: Tensor
+    offsets: Tensor
+    labels: Tensor
+
+    def __init__(
+        self,
+        network: Network,
+        transfer: ExactTransfer,
+        finish: Finish,
+        *,
+        l2_normalize: bool,
+        details: bool,
+    ) -> None:
+        super().__init__()
+        self._kept: list[Tensor] = []
+        self.model = _recording_copy(network, self._kept)
+        self.model.eval()
+        self.register_buffer("table", transfer.search.table)
+        self.register_buffer("squares", transfer.search.squares)
+        for name, tensor in transfer.tables._asdict().items():
+            self.register_buffer(name, tensor)
+        self._reshape = network.reshape
+        # The parts of a Network that work on what a pass gave, without its hooks.
+        self._embedding: Callable[[Any, int], Tensor] = network.embedding
+        # What no pass has shown is not assumed.
+        self._channels_last = network.channels_last and network.clone is not None
+        self._layer_name = network.layer_name
+        self._finish = finish  # of size (0, 0) where it is the images' own
+        self._k = transfer.k
+        self._temperature = transfer.temperature
+        self._l2_normalize = l2_normalize
+        self._details = details
+
+    def train(self, mode: bool = True) -> ExportedExplainer:
+        """Stay in evaluation mode, in which the network is explained."""
+        del mode
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor | Parts:
+        """Heat maps of images [B, 3, h, w].
+
+        Returns:
+            Maps [B, OH, OW] float32; with ``details`` the tuple (maps, embeddings [B, D], neighbors
+            [B, K], distances [B, K], labels [B, K]), as in :class:`gcfast.Explanation`. An image
+            whose embedding is not finite gets a map of NaN.
+        """
+        finish = self._finish
+        if finish.size == (0, 0):
+            finish = finish._replace(size=(images.shape[2], images.shape[3]))
+        with torch.no_grad():
+            if self._channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            output = self._embedding(self.model(images), images.shape[0])
+            activations = self._activations()
+            embeddings = normalized(output, self._l2_normalize)
+            distances, neighbors = torch.ops.gcfast.knn(
+                embeddings, self.table, self._k, squares=self.squares
+            )
+            tables = Tables(self.channels, self.weights, self.offsets, self.labels)
+            out = explained(
+                activations,
+                embeddings,
+                from_tables(distances, neighbors, tables, self._temperature),
+                finish,
+                sparse_cam=torch.ops.gcfast.sparse_cam,
+                marks=True,
+            )
+            if not self._details:
+                return out.maps
+            labels = out.labels_from(self.labels)
+            return out.maps, out.embeddings, out.neighbors, out.distances, labels
+
+    def _activations(self) -> Tensor:
+        taken = list(self._kept)
+        self._kept.clear()
+        if len(taken) != 1:
+            times = "not at all" if not taken else f"{len(taken)} times"
+            raise UnsupportedModelError(
+                f"`layer` must run once in a forward pass, got {self._layer_name!r}, "
+                f"which ran {times}"
+            )
+        return taken[0] if self._reshape is None else self._reshape(taken[0])
+
+
+def _recording_copy(network: Network, kept: list[Tensor]) -> nn.Module:
+    """A copy of the model's modules, on the same tensors, whose layer appends its output to a list.
+
+    The layer's class is replaced by a subclass of it rather than the layer by a wrapper, so that a
+    model that indexes the layer, or asks for its attributes or its type, finds what it expects.
+    """
+    model = network.model
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    try:
+        copied = copy.deepcopy(model, dict(shared))
+    except Exception as error:  # whatever the user's own attributes raise
+        raise UnsupportedModelError(
+            f"`model` must be a module that copy.deepcopy can copy, to be exported: {error}"
+        ) from error
+    assert network.layer_name is not None
+    layer = copied.get_submodule(network.layer_name)
+    kind = type(layer)
+    clones = network.clone is not False
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = kind.forward(self, *args, **kwargs)
+        tensor = first_tensor(output)
+        if tensor is not None:
+            # A later layer may write over it.
+            kept.append(tensor.clone() if clones else tensor)
+        return output
+
+    layer.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+    return copied

@@ -1,0 +1,164 @@
+"""From embeddings and feature maps to heat maps: the part of an explanation that is ours.
+
+Nothing here looks at values, so nothing waits for the device; on a CUDA device an image whose
+embedding is not finite gets a map of NaN where on the CPU it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcfast.explain.result import Explanation
+
+
+class Tables(NamedTuple):
+    """The rows of a database, whole and on one device."""
+
+    channels: Tensor  # [N, M] int64
+    weights: Tensor  # [N, M] floating point
+    offsets: Tensor  # [N] floating point
+    labels: Tensor  # [N] int64, or float64
+
+
+class Transferred(NamedTuple):
+    """What a batch takes from the database, on the embeddings' device.
+
+    ``rows``, ``channels``, ``weights``, ``offsets`` and ``mixing`` are as ``ops.sparse_cam`` takes
+    them: the whole table with each neighbour's row and share, or, through an index, a small table
+    of one row an image. Such a row is the neighbour's own for K = 1; for K > 1 it is the mixture of
+    all: each of their channels once, with the sum of its weights times the neighbours' shares.
+    """
+
+    neighbors: Tensor  # [B, K] int64, rows of the database; -1: none
+    distances: Tensor  # [B, K] float32, squared L2; +inf where there is none
+    rows: Tensor  # [B, K or 1] int64, rows of the table below; -1: none
+    channels: Tensor  # [N or B, M or more] int64
+    weights: Tensor  # the same shape, floating point
+    offsets: Tensor  # [N or B] float32
+    mixing: Tensor | None  # [B, K]; None: one row, or those found equally
+    labels: Tensor | None  # [B, K] of the neighbours, where no table of them is at hand
+
+
+class Explained(NamedTuple):
+    """What the nearest rows made of a batch."""
+
+    maps: Tensor  # [B, OH, OW] float32
+    embeddings: Tensor  # [B, D] float32
+    neighbors: Tensor  # [B, K] int64
+    distances: Tensor  # [B, K] float32
+    labels: Tensor | None  # as in Transferred
+
+    def copied(self) -> Explained:
+        """The same in memory of its own."""
+        return Explained(*(None if tensor is None else tensor.clone() for tensor in self))  # type: ignore[arg-type]
+
+    def explanation(
+        self,
+        labels: Tensor | None,
+        confidence: Callable[[Tensor], Tensor | None] = lambda _: None,
+    ) -> Explanation:
+        """With the labels [N] of the table, where they are not here, and a calibration."""
+        return Explanation(
+            maps=self.maps,
+            embeddings=self.embeddings,
+            neighbors=self.neighbors,
+            distances=self.distances,
+            labels=self.labels_from(labels),
+            flat=self.maps.abs().amax((1, 2)) == 0,
+            confidence=confidence(self.distances),
+        )
+
+    def labels_from(self, labels: Tensor | None) -> Tensor:
+        """The neighbours' labels [B, K]: those here, or by the table's [N]; -1 or NaN: none."""
+        if self.labels is not None:
+            return self.labels
+        assert labels is not None
+        none = torch.nan if labels.is_floating_point() else -1
+        return torch.where(self.neighbors >= 0, labels[self.neighbors.clamp(min=0)], none)
+
+
+class Finish(NamedTuple):
+    """How maps are finished, checked: the keywords of ``sparse_cam`` that are not tensors."""
+
+    size: tuple[int, int]
+    center: float
+    relu: bool
+    normalize: str | None
+
+
+def mixing_weights(distances: Tensor, temperature: float) -> Tensor:
+    """softmax(-d / tau) over the K neighbours [B, K]; a neighbour at +inf weighs nothing."""
+    scale = max(temperature, torch.finfo(torch.float32).tiny)
+    # From the nearest on, so that where tau is 0 (a table of twins) that one weighs 1.
+    beyond = distances - distances[:, :1]
+    return torch.softmax(-beyond / scale, dim=1)
+
+
+def from_tables(
+    distances: Tensor, neighbors: Tensor, tables: Tables, temperature: float
+) -> Transferred:
+    """What the neighbours [B, K] at ``distances`` lend, tau being ``temperature``."""
+    return Transferred(
+        neighbors=neighbors,
+        distances=distances,
+        rows=neighbors,
+        channels=tables.channels,
+        weights=tables.weights,
+        offsets=tables.offsets,
+        mixing=mixing_weights(distances, temperature) if neighbors.shape[1] > 1 else None,
+        labels=None,
+    )
+
+
+def marked(embeddings: Tensor, found: Transferred) -> tuple[Tensor, Tensor]:
+    """Rows and mixing weights such that an embedding that is not finite gives NaN maps."""
+    total = embeddings.sum(1, keepdim=True)  # [B, 1]
+    rows = found.rows
+    if found.labels is not None:
+        # An index finds nothing for NaN. Some row must be weighed for it to reach the map: row 0.
+        rows = rows * (total * 0 == 0)  # `where` would launch a kernel more, which fills its 0
+    # 0 times the total, which is NaN where that is not finite, on top of each weight, or of 1.
+    if found.mixing is None:
+        return rows, torch.rsub(total, 1.0, alpha=0).expand(rows.shape)
+    return rows, torch.add(found.mixing, total, alpha=0)
+
+
+def explained(
+    activations: Tensor,
+    embeddings: Tensor,
+    found: Transferred,
+    finish: Finish,
+    *,
+    sparse_cam: Callable[..., Tensor],
+    marks: bool,
+) -> Explained:
+    """Maps from what the nearest rows lend.
+
+    Args:
+        activations: [B, C, H, W].
+        embeddings: [B, D] float32.
+        found: what the embeddings' neighbours lend.
+        finish: how.
+        sparse_cam: the operation, in one of its forms.
+        marks: give an embedding that is not finite a map of NaN, rather than rely on a check.
+    """
+    rows, mixing = found.rows, found.mixing
+    if marks:
+        rows, mixing = marked(embeddings, found)
+    maps = sparse_cam(
+        activations,
+        rows,
+        found.channels,
+        found.weights,
+        mixing=mixing,
+        offsets=found.offsets,
+        size=finish.size,
+        center=finish.center,
+        relu=finish.relu,
+        normalize=finish.normalize,
+    )
+    return Explained(maps, embeddings, found.neighbors, found.distances, found.labels)

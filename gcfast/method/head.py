@@ -1,0 +1,383 @@
+"""From cotangents on the embedding to grad-weights: in closed form where the head allows it.
+
+The common head averages the activations over space, maps the average affinely and may normalise
+the result. Its gradient is the same at every pixel and needs no autograd (``ops.head_grad_weights``
+derives it). Whether a model has such a head is found by probing it, not by looking at its code: the
+map is read off the model's own gradients and then has to reproduce the model's outputs and
+vector-Jacobian products. Every other head goes through autograd, from the layer on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gcfast import ops
+from gcfast.method.pairs import Cotangents
+from gcfast.model.capture import Captured
+from gcfast.model.network import Network
+from gcfast.ops.precision import full_precision
+
+# Largest norm-relative error with which the closed form may reproduce the model, by its precision.
+# The worst seen on the tested heads: 4e-7 in float32, 2e-3 in float16, 2e-2 in bfloat16.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+PROBE_IMAGES = 2
+PROBE_VARIANTS = 5  # activations that the map has to reproduce in float64
+EXACT_TOLERANCE = 1e-8
+# What the largest element of a float16 cotangent is scaled to, a row; the gradient of one pixel is
+# some thousand times smaller and would be lost below 6e-8. Divided by BACK_OFF where it overflows.
+HALF_SCALE = 1024.0
+BACK_OFF = 64.0
+UNIT_TOLERANCE = 1e-9  # how far norms may differ in float64 to be equal by the model's own doing
+
+
+def normalized(output: Tensor, l2_normalize: bool) -> Tensor:
+    """The model's output as the embedding: float32, divided by its norm where that is wanted."""
+    output = output.float()
+    return F.normalize(output, dim=1) if l2_normalize else output
+
+
+class AffineHead(NamedTuple):
+    """u = weight · mean(A) + bias, and f = u / |u| where ``unit``."""
+
+    weight: Tensor  # [D, C] float32
+    bias: Tensor  # [D] float32
+    unit: bool
+
+    def project(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """(f [B, D], |u| [B]) of the pooled activations [B, C]; |u| is 1 where nothing divides."""
+        with full_precision(pooled.device):
+            raw = pooled @ self.weight.T + self.bias
+        if not self.unit:
+            return raw, torch.ones_like(raw[:, 0])
+        norms = raw.norm(dim=1).clamp(min=1e-12)
+        return raw / norms[:, None], norms
+
+    def norms_and_agreement(
+        self, pooled: Tensor, embeddings: Tensor, precision: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """|u| [B], and whether the embeddings [B, D] are what this head makes of the pooled maps.
+
+        The latter is a bool tensor without dimensions: nothing here waits for the device.
+        """
+        projected, norms = self.project(pooled)
+        wanted = embeddings.double()
+        missed = (projected.double() - wanted).norm(dim=1)
+        sizes = wanted.norm(dim=1)
+        # Each row by itself, so that one stranger does not hide in a large batch; a row near zero
+        # is measured against the others.
+        scale = sizes.maximum(sizes.square().mean().sqrt().clamp(min=1e-30))
+        return norms, (missed <= TOLERANCES[precision] * scale).all()
+
+    def agrees(self, pooled: Tensor, embeddings: Tensor, precision: torch.dtype) -> bool:
+        """Whether the embeddings [B, D] are what this head makes of the pooled activations."""
+        return bool(self.norms_and_agreement(pooled, embeddings, precision)[1])
+
+    def grad_weights(
+        self,
+        parts: Iterable[Cotangents],
+        method: str,
+        *,
+        embeddings: Tensor,
+        norms: Tensor,
+        pixels: Tensor,
+        pooled: Tensor | None,
+    ) -> Tensor:
+        """Grad-weights [B, C] of the mean over all valid triplets of the parts.
+
+        Args:
+            parts: cotangents [B, T, D] with the sign of the evidence, in any number of pieces.
+            method: "gradcam" or "gradcam++".
+            embeddings: [B, D] float32.
+            norms: [B] float32.
+            pixels: [B] int64, P of each image's feature map.
+            pooled: [B, C] float32, the pooled activations; Grad-CAM++ only.
+        """
+        # With P = 1 and the mean for the sum, Grad-CAM++ comes out as for any P, in which it
+        # cancels; Grad-CAM is divided by its own P. So images of several sizes share one call.
+        weights = _mean_of(
+            (
+                ops.head_grad_weights(
+                    part.values,
+                    self.weight,
+                    part.valid,
+                    pixels=1,
+                    embeddings=embeddings if self.unit else None,
+                    norms=norms if self.unit else None,
+                    activation_sums=pooled,
+                    method=method,
+                ),
+                part.valid,
+            )
+            for part in parts
+        )
+        return weights / pixels[:, None] if method == "gradcam" else weights
+
+
+def vjp_grad_weights(
+    captured: Captured,
+    embeddings: Tensor,
+    parts: Iterable[Cotangents],
+    method: str,
+    network: Network,
+) -> Tensor:
+    """Grad-weights [B, C] by autograd from the captured layer on, one pass for each triplet.
+
+    Args:
+        captured: of :meth:`Network.differentiable`, inside its block.
+        embeddings: [B, D], of ``captured.output`` by :func:`normalized`, inside the block.
+        parts: cotangents [B, T, D] with the sign of the evidence, in any number of pieces.
+        method: "gradcam" or "gradcam++".
+        network: whose ``reshape`` the gradients go through.
+    """
+    activations = captured.activations.detach()
+
+    def triplet_weights(part: Cotangents) -> Tensor:
+        total = torch.zeros(activations.shape[:2], device=activations.device)
+        for t in range(part.values.shape[1]):
+            gradient = _vjp(network, captured, embeddings, part.values[:, t])
+            weights = ops.grad_weights(
+                gradient[:, None], part.valid[:, t : t + 1], activations=activations, method=method
+            )
+            total += weights
+        return total / part.valid.sum(1).clamp(min=1)[:, None]
+
+    return _mean_of((triplet_weights(part), part.valid) for part in parts)
+
+
+def probe(network: Network, images: Tensor, l2_normalize: bool) -> AffineHead | None:
+    """The model's head, if it is the common one: found by its gradients, checked by its outputs.
+
+    Args:
+        network: the model, its layer known or not.
+        images: [B, 3, h, w], a few real ones on the model's device; the first PROBE_IMAGES are
+            used.
+        l2_normalize: whether the embedding is normalised after the model.
+
+    Returns:
+        The head in float32 on the images' device, or None for any other head, or where the model
+        cannot be copied and run in float64.
+    """
+    images = images[:PROBE_IMAGES]
+    generator = torch.Generator().manual_seed(0)
+    with network.differentiable(images) as captured:
+        precision = captured.output.dtype
+        embeddings = normalized(captured.output, l2_normalize)
+        cotangent = torch.randn(embeddings.shape, generator=generator).to(embeddings)
+        gradient = _vjp(network, captured, embeddings, cotangent).float()
+        embeddings = embeddings.detach()
+        pooled = captured.activations.detach().float().mean((2, 3))
+    tolerance = TOLERANCES[precision]
+    flat = gradient.mean((2, 3), keepdim=True)
+    # Most other heads end here, before anything is copied: their gradient differs between pixels.
+    if not _error(gradient, flat.expand_as(gradient)) <= tolerance:
+        return None
+
+    head = _read_head(network, images[:1])
+    if head is None:
+        return None
+    head = head._replace(unit=head.unit or l2_normalize)
+    predicted, norms = head.project(pooled)
+    pixels = torch.full((len(images),), gradient[0, 0].numel(), device=images.device)
+    valid = torch.ones((len(images), 1), dtype=torch.bool, device=images.device)
+    weights = head.grad_weights(
+        [Cotangents(cotangent[:, None], valid, valid[:, 0].long())],
+        "gradcam",
+        embeddings=predicted,
+        norms=norms,
+        pixels=pixels,
+        pooled=None,
+    )
+    if not head.agrees(pooled, embeddings, precision):
+        return None
+    return head if _error(weights, flat[:, :, 0, 0]) <= tolerance else None
+
+
+def _read_head(network: Network, image: Tensor) -> AffineHead | None:
+    """Weight and bias from a copy of the model with its head in float64; None for other heads.
+
+    Args:
+        network: the model, its layer known.
+        image: [1, 3, h, w].
+    """
+    try:
+        twin = Network(
+            copy.deepcopy(network.model),
+            network.layer_name,
+            output_key=network.output_key,
+            reshape=network.reshape,
+        )
+        _double_behind_the_layer(twin, image)
+    except (RuntimeError, TypeError, ValueError, AttributeError, copy.Error):
+        return None  # no copy, or no float64: autograd takes this model
+    # The backbone is what costs. Most models let one image through it be several behind the layer;
+    # one that has counted its images by then does not.
+    for copies in (1, PROBE_VARIANTS):
+        try:
+            head = _from_jacobian(twin, image.repeat(copies, 1, 1, 1))
+        except Exception:
+            continue  # whatever the model says to another number of images, or to float64
+        if head is not None:
+            return head
+    return None
+
+
+def _from_jacobian(twin: Network, images: Tensor) -> AffineHead | None:
+    """Weight and bias from the Jacobian at one image.
+
+    A model that normalises its own output hides the part of W along f: at m0, with the free scale
+    of (W, b) chosen so that |u| = 1 there, the Jacobian is J = (I - f f^T) W and W = J + f r^T. At
+    a second point m1 = m0 + d let t = 1 + r·d, so that u = t f + J d. For v = J d (orthogonal to f)
+    the ratio h(m) = <v, f(m)> / <f, f(m)> equals v^T J (m - m0) / (1 + r·(m - m0)), and its
+    gradient at m1 gives r = (t v^T J - t^2 grad h) / (v · v).
+
+    Args:
+        twin: a copy of the model, float64 behind the layer.
+        images: [1 or PROBE_VARIANTS, 3, h, w], all the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def varied(activation: Tensor) -> Tensor:
+        # The image itself, a relative, and strangers of both signs and several sizes, so that
+        # whatever is not affine bends somewhere (a hidden ReLU switches).
+        shape = (PROBE_VARIANTS, *activation.shape[1:])
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        sizes = 4 * torch.randn(len(noise), generator=generator, dtype=torch.float64)
+        sizes[:2], noise[0] = 1, 0
+        factors = sizes.view(-1, *[1] * (noise.ndim - 1)) * (1 + noise)
+        return activation.double() * factors.to(activation.device)
+
+    with twin.differentiable(images, replace=varied) as captured:
+        at = captured.output.detach()
+        if len(at) != PROBE_VARIANTS:
+            return None
+        norms = at.norm(dim=1)
+        unit = bool((norms - norms[0]).abs().max() < UNIT_TOLERANCE * norms[0])
+        scale = norms[0] if unit else 1.0
+        output, at = captured.output / scale, at / scale  # [variants, D]
+        pooled = captured.activations.detach().mean((2, 3))  # [variants, C]
+        jacobian = torch.stack(
+            [
+                _vjp(twin, captured, output, _one_hot(output, 0, d))[0].sum((1, 2))
+                for d in range(output.shape[1])
+            ]
+        )  # [D, C]
+        if unit:
+            first, second = at[:2]
+            step = pooled[1] - pooled[0]
+            v = jacobian @ step
+            along, across = second @ first, second @ v
+            t = along * (v @ v) / across
+            cotangent = torch.zeros_like(at)
+            cotangent[1] = v / along - across * first / along.square()
+            slope = _vjp(twin, captured, output, cotangent)[1].sum((1, 2))
+            r = (t * (v @ jacobian) - t.square() * slope) / (v @ v)
+            jacobian = jacobian + first[:, None] * r
+        bias = at[0] - jacobian @ pooled[0]
+    raw = pooled @ jacobian.T + bias
+    if not _error(raw / raw.norm(dim=1, keepdim=True) if unit else raw, at) <= EXACT_TOLERANCE:
+        return None  # NaN included
+    return AffineHead(jacobian.float(), bias.float(), unit)
+
+
+def _double_behind_the_layer(twin: Network, image: Tensor) -> None:
+    """Turn to float64 what runs after the layer; the backbone, far costlier there, stays as it is.
+
+    Parameters that a module from before the layer holds (the model itself, say) are not found so,
+    and then the whole copy is turned.
+    """
+    behind: list[nn.Module] = []
+    passed = False
+
+    def note(module: nn.Module, args: Any) -> None:
+        del args
+        if passed:
+            behind.append(module)
+
+    def passing(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal passed
+        del module, args, output
+        passed = True
+
+    assert twin.layer is not None
+    handles = [module.register_forward_pre_hook(note) for module in twin.model.modules()]
+    handles.append(twin.layer.register_forward_hook(passing))
+    try:
+        twin.embed(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module in behind:
+        module.double()
+    for module in twin.model.modules():
+        holds_layer = module is not twin.layer and twin.layer in set(module.modules())
+        if holds_layer and any(True for _ in module.parameters(recurse=False)):
+            twin.model.double()
+            return
+
+
+def _vjp(network: Network, captured: Captured, output: Tensor, cotangent: Tensor) -> Tensor:
+    """The cotangent [B, D] pulled back to the layer, [B, C, H, W]."""
+    assert captured.leaf is not None
+    if captured.leaf.dtype == torch.float16:
+        gradient = _half_vjp(captured.leaf, output, cotangent)
+    else:
+        (gradient,) = torch.autograd.grad(
+            output,
+            captured.leaf,
+            cotangent.to(output.dtype),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        if gradient is None:
+            raise ValueError(
+                f"`layer` must be on the way to the embedding, got {network.layer_name!r}, "
+                "which the output does not depend on"
+            )
+    return network.reshape(gradient) if network.reshape is not None else gradient
+
+
+def _half_vjp(leaf: Tensor, output: Tensor, cotangent: Tensor) -> Tensor:
+    """The gradient in float32, each row scaled through float16 so that it keeps its digits."""
+    cotangent = cotangent.float()
+    peaks = cotangent.abs().amax(1)
+    scales = torch.where(peaks > 0, HALF_SCALE / peaks, 1.0)
+    while True:
+        scaled = (cotangent * scales[:, None]).to(output.dtype)
+        (gradient,) = torch.autograd.grad(output, leaf, scaled, retain_graph=True)
+        bad = ~torch.isfinite(gradient).flatten(1).all(1)
+        if not bool((bad & (scales * peaks > 1)).any()):
+            return gradient.float() / scales.view(-1, *[1] * (gradient.ndim - 1))
+        scales = torch.where(bad, scales / BACK_OFF, scales)
+
+
+def _one_hot(output: Tensor, row: int, column: int) -> Tensor:
+    cotangent = torch.zeros_like(output)
+    cotangent[row, column] = 1
+    return cotangent
+
+
+def _mean_of(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The mean over all valid triplets from the means [B, C] and validity [B, T] of each part."""
+    total: Tensor | None = None
+    used: Tensor | None = None
+    for mean, valid in parts:
+        count = valid.sum(1)
+        if total is None or used is None:
+            total, used = mean.double() * count[:, None], count
+        else:
+            total, used = total + mean.double() * count[:, None], used + count
+    assert total is not None
+    assert used is not None
+    return (total / used.clamp(min=1)[:, None]).float()
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    """|got - wanted| / |wanted| over everything; NaN compares as unequal."""
+    wanted = wanted.double()
+    return float((got.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))

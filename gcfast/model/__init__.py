@@ -1,0 +1,1 @@
+"""The user's network: hooked, and left as it was."""

@@ -1,0 +1,147 @@
+"""Taking one layer's output out of a forward pass, for any number of threads at once."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from gcfast.model.network import Network
+
+
+class Captured(NamedTuple):
+    """What one forward pass gave."""
+
+    output: Tensor  # [B, D], the model's own output in its own dtype
+    activations: Tensor  # [B, C, H, W]
+    leaf: Tensor | None  # the layer's output as the graph's first node, where a graph was asked for
+
+
+class Capture:
+    """One call's capture. A context variable holds it, so that threads do not see each other's."""
+
+    def __init__(
+        self, network: Network, *, differentiable: bool, replace: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.network = network
+        self.differentiable = differentiable
+        self.replace = replace
+        self.tensor: Tensor | None = None
+        self.version: int | None = None
+        self.calls = 0
+
+    def take(self, output: Any) -> Any:
+        """Keep the layer's output; returns what the model goes on with, None for the same."""
+        self.calls += 1
+        tensor = first_tensor(output)
+        if tensor is None:
+            return None
+        if self.differentiable or self.replace is not None:
+            leaf = tensor.detach()
+            if self.replace is not None:
+                leaf = self.replace(leaf)
+            if self.differentiable:
+                leaf = leaf.requires_grad_()
+                # The layers before this one ran without a graph; from here on there is one. The
+                # no_grad block round the forward pass sets the mode back.
+                torch.set_grad_enabled(True)
+            self.tensor = leaf
+            # The copy, not the leaf, goes on: the next layer may work in place.
+            return with_first_tensor(output, leaf.clone())
+        if self.network.clone:
+            self.tensor = tensor.clone()
+        else:
+            self.tensor = tensor
+            self.version = None if tensor.is_inference() else tensor._version
+        return None
+
+
+current_capture: ContextVar[Capture | None] = ContextVar("gcfast_capture", default=None)
+
+
+def _in_training(model: nn.Module) -> list[nn.Module]:
+    """The modules whose flag is set: ``modules()`` without names, which take most of its time."""
+    found, pending = [], [model]
+    seen = {model}
+    for module in pending:  # grows as it is gone through
+        if module.training:
+            found.append(module)
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                pending.append(child)
+    return found
+
+
+class _EvalGuard:
+    """Evaluation mode while any thread is inside; the flags come back when the last one leaves."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.training: list[nn.Module] = []
+
+    def enter(self, model: nn.Module) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.training = _in_training(model)
+                for module in self.training:
+                    module.training = False
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                for module in self.training:
+                    module.training = True
+                self.training = []
+
+
+_guards: weakref.WeakKeyDictionary[nn.Module, _EvalGuard] = weakref.WeakKeyDictionary()
+_guards_lock = threading.Lock()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode inside the block, whatever it was outside, for any thread."""
+    with _guards_lock:
+        guard = _guards.setdefault(model, _EvalGuard())
+    guard.enter(model)
+    try:
+        yield
+    finally:
+        guard.leave()
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """A layer's tensor: its output, or the first one in a tuple, a dict or an output object."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        return next((value for value in output.values() if isinstance(value, Tensor)), None)
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    return None
+
+
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """The layer's output with another tensor in the place of its first."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, Mapping):
+        key = next(key for key, value in output.items() if isinstance(value, Tensor))
+        changed: Any = copy.copy(output)
+        changed[key] = tensor
+        return changed
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: tensor})
+    return type(output)((tensor, *output[1:]))

@@ -1,0 +1,84 @@
+"""The commands on a database that is there: compress, index, info."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from cli_case import SETTINGS, fails, prepare, run
+
+from gcfast.database.database import Database
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture
+def here(made, monkeypatch):
+    """The working directory of the commands; what they import from it is forgotten afterwards."""
+    monkeypatch.chdir(made)
+    yield made
+    sys.modules.pop("cli_net", None)
+
+
+@pytest.mark.usefixtures("here")
+def test_compress(capsys, tmp_path):
+    small = tmp_path / "small"
+    status, out, err = run(capsys, "compress", "db", "--centers", "3", "--out", small)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{small}: 18 rows in ")
+    assert " became 3 centres in " in out
+    database = Database.open(small)
+    assert len(database) == 3
+    members = [name for row in range(3) for name in database.members_of(row)]
+    assert sorted(members) == sorted(Database.open("db").ids)
+    assert "; --force replaces it" in fails(
+        capsys, "compress", "db", "--centers", "3", "--out", small
+    )
+    assert run(capsys, "compress", "db", "--centers", "2", "--out", small, "--seed", "4",
+               "--iterations", "7",
+               "--storage", "float16", "--force")[0] == 0  # fmt: skip
+    again = Database.open(small)
+    assert (len(again), again.storage) == (2, "float16")
+    facts = again.manifest["compressed"]
+    assert (facts["seed"], facts["iterations"]) == (4, 7)
+    assert "`centers` must be from 1 to 18, got 19" in fails(
+        capsys, "compress", "db", "--centers", "19", "--out", tmp_path / "none"
+    )
+    assert "there is no database at nowhere" in fails(
+        capsys, "compress", "nowhere", "--out", tmp_path / "none"
+    )
+    status, out, _ = run(capsys, "info", small)
+    assert "compressed.rows              18\n" in out
+    # Its rows explain, and the page finds the picture of each centre.
+    assert run(capsys, "explain", "pictures/green", "--database", small, "--out", tmp_path / "page",
+               *SETTINGS)[0] == 0  # fmt: skip
+    assert (tmp_path / "page" / "index.html").exists()
+
+
+def test_index(capsys, tmp_path, here):
+    status, out, err = run(capsys, "index", "db", "--factory", "HNSW8")
+    assert (status, err) == (0, "")
+    (file,) = (here / "db").glob("index-*.faiss")
+    size = file.stat().st_size
+    assert out == f"{file}: HNSW8 of 18 rows, {size:,} bytes\n"
+    assert run(capsys, "explain", "pictures/green", "--database", "db", "--out", tmp_path / "page",
+               "--index", "stored", *SETTINGS)[0] == 0  # fmt: skip
+    assert "`factory` must be a FAISS factory string, got 'Hnws'" in fails(
+        capsys, "index", "db", "--factory", "Hnws"
+    )
+
+
+def test_info_compares_checksums_when_asked(capsys, tmp_path, here):
+    Database.open("db").save(tmp_path / "db")
+    shard = tmp_path / "db" / "rows-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert run(capsys, "info", tmp_path / "db")[0] == 0
+    assert "checksum differs" in fails(capsys, "info", tmp_path / "db", "--verify")
+    assert run(capsys, "info", here / "db", "--verify")[0] == 0

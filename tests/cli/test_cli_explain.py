@@ -1,0 +1,230 @@
+"""`gcfast explain`, end to end on small pictures and a small network."""
+
+import csv
+import os
+import sys
+
+import numpy as np
+import pytest
+from cli_case import SETTINGS, VIEW, fails, prepare, run
+from PIL import Image
+
+from gcfast.cli.explain import MapWriter
+
+# Python 3.12 and later warn of any fork of a process with threads, which PyTorch always has.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture
+def here(made, monkeypatch):
+    """The working directory of the commands; what they import from it is forgotten afterwards."""
+    monkeypatch.chdir(made)
+    yield made
+    sys.modules.pop("cli_net", None)
+
+
+def read_results(out):
+    with open(out / "results.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_explain(here, capsys, tmp_path):
+    out = tmp_path / "out"
+    status, told, err = run(
+        capsys, "explain", "--database", "db", *SETTINGS, "--out", out, "--batch-size", "4",
+        "pictures/blue/3.png", "pictures/red",
+    )  # fmt: skip
+    assert status == 0
+    assert told == f"{out / 'index.html'}: 7 pictures\n"
+    assert "unreadable pictures, skipped: 1\n  pictures/red/broken.png: " in err
+
+    rows = read_results(out)
+    assert [r["path"] for r in rows] == [
+        "pictures/blue/3.png",
+        *(f"pictures/red/{i}.{'jpg' if i == 5 else 'png'}" for i in range(6)),
+        "pictures/red/broken.png",
+    ]
+    assert rows[-1]["error"].startswith("UnidentifiedImageError")
+    assert rows[-1]["map"] == ""
+    # Pictures of the database find themselves.
+    for row in rows[:-1]:
+        assert row["path"] == f"pictures/{row['neighbour_id']}"
+        assert row["neighbour_path"] == os.fspath(here / row["path"])
+        assert row["label"] == row["path"].split("/")[1]
+        assert float(row["distance"]) == pytest.approx(0, abs=1e-5)
+
+    maps = np.load(out / "maps.npy", mmap_mode="r")
+    assert (maps.shape, maps.dtype) == ((7, 32, 32), np.float32)
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    for row in rows[:-1]:
+        assert int(row["flat"]) == (maps[int(row["map"])].max() == 0)
+        with Image.open(out / row["overlay"]) as picture:
+            assert (picture.mode, picture.size) == ("RGB", (32, 32))
+
+    page = (out / "index.html").read_text()
+    assert page.count("<img ") == 7 * 3
+    assert "Pictures that could not be read" in page
+
+
+def test_explain_equals_the_library(here, capsys, tmp_path):
+    import gcfast
+    from gcfast.images.folder import ImageLoader, Preprocessing
+
+    sys.path.insert(0, os.fspath(here))
+    try:
+        import cli_net
+    finally:
+        sys.path.remove(os.fspath(here))
+    run(capsys, "explain", "--database", "db", *SETTINGS, "--out", tmp_path, "pictures/green")
+    explainer = gcfast.load("db", cli_net.build())
+    files = [f"pictures/green/{i}.{'jpg' if i == 5 else 'png'}" for i in range(6)]
+    loader = ImageLoader(files, files, preprocessing=Preprocessing(size=32))
+    want = np.concatenate([explainer.explain_batch(x).numpy() for x, _, _ in loader])
+    np.testing.assert_allclose(np.load(tmp_path / "maps.npy"), want, atol=1e-5)
+
+
+@pytest.mark.usefixtures("here")
+def test_explain_with_several_neighbours_and_workers(capsys, tmp_path):
+    status, _, _ = run(
+        capsys, "explain", "--database", "db", "--model", "cli_net:build", "--workers", "2",
+        "--out", tmp_path, "--k", "3", "--center", "1", "--page-rows", "2", "pictures/green",
+    )  # fmt: skip
+    assert status == 0
+    rows = read_results(tmp_path)
+    assert len(rows) == 6
+    for row in rows:
+        distances = [float(row[f"distance{s}"]) for s in ("", "_2", "_3")]
+        assert distances == sorted(distances)
+        assert len({row[f"neighbour_row{s}"] for s in ("", "_2", "_3")}) == 3
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<article") == 2
+    assert "Shown are the first 2 of 6" in page
+
+
+def test_explain_finds_pictures_that_moved_or_does_without(here, capsys, tmp_path):
+    pictures = tmp_path / "moved"
+    os.rename(here / "pictures", pictures)
+    try:
+        one = pictures / "red" / "0.png"
+        base = ("explain", "--database", "db", *SETTINGS, one, "--out")
+        assert run(capsys, *base, tmp_path / "a")[0] == 0
+        assert read_results(tmp_path / "a")[0]["neighbour_path"] == ""
+        assert "picture not found" in (tmp_path / "a" / "index.html").read_text()
+        assert run(capsys, *base, tmp_path / "b", "--images", pictures)[0] == 0
+        assert read_results(tmp_path / "b")[0]["neighbour_path"] == os.fspath(one)
+    finally:
+        os.rename(pictures, here / "pictures")
+
+
+@pytest.mark.usefixtures("here")
+def test_explain_errors(capsys, tmp_path):
+    def explain(*more, out="new", database="db"):
+        return fails(
+            capsys, "explain", "--database", database, *SETTINGS, "--out", tmp_path / out, *more
+        )
+
+    one = "pictures/red/0.png"
+    (tmp_path / "empty").mkdir()
+    assert "`PATH` must exist, got nowhere.png" in explain("nowhere.png")
+    assert "`PATH` must be a picture or hold some" in explain(tmp_path / "empty")
+    assert "none of the 1 pictures can be read" in explain("pictures/red/broken.png", out="b")
+    assert "cannot read pictures/red/broken.png" in explain("pictures/red", "--strict", out="s")
+    assert "there is no database at nowhere" in explain(one, database="nowhere")
+    assert "`--alpha` must be in [0, 1], got 2.0" in explain(one, "--alpha", "2")
+    assert explain(one, "--model", "cli_net:other", out="m")
+    assert not (tmp_path / "m").exists()
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    assert "holds notes.txt; --force writes" in explain(one, out="full")
+    assert (
+        run(capsys, "explain", "--database", "db", *SETTINGS, "--out", full, "--force", one)[0] == 0
+    )
+    assert (full / "notes.txt").read_text() == "mine"
+
+
+def test_explain_takes_any_file_name(here, capsys, tmp_path):
+    odd = tmp_path / "in" / os.fsdecode(b"\xff, <b>\n.png")
+    odd.parent.mkdir()
+    os.link(here / "pictures" / "red" / "0.png", odd)
+    out = tmp_path / "out"
+    status, _, _ = run(capsys, "explain", "--database", "db", *SETTINGS, "--out", out, odd.parent)
+    assert status == 0
+    with open(out / "results.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        assert next(csv.DictReader(file))["path"] == os.fspath(odd)
+
+
+@pytest.mark.usefixtures("here")
+def test_explain_with_more_neighbours_than_rows(capsys, tmp_path):
+    status, _, _ = run(
+        capsys, "explain", "--database", "db", *SETTINGS, "--out", tmp_path, "--k", "20",
+        "pictures/red/0.png",
+    )  # fmt: skip
+    assert status == 0
+    row = read_results(tmp_path)[0]
+    assert row["distance_18"] != ""
+    assert row["distance_19"] == row["neighbour_id_20"] == ""
+
+
+@pytest.mark.usefixtures("here")
+def test_a_database_that_does_not_say_how_pictures_were_prepared(capsys, tmp_path):
+    import gcfast
+
+    database = gcfast.Database.open("db")
+    database.manifest["preprocessing"] = None
+    database.save(tmp_path / "bare")
+    line = fails(
+        capsys, "explain", "--database", tmp_path / "bare", *SETTINGS, "--out", tmp_path / "out",
+        "pictures/red",
+    )  # fmt: skip
+    assert "must say how its pictures were prepared" in line
+
+
+@pytest.mark.usefixtures("here")
+def test_model_that_returns_a_dict(capsys, tmp_path):
+    keyed = ("--model", "cli_net:keyed", "--workers", "0", "--output-key", "vector")
+    status, _, _ = run(
+        capsys, "build", "--images", "pictures", "--out", tmp_path / "db", *keyed, *VIEW
+    )
+    assert status == 0
+    status, _, _ = run(
+        capsys, "explain", "--database", tmp_path / "db", *keyed[:4], "--out", tmp_path / "out",
+        "pictures/red/0.png",
+    )  # fmt: skip
+    assert status == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_transformer_tokens(capsys, tmp_path):
+    model = ("--model", "cli_net:tokens", "--workers", "0")
+    status, out, _ = run(
+        capsys, "build", "--images", "pictures", "--out", tmp_path / "db", *model, *VIEW,
+        "--layer", "block", "--tokens", "1",
+    )  # fmt: skip
+    assert status == 0
+    assert out.endswith("layer block\n")
+    status, _, _ = run(
+        capsys, "explain", "--database", tmp_path / "db", *model, "--out", tmp_path / "out",
+        "pictures/red/0.png",
+    )  # fmt: skip
+    assert status == 0
+    assert np.load(tmp_path / "out" / "maps.npy").shape == (1, 32, 32)
+
+
+def test_maps_are_readable_after_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"`maps` must have shape \[B, 4, 5\], got \[1, 5, 5\]"):
+        stream(tmp_path / "maps.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "maps.npy"), np.ones((3, 4, 5), np.float32))
+
+
+def stream(path):
+    with MapWriter(path) as maps:
+        maps.write(np.ones((2, 4, 5), np.float32))
+        maps.write(np.ones((1, 4, 5), np.float32))
+        maps.write(np.ones((1, 5, 5), np.float32))
