@@ -68,7 +68,7 @@ def tests(context: Context) -> Iterator[Row]:
     """
     del context
     files = sorted(
-        path for path in (ROOT / "tests").glob("test_*.py") if path.stem.startswith(TESTS)
+        path for path in (ROOT / "tests").rglob("test_*.py") if path.stem.startswith(TESTS)
     )
     deadline = time.monotonic() + TEST_SECONDS
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:

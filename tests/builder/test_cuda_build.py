@@ -19,10 +19,10 @@ pytestmark = needs_no_gpu
 BUILD_WAITS = {
     ("event", "offload.py:finish"),  # a batch behind
     ("read", "head.py:_error"), ("read", "head.py:agrees"), ("read", "head.py:_from_jacobian"),
-    ("read", "triplets.py:_with_hardest"), ("download", "fingerprint.py:fingerprint"),
+    ("read", "pairs.py:_with_hardest"), ("download", "fingerprint.py:fingerprint"),
 }  # fmt: skip
-LISTING_WAITS = {("read", "triplets.py:all"), ("read", "rows.py:<genexpr>")}
-SECOND_PASS_WAITS = {("download", "embedding.py:check_embeddings")}
+LISTING_WAITS = {("read", "pairs.py:all"), ("read", "rows.py:<genexpr>")}
+SECOND_PASS_WAITS = {("download", "embed.py:check_embeddings")}
 
 
 def same_rows(ours, wanted, *, tolerance=1e-4):

@@ -404,7 +404,7 @@ def test_another_storage_at_any_stage(tmp_path: Path, monkeypatch: pytest.Monkey
     assert content(tmp_path / "rows") == content(wanted.path)
     # Finished but for the name: those rows are what they are.
     with monkeypatch.context() as patch:
-        patch.setattr(resumable.durable, "move_into_place", lambda *_: 1 / 0)
+        patch.setattr(resumable.files, "move_into_place", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             one.build(given, out=tmp_path / "done")
     with pytest.raises(ValueError, match="begun with: storage was 'float32', is 'float16'"):

@@ -243,7 +243,7 @@ def test_a_file_that_the_system_cuts_off_leaves_nothing(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert "cannot write the database" in done.stdout
     assert "File too large" in done.stdout
