@@ -20,6 +20,17 @@ def require_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def require_images(name: str, images: object) -> Tensor:
+    """The images, if they are a floating-point tensor [B, channels, h, w]."""
+    tensor = require_tensor(name, images)
+    if tensor.ndim != 4:
+        raise ValueError(f"`{name}` must have shape [B, 3, h, w], got {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"`{name}` must be floating point, scaled as the model expects, got {got}")
+    return tensor
+
+
 def require_shape(
     name: str, tensor: Tensor, letters: str, sizes: Mapping[str, int] | None = None
 ) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gcfast._checks import require_finite_rows, require_tensor
+from gcfast._checks import require_finite_rows, require_images
 from gcfast.method.labels import Labels, Values
 from gcfast.model.network import Network
 
@@ -62,17 +62,6 @@ def listed_ids(ids: Any, count: int) -> list[str]:
     if len(values) != count:
         raise ValueError(f"`ids` must have B = {count} elements, got {len(values)}")
     return values
-
-
-def require_images(name: str, images: object) -> Tensor:
-    """The images, if they are a floating-point tensor [B, channels, h, w]."""
-    tensor = require_tensor(name, images)
-    if tensor.ndim != 4:
-        raise ValueError(f"`{name}` must have shape [B, 3, h, w], got {list(tensor.shape)}")
-    if not tensor.is_floating_point():
-        got = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"`{name}` must be floating point, scaled as the model expects, got {got}")
-    return tensor
 
 
 def check_embeddings(embeddings: Tensor, images: Tensor, *, first: int = 0) -> None:

@@ -1,41 +1,45 @@
-"""The main job: build a database from labelled images, explain any image in one forward pass."""
+"""The main class: build a database from labelled images, explain any image in one forward pass."""
 
 from __future__ import annotations
 
+import os
+import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gcfast import ops
-from gcfast.builder.loader import check_embeddings
-from gcfast.explain.building import Building
+from gcfast._checks import require_int
+from gcfast.builder.append import append, check_appendable
+from gcfast.builder.build import build
+from gcfast.database.database import Database
+from gcfast.errors import NoDatabaseError
+from gcfast.explain.attached import Attached, check_database
 from gcfast.explain.calibration import KEY, Fidelity, calibrated, transfer_fidelity
-from gcfast.explain.explainer_state import Attached
+from gcfast.explain.cuda_graphs import Graphs
 from gcfast.explain.export import ExportedExplainer
-from gcfast.explain.maps import Explained, Finish, Transferred, explained
-from gcfast.explain.own_maps import OwnMaps
-from gcfast.explain.result import Explanation, MapOptions, Size
+from gcfast.explain.own_maps import labelled_maps, triplet_maps
+from gcfast.explain.result import Explanation, MapOptions, Size, TripletMaps
 from gcfast.explain.stream import overlapped
 from gcfast.explain.transfer import ExactTransfer
-from gcfast.method.head import normalized
-from gcfast.model.capture import Captured
-from gcfast.ops import dispatch
-from gcfast.ops.precision import full_precision
+from gcfast.method.objectives import LossFunction, Objective, TripletLoss
+from gcfast.method.settings import Settings
+from gcfast.model.network import Network, Reshape
 
 STREAM_DEPTH = 1  # batches that wait for their transfer while the next one is in the model
 
 
-class Explainer(Building, OwnMaps):
-    """Explains the embeddings of one network.
+class Explainer:
+    """Explain the embeddings of one network.
 
     Args:
         model: any ``nn.Module``: images [B, 3, h, w] → embeddings [B, D]. It is left as it was:
             hooks gone, training flags and ``requires_grad`` as before, no ``.grad`` touched. It
-            runs in evaluation mode, in its own dtype, autocast respected.
+            runs in evaluation mode, in its own dtype, and autocast is respected.
         layer: dotted name or module whose output is explained; None takes the database's, or the
             last layer (outermost name) whose output is spatial with H W > 1 (``layer_name`` says
             which).
@@ -46,13 +50,13 @@ class Explainer(Building, OwnMaps):
         method: "gradcam" or "gradcam++".
         triplets: how many are drawn for a row, uniformly over its valid ones; "all" for every one.
         channels: M, how many channels a row keeps; "all" for C.
-        evidence: "for" takes the channels whose growth lowers the loss (−dL/dA); "against" the
+        evidence: "for" takes the channels whose growth lowers the loss (−dL/dA); "against" is the
             paper's Eq. 6 to the letter.
-        k: neighbours mixed for an explanation, by softmax(−distance / τ), τ the mean distance of a
+        k: neighbors mixed for an explanation, by softmax(−distance / τ), τ the mean distance of a
             row to its k-th nearest. 1 is the paper.
         index: "exact", a FAISS factory string, a ``faiss.Index``, or "stored" for the one in the
             database's folder (``gcfast index``).
-        l2_normalize: normalise the model's output (nothing changes where it is normalised).
+        l2_normalize: normalize the model's output (no change where it is normalized already).
         on_no_triplet: a row without a valid triplet takes its farthest positive and nearest
             negative, hinge ignored ("hardest"), or is left out ("skip"). A row whose label is seen
             once is always left out, and counted.
@@ -60,9 +64,9 @@ class Explainer(Building, OwnMaps):
         reshape: from the layer's output to [B, C, H, W]; ``TokenGrid`` for transformers.
         seed: of the draws, 0 to 2^63 − 1.
         cuda_graphs: on a CUDA device, capture :meth:`explain_batch` for each shape of images and
-            replay it: for small batches, whose time is that of launching kernels. Captured again
-            when a weight or the database has changed; a model that cannot be captured runs without,
-            with a warning.
+            replay it: for small batches, whose time is spent on launching kernels. Captured again
+            when a weight or the database has changed; a model that cannot be captured runs
+            without graphs, with a warning.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range, by its name.
@@ -71,6 +75,224 @@ class Explainer(Building, OwnMaps):
 
     Source: paper, sections 3.1 to 3.3.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | nn.Module | None = None,
+        database: Database | None = None,
+        *,
+        objective: Objective | LossFunction | None = None,
+        method: str = "gradcam",
+        triplets: int | str = 50,
+        channels: int | str = 50,
+        evidence: str = "for",
+        k: int = 1,
+        index: Any = "exact",
+        l2_normalize: bool = True,
+        on_no_triplet: str = "hardest",
+        output_key: str | int | None = None,
+        reshape: Reshape | None = None,
+        seed: int = 0,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.settings = Settings.checked(
+            objective=TripletLoss() if objective is None else objective,
+            method=method,
+            triplets=triplets,
+            channels=channels,
+            evidence=evidence,
+            l2_normalize=l2_normalize,
+            on_no_triplet=on_no_triplet,
+            seed=seed,
+        )
+        self.k = require_int("k", k, 1)
+        self.index = index
+        if not isinstance(cuda_graphs, bool):
+            raise TypeError(f"`cuda_graphs` must be a bool, got {cuda_graphs!r}")
+        if cuda_graphs and not self._exact:
+            raise ValueError("`index` must be 'exact' with `cuda_graphs`, which FAISS cannot be in")
+        self.network = Network(model, layer, output_key=output_key, reshape=reshape)
+        self._graphs = Graphs(self.network.model) if cuda_graphs else None
+        self._lock = threading.Lock()
+        self._database: Database | None = None
+        self._attached: Attached | None = None
+        if database is not None:
+            self.database = database
+
+    @property
+    def layer_name(self) -> str | None:
+        """The layer that is explained; None until the first forward pass has found it."""
+        return self.network.layer_name
+
+    @property
+    def database(self) -> Database | None:
+        """The database that explanations rest on. Setting it checks that it is this model's.
+
+        Raises:
+            TypeError: not a database.
+            ModelMismatchError: built with another model, other weights, layer or normalization.
+        """
+        return self._database
+
+    @database.setter
+    def database(self, database: Database) -> None:
+        check_database(database, self.network, l2_normalize=self.settings.l2_normalize)
+        if self.layer_name is None:
+            self.network.set_layer(database.manifest["layer"])
+        self._set_database(database)
+
+    def _set_database(self, database: Database) -> None:
+        with self._lock:
+            self._database, self._attached = database, None
+        database.explainer = weakref.ref(self)
+
+    def info(self) -> dict[str, Any]:
+        """Return the layer, the model's memory format, the settings and the database."""
+        return {
+            "layer": self.layer_name,
+            "channels_last": self.network.channels_last,
+            "settings": self.settings.describe(),
+            "k": self.k,
+            "index": self.index if isinstance(self.index, str) else type(self.index).__name__,
+            "database": None if self._database is None else repr(self._database),
+        }
+
+    def build(
+        self,
+        loader: Iterable[Any],
+        *,
+        progress: bool = False,
+        preprocessing: dict[str, Any] | None = None,
+        out: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        storage: str = "float32",
+    ) -> Database:
+        """Build the database from labelled images, and explain from it from now on.
+
+        This takes one forward pass over the images where the head is an affine map of the spatially
+        averaged activations (with or without L2 norm); any other head takes a second pass, with
+        vector-Jacobian products from the layer on. Memory is O(N D), for Grad-CAM++ O(N (D + C)),
+        spilled to temporary files above gcfast.builder.spool.SPOOL_MEMORY_BYTES.
+
+        With ``out`` the embeddings and the rows are written as they are made, in ``out.partial``,
+        which becomes ``out`` at the end. If the build is killed, ``resume`` continues it after the
+        last complete write and gives the same rows. Finished batches do not go through the model
+        again, except one, which must give the embeddings it gave before.
+
+        Args:
+            loader: any iterable of (images, labels) or (images, labels, ids), a list included:
+                images [B, 3, h, w] floating point, moved to the model's device and dtype; labels
+                [B] whole numbers or names (real numbers for a ``RankLoss``); ids [B] strings. It
+                must give the same images in the same order in every pass.
+            progress: show bars on stderr.
+            preprocessing: anything that JSON can hold, kept in the manifest.
+            out: the folder to write the database to as it is made; None keeps it in memory.
+            resume: continue the unfinished build of ``out``, if there is one. With another
+                ``storage`` its rows are made again from its embeddings.
+            overwrite: replace a gcfast database at ``out``, once the new one is complete.
+            storage: "float32" or "float16" for the rows' embeddings and weights.
+
+        Returns:
+            The database, its rows in the loader's order.
+
+        Raises:
+            TypeError, ValueError: a loader that gives something else, no labels, one class only,
+                or other images the second time; NaN, with the row; more channels than C; an
+                unfinished build with other settings; weights that float16 cannot hold.
+            ModelMismatchError: the unfinished build is of another model.
+            FileExistsError: something is at ``out``, or an unfinished build that is not resumed.
+            DamagedDatabaseError: a file of the unfinished build is missing or cut off.
+            GcfastError: another process is building there, or writes to what is to be replaced.
+            OSError: the disk is full, or another failure to write; ``resume`` continues later.
+        """
+        database = build(
+            self.network,
+            loader,
+            self.settings,
+            progress=progress,
+            preprocessing=preprocessing,
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            storage=storage,
+        )
+        self._set_database(database)
+        return database
+
+    def append(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
+        """Add rows for further images to the database, and explain from it from now on.
+
+        The new rows draw their triplets from the stored and the new embeddings together. Stored
+        rows, the mean activation and the offsets stay as they are; the manifest's ``older_rows``
+        counts the rows that have not drawn from the newest ones, which :meth:`rebuild` renews. An
+        image that was left out before (the only one of its label, or, with
+        ``on_no_triplet="skip"``, one without a valid triplet) still has no row. A stored index must
+        be made again. A calibration was measured on the stored rows alone: it is dropped with a
+        warning, and ``explain_batch(details=True).confidence`` is None until ``calibrate``.
+
+        A database with a folder gets new shards there and then the manifest that names them, so
+        that a reader sees the old rows or all of them; one in memory stays there.
+
+        Args:
+            loader: as for :meth:`build`; one label is enough.
+            progress: show bars on stderr.
+
+        Returns:
+            The database with all rows, the new ones last.
+
+        Raises:
+            NoDatabaseError: there is no database yet.
+            ModelMismatchError: the model has changed since the database was built.
+            TypeError, ValueError: as :meth:`build`; settings other than the database's.
+            GcfastError: a compressed database; one that another process writes to, or has changed.
+        """
+        if self._database is None:
+            raise NoDatabaseError("there is no database to append to: call build(loader) first")
+        calibrated = KEY in self._database.manifest
+        database = append(self._database, self.network, loader, self.settings, progress=progress)
+        self._set_database(database)
+        if calibrated:
+            warnings.warn(
+                "the database's calibration was of the rows before these and is dropped: "
+                "`confidence` is None until calibrate(loader) is called again",
+                stacklevel=2,
+            )
+        return database
+
+    def rebuild(
+        self, loader: Iterable[Any], *, progress: bool = False, resume: bool = False
+    ) -> Database:
+        """Replace the database by a new build in the same place, storage and preprocessing.
+
+        A stored index and a calibration belong to the old rows and are dropped with them.
+
+        Args:
+            loader: all the images, as for :meth:`build`.
+            progress: show bars on stderr.
+            resume: continue an unfinished rebuild, if there is one.
+
+        Raises:
+            NoDatabaseError: there is no database yet.
+            ModelMismatchError: the model has changed since the database was built.
+            TypeError, ValueError: as :meth:`build`; settings other than the database's.
+            GcfastError: a compressed database; and as :meth:`build`.
+            FileExistsError: an unfinished rebuild that is not resumed.
+        """
+        old = self._database
+        if old is None:
+            raise NoDatabaseError("there is no database to rebuild: call build(loader) first")
+        check_appendable(old, self.network, self.settings)
+        return self.build(
+            loader,
+            progress=progress,
+            preprocessing=old.manifest.get("preprocessing"),
+            out=old.path,
+            resume=resume,
+            overwrite=old.path is not None,
+            storage=old.storage,
+        )
 
     @overload
     def explain_batch(
@@ -118,7 +340,7 @@ class Explainer(Building, OwnMaps):
         center: float = 0.0,
         details: bool = False,
     ) -> Tensor | Explanation:
-        """Heat maps of images, from one forward pass and their nearest rows' grad-weights.
+        """Return heat maps of images, from one forward pass and their nearest rows' grad-weights.
 
         Args:
             images: [B, 3, h, w] on the model's device and in its dtype, as the model expects them.
@@ -131,8 +353,8 @@ class Explainer(Building, OwnMaps):
             details: return an :class:`Explanation` instead of the maps alone.
 
         Returns:
-            [B, OH, OW] float32 on the images' device, in [0, 1] by default; zeros where nothing
-            is left of a map.
+            [B, OH, OW] float32 on the images' device, in [0, 1] by default; zeros where the map
+            has no positive value.
 
         Raises:
             NoDatabaseError: there is no database yet.
@@ -143,22 +365,21 @@ class Explainer(Building, OwnMaps):
         Source: paper, section 3.3.
         """
         options = MapOptions(size, normalize, relu, center)
-        images = self._checked_images("images", images)
-        finish = Finish(options.checked(images), center, relu, normalize)
+        images = self.network.checked("images", images)
+        finish = options.checked(images)
         attached = self._attach()
         if len(images) == 0:
-            return self._nothing(images, finish.size, details, attached)
-        run = partial(self._explained, attached=attached, finish=finish)
+            return attached.result(attached.empty(finish.size), details)
         if self._graphs is None:
-            return _result(run(images), attached, details)
+            return attached.result(attached.explain(images, finish), details)
         if not images.is_cuda:
             raise ValueError(
                 f"`cuda_graphs` must be False for a model on {images.device}, got True"
             )
         return self._graphs.run(
             self.network.prepared(images),
-            run,
-            lambda out: _result(out.copied(), attached, details),
+            lambda images: attached.explain(images, finish),
+            lambda out: attached.result(out.copied(), details),
             owner=attached,
             key=finish,
         )
@@ -197,11 +418,12 @@ class Explainer(Building, OwnMaps):
         center: float = 0.0,
         details: bool = False,
     ) -> Iterator[Tensor] | Iterator[Explanation]:
-        """Explain one batch after another; with an index, searching while the model runs.
+        """Explain one batch after another; with an index, search while the model runs.
 
-        What :meth:`explain_batch` gives for each batch, in order. The index of batch i is searched,
-        and its rows are gathered, in the background of the forward pass of batch i + 1; until then
-        the activations of batch i are kept, so STREAM_DEPTH + 1 batches are held at most.
+        Each batch gives what :meth:`explain_batch` gives, in order. The index of batch i is
+        searched, and its rows are gathered, in the background of the forward pass of batch i + 1;
+        until then the activations of batch i are kept, so STREAM_DEPTH + 1 batches are held at
+        most.
 
         Args:
             batches: any iterable of images as for :meth:`explain_batch`; read STREAM_DEPTH batches
@@ -224,82 +446,101 @@ class Explainer(Building, OwnMaps):
         self._attach()
 
         def begin(images: Tensor) -> Callable[[], Tensor | Explanation]:
-            return self._begin(images, options, details)
+            images = self.network.checked("images", images)
+            if self._graphs is not None or len(images) == 0:
+                explained = self.explain_batch(images, **vars(options), details=details)
+                return lambda: explained
+            finish = options.checked(images)
+            attached = self._attach()
+            finished = attached.begin(images, finish)
+            return lambda: attached.result(finished(), details)
 
         return overlapped(batches, begin, STREAM_DEPTH)  # type: ignore[return-value]
 
-    def _begin(
-        self, images: Tensor, options: MapOptions, details: bool
-    ) -> Callable[[], Tensor | Explanation]:
-        """The forward pass of a batch; its transfer is under way, and waited for by the result."""
-        if self._graphs is not None:
-            at_once = self.explain_batch(images, **vars(options), details=details)
-            return lambda: at_once
-        images = self._checked_images("images", images)
-        finish = Finish(options.checked(images), options.center, options.relu, options.normalize)
-        attached = self._attach()
-        if len(images) == 0:
-            return lambda: self._nothing(images, finish.size, details, attached)
-        waits = not images.is_cuda
-        captured = self.network.embed(images)
-        with torch.no_grad(), full_precision(images.device):
-            embeddings = self._normalized(captured, images, waits)
-            pending = attached.transfer.start(embeddings)
-        activations = captured.activations
-
-        def finished() -> Tensor | Explanation:
-            with torch.no_grad(), full_precision(embeddings.device):
-                out = _maps(activations, embeddings, pending.wait(), finish, waits)
-            return _result(out, attached, details)
-
-        return finished
-
-    def _explained(
-        self, images: Tensor, *, attached: Attached, finish: Finish, waits: bool | None = None
-    ) -> Explained:
-        """One forward pass, the search and the maps.
+    def explain_labelled(
+        self,
+        images: Tensor,
+        labels: Any,
+        *,
+        size: Size | None = None,
+        normalize: str | None = "max",
+        relu: bool = True,
+        center: float = 0.0,
+    ) -> Tensor:
+        """Return maps from the images' own triplets against the database, which transfer estimates.
 
         Args:
-            images: [B, 3, h, w], checked.
-            attached: the database on their device.
-            finish: how the maps are finished.
-            waits: whether values may be looked at; None for not on a CUDA device, where that would
-                wait for it.
+            images: as for :meth:`explain_batch`.
+            labels: [B] whole numbers or names, of the database's classes; real numbers for a
+                ``RankLoss``.
+            size: as for :meth:`explain_batch`.
+            normalize: as for :meth:`explain_batch`.
+            relu: as for :meth:`explain_batch`.
+            center: as for :meth:`explain_batch`.
+
+        Returns:
+            [B, OH, OW] float32; zeros for a label that no row of the database has.
+
+        Raises:
+            NoDatabaseError, TypeError, ValueError: as :meth:`explain_batch`, and for labels that
+                the database does not know; an objective over the other kind of labels than the
+                database has.
+
+        Source: paper, section 3.2 and its Figure 3.
         """
-        waits = not images.is_cuda if waits is None else waits
-        captured = self.network.embed(images)
-        with torch.no_grad(), full_precision(images.device):
-            embeddings = self._normalized(captured, images, waits)
-            found = attached.transfer(embeddings)
-            return _maps(captured.activations, embeddings, found, finish, waits)
+        options = MapOptions(size, normalize, relu, center)
+        images = self.network.checked("images", images)
+        finish = options.checked(images)
+        database = self._attach().database
+        return labelled_maps(self.network, self.settings, database, images, labels, finish)
 
-    def _normalized(self, captured: Captured, images: Tensor, waits: bool) -> Tensor:
-        """The embeddings [B, D] of images that were checked."""
-        embeddings = normalized(captured.output, self.settings.l2_normalize)
-        if waits:
-            check_embeddings(embeddings, images)
-        return embeddings
+    def explain_triplet(
+        self,
+        anchor: Tensor,
+        positive: Tensor,
+        negative: Tensor,
+        *,
+        size: Size | None = None,
+        normalize: str | None = "max",
+        relu: bool = True,
+        center: float = 0.0,
+    ) -> TripletMaps:
+        """Return maps of given triplets: Grad-CAM on the objective itself, no database needed.
 
-    def _nothing(
-        self, images: Tensor, size: tuple[int, int], details: bool, attached: Attached
-    ) -> Tensor | Explanation:
-        """The explanation of no images."""
-        maps = torch.zeros((0, *size), device=images.device)
-        if not details:
-            return maps
-        ids = torch.zeros((0, self.k), dtype=torch.int64, device=images.device)
-        embeddings = maps.new_zeros((0, attached.database.dim))
-        labels = ids.to(attached.database.shards[0].labels.dtype)
-        distances = maps.new_zeros((0, self.k))
-        return Explanation(
-            maps=maps,
-            embeddings=embeddings,
-            neighbors=ids,
-            distances=distances,
-            labels=labels,
-            flat=torch.zeros(0, dtype=torch.bool, device=images.device),
-            confidence=attached.confidence(distances),
-        )
+        The hinge of a triplet that is solved already has no gradient; it is ignored with
+        ``on_no_triplet="hardest"``, and with "skip" the maps of such a triplet are zeros.
+
+        Args:
+            anchor: [B, 3, h, w], as for :meth:`explain_batch`.
+            positive: [B, 3, h, w], of the anchors' labels.
+            negative: [B, 3, h, w], of other labels.
+            size: as for :meth:`explain_batch`.
+            normalize: as for :meth:`explain_batch`.
+            relu: as for :meth:`explain_batch`.
+            center: as for :meth:`explain_batch`; other than 0 needs a database.
+
+        Returns:
+            Maps of the anchors, positives and negatives, [B, OH, OW] float32 each.
+
+        Raises:
+            NoDatabaseError: ``center`` without a database.
+            TypeError, ValueError: as :meth:`explain_batch`.
+
+        Source: paper, section 3.1.
+        """
+        options = MapOptions(size, normalize, relu, center)
+        images = [
+            self.network.checked(name, value)
+            for name, value in (("anchor", anchor), ("positive", positive), ("negative", negative))
+        ]
+        if len({len(i) for i in images}) > 1:
+            raise ValueError(
+                "`anchor`, `positive` and `negative` must have the same B, got "
+                + ", ".join(str(len(i)) for i in images)
+            )
+        finishes = [options.checked(i) for i in images]
+        mean = self._attach().database.mean_activation if center != 0 else None
+        return triplet_maps(self.network, self.settings, images, finishes, mean)
 
     def export(
         self,
@@ -310,11 +551,11 @@ class Explainer(Building, OwnMaps):
         center: float = 0.0,
         details: bool = False,
     ) -> ExportedExplainer:
-        """The explainer as one module without hooks, which torch.compile and torch.export take.
+        """Return the explainer as one module without hooks, for torch.compile and torch.export.
 
         It maps images [B, 3, h, w] to what :meth:`explain_batch` maps them to, in one graph
         (``fullgraph=True``). Its parameters are the model's own; the database's tables are buffers.
-        Where a pass has been made before (``build``, ``explain_batch``), what it has shown is used:
+        If a pass was made before (``build``, ``explain_batch``), what it showed is used:
         channels-last input where the model takes it, and no copy of the activations where no later
         layer writes over them.
 
@@ -331,17 +572,15 @@ class Explainer(Building, OwnMaps):
             TypeError, ValueError: an argument of the wrong kind or out of range; an ``index`` that
                 is not exact, since FAISS cannot be part of a graph.
         """
-        options = MapOptions(size, normalize, relu, center)
-        fixed = options.checked(torch.empty(0, 3, 1, 1))
-        if not self._indexed("exact"):
+        finish = MapOptions(size, normalize, relu, center).checked(torch.empty(0, 3, 1, 1))
+        if not self._exact:
             raise ValueError(f"`index` must be 'exact' to be exported, got {self.index!r}")
-        attached = self._attach()
-        transfer = attached.transfer
+        transfer = self._attach().transfer
         assert isinstance(transfer, ExactTransfer)
         return ExportedExplainer(
             self.network,
             transfer,
-            Finish((0, 0) if size is None else fixed, center, relu, normalize),
+            finish._replace(size=(0, 0)) if size is None else finish,
             l2_normalize=self.settings.l2_normalize,
             details=details,
         )
@@ -350,18 +589,17 @@ class Explainer(Building, OwnMaps):
         """Learn from labelled held-out images what a distance says of a map; kept in the database.
 
         From then on ``explain_batch(details=True).confidence`` is the expected cosine between the
-        map and the one that the image's own triplets would give. Print what is returned before
-        relying on it: where agreement does not fall with distance, or a random row's map agrees as
-        well, a confidence says little. Save the database to keep it. The calibration is of these
-        very rows: ``append`` (with a warning), ``rebuild`` and ``Database.compress`` leave it
-        behind.
+        map and the one that the image's own triplets would give. Print the result before relying
+        on it: where agreement does not fall with distance, or a random row's map agrees as well, a
+        confidence says little. Save the database to keep it. The calibration is of these very rows:
+        ``append`` (with a warning), ``rebuild`` and ``Database.compress`` drop it.
 
         Args:
             loader: as for :meth:`build`, of images that the database was not built from; images of
                 classes that it does not know are left out and counted.
 
         Returns:
-            What was measured, a random row's agreement beside it, see
+            What was measured, with a random row's agreement next to it, see
             :class:`gcfast.explain.calibration.Fidelity`.
 
         Raises:
@@ -378,21 +616,25 @@ class Explainer(Building, OwnMaps):
                 self._attached = replace(attached, calibration=calibration.to(attached.device))
         return fidelity
 
+    @property
+    def _exact(self) -> bool:
+        return isinstance(self.index, str) and self.index == "exact"
 
-def _maps(
-    activations: Tensor, embeddings: Tensor, found: Transferred, finish: Finish, waits: bool
-) -> Explained:
-    return explained(
-        activations,
-        embeddings,
-        found,
-        finish,
-        sparse_cam=ops.sparse_cam if waits else dispatch.sparse_cam,
-        marks=not waits,
-    )
-
-
-def _result(out: Explained, attached: Attached, details: bool) -> Tensor | Explanation:
-    if not details:
-        return out.maps
-    return out.explanation(attached.transfer.labels, attached.confidence)
+    def _attach(self) -> Attached:
+        """Return the database on the model's device; made once."""
+        with self._lock:
+            if self._database is None:
+                raise NoDatabaseError(
+                    "there is no database to explain from: call build(loader), or gcfast.load"
+                )
+            device = self.network.device(torch.device("cpu"))
+            if self._attached is None or self._attached.device != device:
+                self._attached = Attached.make(
+                    self.network,
+                    self._database,
+                    device,
+                    l2_normalize=self.settings.l2_normalize,
+                    k=self.k,
+                    index=self.index,
+                )
+            return self._attached

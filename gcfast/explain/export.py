@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gcfast.errors import UnsupportedModelError
-from gcfast.explain.maps import Finish, Tables, explained, from_tables
+from gcfast.explain.maps import Tables, explained, from_tables
+from gcfast.explain.result import Finish
 from gcfast.explain.transfer import ExactTransfer
 from gcfast.method.head import normalized
 from gcfast.model.capture import first_tensor

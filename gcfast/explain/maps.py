@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gcfast.explain.result import Explanation
+from gcfast.explain.result import Explanation, Finish
 
 
 class Tables(NamedTuple):
@@ -79,15 +79,6 @@ class Explained(NamedTuple):
         assert labels is not None
         none = torch.nan if labels.is_floating_point() else -1
         return torch.where(self.neighbors >= 0, labels[self.neighbors.clamp(min=0)], none)
-
-
-class Finish(NamedTuple):
-    """How maps are finished, checked: the keywords of ``sparse_cam`` that are not tensors."""
-
-    size: tuple[int, int]
-    center: float
-    relu: bool
-    normalize: str | None
 
 
 def mixing_weights(distances: Tensor, temperature: float) -> Tensor:

@@ -37,6 +37,15 @@ class TripletMaps(NamedTuple):
     negative: Tensor
 
 
+class Finish(NamedTuple):
+    """How maps are finished, checked: the keywords of ``sparse_cam`` that are not tensors."""
+
+    size: tuple[int, int]
+    center: float
+    relu: bool
+    normalize: str | None
+
+
 @dataclass(frozen=True)
 class MapOptions:
     """How maps are to be finished; :meth:`gcfast.Explainer.explain_batch` says what each means."""
@@ -46,8 +55,8 @@ class MapOptions:
     relu: bool
     center: float
 
-    def checked(self, images: Tensor) -> tuple[int, int]:
-        """(OH, OW), once everything is as it must be."""
+    def checked(self, images: Tensor) -> Finish:
+        """Check everything, and take the size from the images where none is given."""
         require_choice("normalize", self.normalize, ("max", "minmax", None))
         if isinstance(self.center, bool) or not isinstance(self.center, int | float):
             raise TypeError(f"`center` must be a number, got {self.center!r}")
@@ -61,4 +70,4 @@ class MapOptions:
         height, width = (size, size) if isinstance(size, int) else size
         require_int("size", height, 1)
         require_int("size", width, 1)
-        return height, width
+        return Finish((height, width), self.center, self.relu, self.normalize)

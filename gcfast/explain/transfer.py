@@ -41,9 +41,11 @@ class Transfer(Protocol):
     """Search in one database, and gather from it.
 
     Attributes:
-        labels: [N] of the rows on the device, or None where each batch brings its neighbours'.
+        k: how many neighbors are searched for.
+        labels: [N] of the rows on the device, or None where each batch brings its neighbors'.
     """
 
+    k: int
     labels: Tensor | None
 
     def __call__(self, embeddings: Tensor) -> Transferred:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcfast._checks import suggestions
+from gcfast._checks import require_images, suggestions
 from gcfast.errors import UnsupportedModelError
 from gcfast.model.capture import (
     Capture,
@@ -111,6 +111,26 @@ class Network:
             if parameter.is_floating_point():
                 return parameter.dtype
         return None
+
+    def checked(self, name: str, images: object) -> Tensor:
+        """Return the images, if they are as the model takes them.
+
+        Raises:
+            TypeError: no tensor, or another dtype than the model's outside autocast.
+            ValueError: another rank or device.
+        """
+        images = require_images(name, images)
+        device = self.device(images.device)
+        if images.device != device:
+            raise ValueError(
+                f"`{name}` must be on the model's device, {device}, got {images.device}"
+            )
+        dtype = self.dtype()
+        autocast = torch.is_autocast_enabled(images.device.type)
+        if dtype is not None and images.dtype != dtype and not autocast:
+            wanted, got = (str(d).removeprefix("torch.") for d in (dtype, images.dtype))
+            raise TypeError(f"`{name}` must have the model's dtype, {wanted}, got {got}")
+        return images
 
     def embed(self, images: Tensor) -> Captured:
         """One forward pass without a graph, [B, 3, h, w] as the model takes it."""

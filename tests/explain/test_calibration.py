@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gcfast
 from gcfast.database.shards import FIELDS
-from gcfast.explain import explainer_state
+from gcfast.explain import attached
 from gcfast.explain.calibration import Calibration, Fidelity, calibrated, transfer_fidelity
 from gcfast.metrics import cosine, spearman
 from gcfast.metrics.controls import random_rows
@@ -126,7 +126,7 @@ def test_calibrating_makes_no_index_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     one = gcfast.Explainer(common(), "backbone", channels=6, index="Flat")
     one.build(loader(images[:12], labels[:12]))
     before = one.explain_batch(images[12:], details=True)
-    monkeypatch.setattr(explainer_state, "make_transfer", None)
+    monkeypatch.setattr(attached, "make_transfer", None)
     one.calibrate(loader(images[12:], labels[12:]))
     after = one.explain_batch(images[12:], details=True)
     assert torch.equal(after.maps, before.maps)

@@ -9,7 +9,8 @@ from networks import common, loader, pictures
 
 from gcfast import Explainer
 from gcfast.explain.cuda_graphs import GRAPHS_KEPT, Graphs
-from gcfast.explain.maps import Explained, Finish
+from gcfast.explain.maps import Explained
+from gcfast.explain.result import Finish
 from gcfast.ops import dispatch
 
 
@@ -61,7 +62,7 @@ class Case:
                            | options))  # fmt: skip
 
         def function(images):
-            return self.explainer._explained(images, attached=attached, finish=finish, waits=False)
+            return attached.explain(images, finish, waits=False)
 
         got = self.graphs.run(images, function, Explained.copied, owner=attached, key=finish)
         wanted = function(images)

@@ -8,8 +8,8 @@ from networks import CHANNELS, OTHER_HEADS, Net, common, loader, pictures
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcfast import Explainer, reference
-from gcfast.explain import explainer as explainer_module
-from gcfast.explain.maps import Finish
+from gcfast.explain import attached
+from gcfast.explain.result import Finish
 from gcfast.ops import dispatch
 
 # What must see values, and so waits for a device: the size of a result, a number for Python, or a
@@ -42,9 +42,7 @@ def _explainer(model=None, device="cpu", **settings):
 
 def _run(explainer, images, **options):
     finish = {"size": (9, 7), "center": 0.0, "relu": True, "normalize": "max"} | options
-    return explainer._explained(
-        images, attached=explainer._attach(), finish=Finish(**finish), waits=False
-    )
+    return explainer._attach().explain(images, Finish(**finish), waits=False)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -94,18 +92,16 @@ def test_a_cuda_tensor_takes_this_path(monkeypatch):
     seen = []
     # What claims to be on a GPU would take kernels.
     monkeypatch.setattr(dispatch, "uses_triton", lambda *_: False)
-    monkeypatch.setattr(
-        explainer_module, "explained", lambda *args, **kwargs: seen.append(kwargs) or args
-    )
+    monkeypatch.setattr(attached, "explained", lambda *args, **kwargs: seen.append(kwargs) or args)
     explainer = _explainer_without_a_pass()
-    explainer._explained(pictures(1)[0], attached=explainer._attach(), finish=None)
+    explainer._attach().explain(pictures(1)[0], finish=None)
     assert not seen[-1]["marks"]
 
     class OnGpu(torch.Tensor):
         is_cuda = True
 
     images = pictures(1)[0].as_subclass(OnGpu)
-    explainer._explained(images, attached=explainer._attach(), finish=None)
+    explainer._attach().explain(images, finish=None)
     assert seen[-1]["marks"]
     assert seen[-1]["sparse_cam"] is dispatch.sparse_cam
 

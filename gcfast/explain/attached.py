@@ -1,0 +1,184 @@
+"""A network and its database, made ready to explain images on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcfast import ops
+from gcfast.builder.loader import check_embeddings
+from gcfast.database.database import Database
+from gcfast.errors import ModelMismatchError
+from gcfast.explain.calibration import Calibration
+from gcfast.explain.maps import Explained, Transferred, explained
+from gcfast.explain.result import Explanation, Finish
+from gcfast.explain.transfer import Transfer, make_transfer
+from gcfast.method.head import normalized
+from gcfast.model.capture import Captured
+from gcfast.model.fingerprint import difference, fingerprint
+from gcfast.model.network import Network
+from gcfast.ops import dispatch
+from gcfast.ops.precision import full_precision
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """From checked images to maps; never changed, so threads share it."""
+
+    network: Network
+    l2_normalize: bool
+    database: Database
+    device: torch.device
+    transfer: Transfer
+    calibration: Calibration | None
+
+    @classmethod
+    def make(
+        cls,
+        network: Network,
+        database: Database,
+        device: torch.device,
+        *,
+        l2_normalize: bool,
+        k: int,
+        index: Any,
+    ) -> Attached:
+        """Read the database's tables or its index, which may take long.
+
+        Args:
+            network: the database's, see :func:`check_database`.
+            database: the rows.
+            device: the network's.
+            l2_normalize: normalize the network's output.
+            k: neighbors.
+            index: as for :class:`gcfast.Explainer`.
+
+        Raises:
+            DamagedDatabaseError: the stored index or the calibration cannot be read.
+            MissingExtraError, TypeError, ValueError: as
+                :func:`gcfast.explain.faiss_search.open_index`.
+        """
+        if isinstance(index, str) and index == "stored":
+            index = database.read_index()
+        calibration = Calibration.from_manifest(database.manifest)
+        return cls(
+            network=network,
+            l2_normalize=l2_normalize,
+            database=database,
+            device=device,
+            transfer=make_transfer(database, device, k, index),
+            calibration=None if calibration is None else calibration.to(device),
+        )
+
+    def explain(self, images: Tensor, finish: Finish, *, waits: bool | None = None) -> Explained:
+        """Run the forward pass, the search and the maps.
+
+        Args:
+            images: [B, 3, h, w], checked.
+            finish: how the maps are finished.
+            waits: whether values may be looked at; None for not on a CUDA device, where looking
+                would wait for the device.
+        """
+        waits = not images.is_cuda if waits is None else waits
+        captured = self.network.embed(images)
+        with torch.no_grad(), full_precision(images.device):
+            embeddings = self._embeddings(captured, images, waits)
+            found = self.transfer(embeddings)
+            return _maps(captured.activations, embeddings, found, finish, waits)
+
+    def begin(self, images: Tensor, finish: Finish) -> Callable[[], Explained]:
+        """Run the forward pass and start the transfer; what is returned waits for it.
+
+        Args:
+            images: [B, 3, h, w], checked.
+            finish: how the maps are finished.
+        """
+        waits = not images.is_cuda
+        captured = self.network.embed(images)
+        with torch.no_grad(), full_precision(images.device):
+            embeddings = self._embeddings(captured, images, waits)
+            pending = self.transfer.start(embeddings)
+        activations = captured.activations
+
+        def finished() -> Explained:
+            with torch.no_grad(), full_precision(embeddings.device):
+                return _maps(activations, embeddings, pending.wait(), finish, waits)
+
+        return finished
+
+    def empty(self, size: tuple[int, int]) -> Explained:
+        """Return what :meth:`explain` would give for no images."""
+        ids = torch.zeros((0, self.transfer.k), dtype=torch.int64, device=self.device)
+        maps = torch.zeros((0, *size), device=self.device)
+        return Explained(
+            maps=maps,
+            embeddings=maps.new_zeros((0, self.database.dim)),
+            neighbors=ids,
+            distances=maps.new_zeros(ids.shape),
+            labels=ids.to(self.database.shards[0].labels.dtype),
+        )
+
+    def result(self, out: Explained, details: bool) -> Tensor | Explanation:
+        """Return the maps, or with ``details`` everything that they rest on."""
+        if not details:
+            return out.maps
+        return out.explanation(self.transfer.labels, self._confidence)
+
+    def _confidence(self, distances: Tensor) -> Tensor | None:
+        return None if self.calibration is None else self.calibration.confidence(distances[:, 0])
+
+    def _embeddings(self, captured: Captured, images: Tensor, waits: bool) -> Tensor:
+        embeddings = normalized(captured.output, self.l2_normalize)
+        if waits:
+            check_embeddings(embeddings, images)
+        return embeddings
+
+
+def _maps(
+    activations: Tensor, embeddings: Tensor, found: Transferred, finish: Finish, waits: bool
+) -> Explained:
+    return explained(
+        activations,
+        embeddings,
+        found,
+        finish,
+        sparse_cam=ops.sparse_cam if waits else dispatch.sparse_cam,
+        marks=not waits,
+    )
+
+
+def check_database(database: Database, network: Network, *, l2_normalize: bool) -> None:
+    """Refuse a database that was built with another model.
+
+    Raises:
+        TypeError: not a database.
+        ModelMismatchError: built with another model, other weights, layer or normalization.
+    """
+    if not isinstance(database, Database):
+        raise TypeError(
+            f"`database` must be a gcfast.Database, got {type(database).__name__}; "
+            "gcfast.Database.open reads one"
+        )
+    manifest = database.manifest
+    layer = manifest["layer"]
+    if network.layer_name is None and not network.has_layer(layer):
+        raise ModelMismatchError(
+            f"the database was built with the layer {layer!r}, which the model lacks"
+        )
+    differs = difference(manifest["fingerprint"], fingerprint(network.model))
+    if differs:
+        raise ModelMismatchError(
+            f"the database was built with another model than this one: {differs}"
+        )
+    if network.layer_name is not None and layer != network.layer_name:
+        raise ModelMismatchError(
+            f"the database was built with the layer {layer!r}, not with {network.layer_name!r}"
+        )
+    if manifest["settings"]["l2_normalize"] != l2_normalize:
+        raise ModelMismatchError(
+            f"the database was built with l2_normalize={not l2_normalize}, not with {l2_normalize}"
+        )
