@@ -17,14 +17,14 @@ N log N against B N D. Nothing waits for the device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcfast.kernels.launch import Specialisation, TripletsConfig, sample_triplets_config
+from gcfast.kernels.launch import TripletsConfig
 
 SCRATCH_BYTES = 512 * 2**20  # for the anchors of one group; an anchor has 28 N bytes
 TRANSPOSE_BYTES = 2**30  # a table up to this size is copied so that neighbouring rows are adjacent
@@ -322,41 +322,3 @@ def measured_groups(
 def log2(n: int) -> int:
     """The logarithm of a power of 2."""
     return n.bit_length() - 1
-
-
-def forms(*kernels: Any) -> Iterator[Specialisation]:
-    """The one form of each of these kernels, here and in the files that use this one."""
-    config = sample_triplets_config(64, 10**5, 132)
-    shared = {
-        **dict.fromkeys(("distances_ptr", "ordered_ptr", "thresholds_ptr"), "*fp64"),
-        **dict.fromkeys(("weights_ptr", "margin_ptr"), "*fp64"),
-        **dict.fromkeys(("anchors_ptr", "embeddings_ptr"), "*fp32"),
-        "counts_ptr": "*i32",
-        **dict.fromkeys(("seed", "first"), "i64"),
-    }
-    constants = {
-        "BLOCK_B": config.block_b,
-        "BLOCK_N": config.block_n,
-        "BLOCK_P": config.block_p,
-        "BLOCK_S": config.block_s,
-        "BLOCK_T": config.block_t,
-        "TILE": config.tile,
-        "LOG_TILE": log2(config.tile),
-    }
-    for kernel in kernels:
-        fixed = {name: constants[name] for name in kernel.arg_names if name in constants}
-        options: dict[str, int] = {"num_warps": config.num_warps}
-        if kernel is _hardest_kernel:
-            fixed["BLOCK_N"] = HARDEST_BLOCK_N
-        if kernel is _distances_kernel:
-            options["enable_fp_fusion"] = False
-        others = [name for name in kernel.arg_names if name not in fixed]
-        other = {name: "*i64" if name.endswith("_ptr") else "i32" for name in others}
-        yield Specialisation(
-            kernel, {name: shared.get(name, other[name]) for name in others}, fixed, options
-        )
-
-
-def specialisations() -> Iterator[Specialisation]:
-    """Every form of the kernels that the launchers can ask for: one of each."""
-    yield from forms(_distances_kernel, _order_kernel, _hardest_kernel, _counts_kernel)

@@ -15,30 +15,18 @@ row a program would have to read all of an image's channels, so that B programs 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gcfast.kernels.launch import (
-    GRAD_WEIGHTS_SHAPES,
     GradWeightsConfig,
-    Specialisation,
     grad_weights_config,
     multiprocessors,
 )
 
 MEAN_BLOCKS = {"BLOCK_T": 64, "BLOCK_C": 256}
-# Integers that 16 divides where it divides C, for which Triton loads vectors.
-ROUND = ("C", "stride_gradients_b", "stride_gradients_t", "stride_gradients_h")
-# Integers that are 1, as a rule, by kernel and by whether channels come last.
-ONES = {
-    ("_grad_weights_run_kernel", False): ("splits", "stride_valid_t", "stride_activations_w"),
-    ("_grad_weights_tile_kernel", False): ("splits", "stride_valid_t", "stride_gradients_w"),
-    ("_grad_weights_tile_kernel", True): ("splits", "stride_gradients_c", "stride_activations_c"),
-}
 
 
 @triton.jit
@@ -363,52 +351,3 @@ def launch_grad_weights(
                 HAS_VALID=flags is not None, **MEAN_BLOCKS,
             )  # fmt: skip
     return out
-
-
-def specialisations() -> list[Specialisation]:
-    """Every kernel, layout, dtype and method, at the shapes that ask most of a program."""
-    forms = []
-    for P, itemsize, layout in GRAD_WEIGHTS_SHAPES:
-        gradients = "*fp32" if itemsize == 4 else "*bf16"
-        pointers = {
-            "out_ptr": "*fp32",
-            "gradients_ptr": gradients,
-            "valid_ptr": "*u8",
-            "activations_ptr": gradients,
-        }
-        is_run, is_last = layout == "run", layout == "channels last"
-        config = grad_weights_config(
-            64, 1 if P == 513 else 50, 2048, P, itemsize, is_run=is_run, is_last=is_last, sms=132
-        )
-        if config.channels:
-            kernel: Any = _grad_weights_run_kernel
-            blocks = _run_blocks(config, P) | {"IS_MAP_RUN": itemsize == 4}
-        else:
-            kernel = _grad_weights_tile_kernel
-            blocks = {
-                "BLOCK_C": config.block_c,
-                "BLOCK_P": config.block_p,
-                "IS_FLAT": layout != "gaps",
-            }
-        for is_plus in (False, True) if P == 49 and itemsize == 4 else (True,):
-            flags = {"IS_PLUS": is_plus, "HAS_VALID": True, "IS_PARTIAL": is_plus}
-            # Strides beyond 2^31 elements for those that come once; integers that are 1 elsewhere.
-            stride = "i64" if layout == "gaps" or P == 513 else "i32"
-            ones = () if layout == "gaps" else ONES[kernel.__name__, is_last]
-            constants = flags | blocks | dict.fromkeys(ones, 1)
-            form = _form(kernel, pointers, constants, config.num_warps, stride=stride)
-            if itemsize == 2 or is_last:  # as C = 2,048 has them
-                form.types.update({n: "i32:16" for n in ROUND if n in form.types})
-            forms.append(form)
-    pointers = {"out_ptr": "*fp32", "parts_ptr": "*fp32", "valid_ptr": "*u8"}
-    flags = {"HAS_VALID": True, **MEAN_BLOCKS}
-    forms.append(_form(_grad_weights_mean_kernel, pointers, flags, 4))
-    return forms
-
-
-def _form(  # type: ignore[no-untyped-def]
-    kernel, pointers, constants, num_warps, *, stride="i32"
-):
-    sizes = [name for name in kernel.arg_names if name not in pointers and name not in constants]
-    types = pointers | {n: stride if n.startswith("stride") else "i32" for n in sizes}
-    return Specialisation(kernel, types, constants, {"num_warps": num_warps})

@@ -21,17 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gcfast.kernels.launch import (
-    HEAD_GRAD_WEIGHTS_CONFIGS,
-    IMAGES_WARPS,
     HeadConfig,
-    Specialisation,
     head_grad_weights_config,
     head_mean_config,
     multiprocessors,
 )
-
-# What a kernel may be given in 16 bits; the launcher widens the weight.
-HALVES = ("cotangents_ptr", "embeddings_ptr", "norms_ptr", "sums_ptr")
 
 
 @triton.jit
@@ -311,43 +305,3 @@ def launch_head_grad_weights(
             num_warps=config.num_warps,
         )
     return out
-
-
-def specialisations() -> list[Specialisation]:
-    """Both products at every choice of blocks in float32, TF32 at the last, and the mean."""
-    forms = []
-    every = {"HAS_VALID": True, "HAS_NORMS": True}
-    precise = [(config, "ieee") for config in HEAD_GRAD_WEIGHTS_CONFIGS]
-    for config, precision in [*precise, (HEAD_GRAD_WEIGHTS_CONFIGS[-1], "tf32")]:
-        rows, block_c, block_d, num_warps = config
-        blocks = {"BLOCK_C": block_c, "BLOCK_D": block_d, "PRECISION": precision}
-        warps = IMAGES_WARPS if config is HEAD_GRAD_WEIGHTS_CONFIGS[-1] else num_warps
-        product = _form(_head_product_kernel, blocks | {"BLOCK_B": rows}, warps)
-        if block_c == 64:  # as C = 2,048 and D = 128 have them
-            product.types.update(dict.fromkeys(("C", "D", "stride_weight_d"), "i32:16"))
-        forms.append(product)
-        plus = every | blocks | {"BLOCK_T": rows}
-        if rows == 16:  # as a build calls it: contiguous, and P taken for 1
-            plus |= dict.fromkeys(("stride_cotangents_d", "stride_weight_c", "pixels"), 1)
-        stride = "i64" if precision == "tf32" else "i32"
-        forms.append(_form(_head_plus_kernel, plus, num_warps, stride=stride))
-        if precision == "ieee":
-            half = _form(_head_plus_kernel, plus, num_warps)
-            half.types.update(dict.fromkeys(HALVES, "*fp16"))
-            forms.append(half)
-    for T, D in ((50, 128), (1, 2048)):
-        block_t, block_d, num_warps = head_mean_config(T, D)
-        blocks = {"BLOCK_T": block_t, "BLOCK_D": block_d}
-        # Strides beyond 2^31 elements, once.
-        stride = "i64" if T == 1 else "i32"
-        forms.append(_form(_head_mean_kernel, every | blocks, num_warps, stride=stride))
-    return forms
-
-
-def _form(kernel, constants, num_warps, *, stride="i32"):  # type: ignore[no-untyped-def]
-    names = [name for name in kernel.arg_names if name not in constants]
-    types = {n: stride if n.startswith("stride") else "i32" for n in names}
-    types |= {n: "*fp32" for n in names if n.endswith("_ptr")}
-    if "valid_ptr" in types:
-        types["valid_ptr"] = "*u8"
-    return Specialisation(kernel, types, constants, {"num_warps": num_warps})

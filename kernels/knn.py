@@ -19,22 +19,18 @@ there: one read of the table (the second query's from the L2 cache) and no norms
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gcfast.kernels.launch import (
-    KNN_FORMS,
     KnnConfig,
-    Specialisation,
     fitting_warps,
     knn_config,
     multiprocessors,
 )
-from gcfast.kernels.row_squares import POINTERS, row_squares
+from gcfast.kernels.row_squares import row_squares
 
 # Scores are held as float32 in the upper half of an int64 and the row's id in the lower: integers
 # in the order of (score, id). No score that is held reaches infinity, so the upper half of an empty
@@ -339,61 +335,3 @@ def launch_knn(
             num_warps=config.merge_warps,
         )
     return distances, ids
-
-
-def specialisations() -> Iterator[Specialisation]:
-    """Every form of the kernels that the launcher can ask for.
-
-    Rows of any width, and of a width divisible by 16, which are read in other code: both for
-    float32, one each for the two 16-bit types, whose code is otherwise alike.
-    """
-    widths = {
-        torch.float32: ("i32", "i32:16"),
-        torch.float16: ("i32",),
-        torch.bfloat16: ("i32:16",),
-    }
-    for B, K, query_dtype, table_dtype in KNN_FORMS:
-        tables = {"queries_ptr": POINTERS[query_dtype], "table_ptr": POINTERS[table_dtype]}
-        config = knn_config(B, 10**6, K, query_dtype, table_dtype, 132)
-        for width in widths[table_dtype]:
-            yield Specialisation(
-                _candidates_kernel,
-                {
-                    "keys_ptr": "*i64",
-                    **tables,
-                    "squares_ptr": "*fp32",
-                    **dict.fromkeys(("stride_queries_b", "stride_table_n", "D"), width),
-                    **dict.fromkeys(("B", "N", "rows_per_split", "is_l2"), "i32"),
-                },
-                {
-                    "stride_queries_d": 1,
-                    "stride_table_d": 1,
-                    "stride_squares_n": 1,
-                    "IS_DOT": config.is_dot,
-                    "KEEP": config.keep,
-                    "BLOCK_B": config.block_b,
-                    "BLOCK_N": config.block_n,
-                    "BLOCK_D": config.block_d,
-                },
-                {"num_warps": config.num_warps, "num_stages": config.num_stages},
-            )
-            if KNN_FORMS[-1][0] == B:  # the second pass does not depend on B
-                yield Specialisation(
-                    _nearest_kernel,
-                    {
-                        "distances_ptr": "*fp32",
-                        "ids_ptr": "*i64",
-                        "keys_ptr": "*i64",
-                        **tables,
-                        **dict.fromkeys(("stride_queries_b", "stride_table_n", "D"), width),
-                        **dict.fromkeys(("K", "candidates", "is_l2"), "i32"),
-                    },
-                    {
-                        "stride_queries_d": 1,
-                        "stride_table_d": 1,
-                        "KEEP": config.keep,
-                        "BLOCK_C": config.block_c,
-                        "BLOCK_D": config.merge_block_d,
-                    },
-                    {"num_warps": config.merge_warps},
-                )

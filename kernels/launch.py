@@ -1,10 +1,9 @@
 """Blocks and warps of every kernel, as functions of shape and dtype.
 
 For each operation there is a NamedTuple of its launch choices, a function ``<operation>_config``
-that makes one, and ``<OPERATION>_CONFIGS``, every value that the function can return: the kernels
-are compiled offline for all of them (tests/test_offline_compile.py), so a choice that is not listed
-there is one that nothing has compiled. Where blocks follow from the shape a list of shapes stands
-for them.
+that makes one, and ``<OPERATION>_CONFIGS``, every value that the function can return, where they
+are few. tests/kernels/launches.py makes launches that ask for every choice, and their kernels are
+compiled offline.
 
 All of these were reasoned from the sizes of a card (registers, shared memory, multiprocessors) and
 from what compiles without spilling, by Triton 3.7.1 on every target and by 3.6 on sm_90; none has
@@ -15,26 +14,10 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-
-
-class Specialisation(NamedTuple):
-    """One compiled form of a kernel.
-
-    Each kernel file has ``specialisations()``, which lists every form that its launcher can ask
-    for. Pointers are taken to be 16-byte aligned, as PyTorch allocates them.
-    """
-
-    kernel: Any  # the @triton.jit function
-    # Arguments at run time, as Triton names types: "*fp32", "i64", "fp32"; "i32:16" is a number
-    # divisible by 16, for which Triton makes other code.
-    types: dict[str, str]
-    constants: dict[str, Any]  # tl.constexpr arguments, and integers that are 1
-    options: dict[str, int]  # num_warps, num_stages
-
 
 # Programs that fill a GPU several times over: 132 multiprocessors (H100, H200) by eight.
 FULL_GRID = 1056
@@ -206,22 +189,6 @@ def knn_config(
     )
 
 
-# One call of `knn_config` for every form of the kernels that it can choose: (B, K, two dtypes).
-KNN_FORMS = [
-    (B, K, query_dtype, table_dtype)
-    for B in (1, 16, 17)
-    for K in (9, 32)
-    for query_dtype, table_dtype in (
-        (torch.float32, torch.float32),
-        (torch.float32, torch.float16),
-        (torch.float32, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
-    )
-    if B > 2 or query_dtype == torch.float32  # a query or two are widened in any case
-]
-
-
 class TripletsConfig(NamedTuple):
     """How `sample_triplets` and `mean_cotangents` are launched; one form of every kernel."""
 
@@ -332,18 +299,6 @@ def grad_weights_config(
         # What ptxas compiles without spilling on every target.
         num_warps=8 if is_last else 4,
     )
-
-
-# P, bytes of a gradient and layout of the forms that are compiled offline, T and C being large:
-# blocks depend on P, and these are the common ones and those that ask most of a program.
-GRAD_WEIGHTS_SHAPES = (
-    (49, 4, "run"),
-    (49, 2, "run"),
-    (513, 4, "run"),
-    (49, 4, "channels last"),
-    (12544, 2, "run"),
-    (12544, 4, "gaps"),
-)
 
 
 class HeadConfig(NamedTuple):

@@ -8,8 +8,6 @@ bytes of weights an anchor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -17,14 +15,12 @@ from torch import Tensor
 
 from gcfast.kernels.anchor_pairs import (
     below,
-    forms,
     log2,
     measured_groups,
     places,
     positive_thresholds,
 )
 from gcfast.kernels.launch import (
-    Specialisation,
     TripletsConfig,
     multiprocessors,
     sample_triplets_config,
@@ -163,8 +159,3 @@ def launch_mean_cotangents(
             # Without a pair every weight is 0, and so is the sum, but for rows of NaN.
             cotangents[group.anchors] = torch.where(total[:, None] > 0, mean, 0.0).float()
     return cotangents, counts, hardest
-
-
-def specialisations() -> Iterator[Specialisation]:
-    """The one form of the kernel."""
-    yield from forms(_thresholds_kernel, _weights_kernel)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcfast.kernels.launch import Specialisation
-
 SQUARES_BLOCK_N, SQUARES_BLOCK_D = 64, 64
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
 @triton.jit
@@ -58,20 +53,3 @@ def row_squares(table: Tensor) -> Tensor:
             num_warps=4,
         )
     return squares
-
-
-def specialisations() -> Iterator[Specialisation]:
-    """One form for each type of table."""
-    for pointer in POINTERS.values():
-        yield Specialisation(
-            _squares_kernel,
-            {
-                "squares_ptr": "*fp32",
-                "table_ptr": pointer,
-                "stride_table_n": "i32",
-                "N": "i32",
-                "D": "i32",
-            },
-            {"stride_table_d": 1, "BLOCK_N": SQUARES_BLOCK_N, "BLOCK_D": SQUARES_BLOCK_D},
-            {"num_warps": 4},
-        )

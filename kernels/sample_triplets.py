@@ -8,16 +8,13 @@ tiles, many side by side) and its row: 7 N / 64 look-ups a draw, 12 N bytes an a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcfast.kernels.anchor_pairs import below, forms, log2, measured_groups
+from gcfast.kernels.anchor_pairs import below, log2, measured_groups
 from gcfast.kernels.launch import (
-    Specialisation,
     TripletsConfig,
     multiprocessors,
     sample_triplets_config,
@@ -176,8 +173,3 @@ def launch_sample_triplets(
                 num_warps=config.num_warps,
             )
     return Triplets(positives, negatives, positives >= 0, counts, hardest)
-
-
-def specialisations() -> Iterator[Specialisation]:
-    """The one form of the kernel."""
-    yield from forms(_draws_kernel)

@@ -20,17 +20,13 @@ an infinity (0 times which is NaN) over the whole map; the taps keep to where th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gcfast.kernels.launch import (
-    SPARSE_CAM_CONFIGS,
     SparseCamConfig,
-    Specialisation,
     sparse_cam_config,
     sparse_cam_slices,
 )
@@ -316,75 +312,3 @@ def sparse_cam_bytes(
     apart.
     """
     return B * (K * M * (P * itemsize + 8 + 4) + OH * OW * map_itemsize)
-
-
-def specialisations() -> Iterator[Specialisation]:
-    """Every configuration, and each other choice on one of them."""
-    for config in SPARSE_CAM_CONFIGS:
-        yield _specialisation(config, ones=("stride_act_w",))
-    usual = SPARSE_CAM_CONFIGS[0]
-    # As ResNet-50 and ViT-B/16 launch it for maps of 224 x 224: whole vectors are written. Triton
-    # makes a constant of every integer that is 1.
-    even = ("OH", "OW", "tile_w", "C", "stride_act_b")
-    plain = ("stride_nei_b", "stride_nei_k", "stride_cha_m", "stride_wei_m", "stride_off", "K")
-    plain += ("relu", "normalize")
-    yield _specialisation(usual, activations="*fp16", ones=("stride_act_w", *plain), even=even)
-    yield _specialisation(usual, activations="*bf16", ones=("stride_act_c", *plain), even=even)
-    # And as explain_batch does, which marks with mixing weights what is not finite.
-    mixed = ("stride_act_c", "stride_mix_b", "stride_mix_k", *plain)
-    even = (*even, "stride_act_h", "stride_act_w", "N")
-    for config in (usual, SPARSE_CAM_CONFIGS[2]):
-        for activations in ("*fp32", "*bf16"):
-            yield _specialisation(
-                config, activations=activations, has_mixing=True, ones=mixed, even=even
-            )
-    for config in (usual, SPARSE_CAM_CONFIGS[-1]):
-        sizes = ("B", "C", "H", "W", "N", "K", "M", "OH", "OW", "tile_h", "tile_w")
-        ones = [n for n in _sparse_cam_kernel.arg_names if n.startswith("stride_") or n in sizes]
-        yield _specialisation(config, has_mixing=True, ones=(*ones, "relu", "normalize"))
-    yield _specialisation(usual, weights="*fp16", has_mixing=True)
-    yield _specialisation(usual, out="*fp16")
-    yield _specialisation(usual, out="*u8", activations="*bf16")
-    # Strides beyond 2^31 elements.
-    yield _specialisation(usual, stride="i64", has_mixing=True)
-    yield _specialisation(SPARSE_CAM_CONFIGS[-1], stride="i64", has_mixing=True)
-
-
-def _specialisation(
-    config: SparseCamConfig,
-    *,
-    out: str = "*fp32",
-    activations: str = "*fp32",
-    weights: str = "*fp32",
-    stride: str = "i32",
-    has_mixing: bool = False,
-    ones: tuple[str, ...] = (),
-    even: tuple[str, ...] = (),
-) -> Specialisation:
-    pointers = {
-        "out_ptr": out,
-        "activations_ptr": activations,
-        "neighbors_ptr": "*i64",
-        "channels_ptr": "*i64",
-        "weights_ptr": weights,
-        "mixing_ptr": "*fp32",
-        "offsets_ptr": "*fp32",
-    }
-    names = _sparse_cam_kernel.arg_names
-    types = {name: stride for name in names if name.startswith("stride_")}
-    types |= dict.fromkeys(("C", "H", "W", "N", "K", "M", "OH", "OW"), "i32")
-    types |= dict.fromkeys(("slices", "tile_h", "tile_w", "relu", "normalize"), "i32")
-    types |= dict.fromkeys(("scale_h", "scale_w", "center"), "fp32")
-    constants = {
-        "HAS_MIXING": has_mixing,
-        "IS_BYTE": out == "*u8",
-        "IS_WHOLE": config.whole,
-        "WINDOW": config.window,
-        "BLOCK_M": config.block_m,
-        "BLOCK_OH": config.block_oh,
-        "BLOCK_OW": config.block_ow,
-    }
-    types = {name: kind for name, kind in (pointers | types).items() if name not in ones}
-    types |= {name: types[name] + ":16" for name in even}
-    constants |= dict.fromkeys(ones, 1)
-    return Specialisation(_sparse_cam_kernel, types, constants, {"num_warps": config.num_warps})

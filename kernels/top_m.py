@@ -7,8 +7,6 @@ the best M of each block are merged with the best so far.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +14,8 @@ from torch import Tensor
 
 from gcfast import reference
 from gcfast.kernels.launch import (
-    TOP_M_CONFIGS,
     TOP_M_MAX_C,
     TOP_M_MAX_M,
-    Specialisation,
     TopMConfig,
     top_m_config,
 )
@@ -91,27 +87,3 @@ def launch_top_m(
 def top_m_bytes(B: int, C: int, M: int, *, itemsize: int = 4) -> int:
     """The least that must move: the weights in, M channels and weights out."""
     return B * (C * itemsize + M * (8 + itemsize))
-
-
-def specialisations() -> Iterator[Specialisation]:
-    """Every configuration, and each other choice on one of them."""
-    for config in TOP_M_CONFIGS:
-        yield _specialisation(config, ones=("stride_c",))
-    smallest = TOP_M_CONFIGS[2]
-    yield _specialisation(smallest, weights="*fp16", ones=("stride_b", "stride_c", "C", "M"))
-    yield _specialisation(smallest, weights="*bf16", stride="i64")
-
-
-def _specialisation(
-    config: TopMConfig,
-    *,
-    weights: str = "*fp32",
-    stride: str = "i32",
-    ones: tuple[str, ...] = (),
-) -> Specialisation:
-    types = {"channels_ptr": "*i64", "kept_ptr": weights, "weights_ptr": weights}
-    types |= {"stride_b": stride, "stride_c": stride, "C": "i32", "M": "i32"}
-    constants = {"BLOCK_C": config.block_c, "BLOCK_M": config.block_m}
-    types = {name: kind for name, kind in types.items() if name not in ones}
-    constants |= dict.fromkeys(ones, 1)
-    return Specialisation(_top_m_kernel, types, constants, {"num_warps": config.num_warps})

@@ -1,50 +1,68 @@
 """Every kernel in every form that it can be launched in, compiled for GPUs that are not there."""
 
-import functools
-import importlib
+import re
 from pathlib import Path
 
 import pytest
-from offline import SHARED_LIMIT_BYTES, TARGETS, compile_elsewhere, problems
+from launches import LAUNCHES
+from offline import SHARED_LIMIT_BYTES, TARGETS, compile_elsewhere, problems, run_elsewhere
 
 import gcfast.kernels
 
 FOLDER = Path(gcfast.kernels.__path__[0])
-KERNELS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "launch"))
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("triton")
-    return functools.cache(functools.partial(compile_elsewhere, cache=cache))
+# Bytes that a thread of the worst form spills, by Triton 3.7.1: none where none is named. To be
+# lowered as kernels improve, never raised.
+SPILLS = {
+    ("head_grad_weights", "sm_80"): 24,
+    ("head_grad_weights", "sm_90"): 8,
+    ("knn", "sm_80"): 16,
+    ("knn", "sm_100"): 16,
+    ("sparse_cam", "sm_90"): 8,
+}
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_compiles_within_the_limits(kernel, target, compiled):
-    results = compiled(f"gcfast.kernels.{kernel}")
-    assert any(r["target"] == target for r in results)
-    assert not problems(results, target)
+@pytest.mark.parametrize("kernel", sorted(LAUNCHES))
+def test_compiles_within_the_limits(kernel, target, tmp_path):
+    results = compile_elsewhere("launches", kernel, target, tmp_path)
+    written = set(re.findall(r"def (_\w+_kernel)\(", (FOLDER / f"{kernel}.py").read_text()))
+    assert {result["name"].partition("(")[0] for result in results} == written
+    assert not problems(results, target, spills=SPILLS.get((kernel, target), 0))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_listed_form_is_another(kernel):
-    listed = list(importlib.import_module(f"gcfast.kernels.{kernel}").specialisations())
-    assert len({repr(one[1:]) + one.kernel.__name__ for one in listed}) == len(listed)
+def test_every_file_of_kernels_is_compiled():
+    written = {path.stem for path in FOLDER.glob("*.py") if "@triton.jit" in path.read_text()}
+    assert written == set(LAUNCHES)
 
 
-def test_finds_what_does_not_fit(compiled):
-    results = compiled("offline_samples", path=Path(__file__).parents[1])
-    for target in TARGETS:
-        found = problems(results, target)
-        assert not any("_fine" in line for line in found)
-        assert any("_broken" in line and "Error" in line for line in found)
-        if target.startswith("sm_"):  # the sample asks for few registers, as only NVIDIA's can
-            assert any("_spilling" in line and "spilled" in line for line in found), found
+def test_distances_are_compiled_without_fused_multiply_add(tmp_path):
+    """In machine code, for NVIDIA and AMD; that they are fused otherwise shows the test can see."""
+    program = """
+import offline
+
+form = next(f for f in offline.recorded("launches", "anchor_pairs") if "_distances" in f.name)
+for target, code, fused in (("sm_90", "sass", "DFMA"), ("gfx942", "amdgcn", "v_fma")):
+    for options in ({}, {"enable_fp_fusion": True}):
+        print(form.compile(target, **options).asm[code].count(fused) > 0)
+"""
+    assert run_elsewhere(["-c", program], tmp_path).split() == ["False", "True"] * 2
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_finds_what_does_not_fit(target, tmp_path):
+    results = compile_elsewhere("offline_samples", "offline_samples", target, tmp_path)
+    found = problems(results, target)
+    assert not any("_fine" in line for line in found)
+    assert any("_broken" in line and "Error" in line for line in found)
+    if target.startswith("sm_"):  # the sample asks for few registers, as only NVIDIA's can
+        assert any("_spilling" in line and "spilled" in line for line in found), found
+        assert not any("_spilling" in line for line in problems(results, target, spills=2**20))
 
 
 def test_finds_too_much_shared_memory():
-    result = {"target": "sm_90", "name": "_kernel()", "error": None, "spills": 0}
+    result = {"name": "_kernel()", "error": None, "spills": 0}
     limit = SHARED_LIMIT_BYTES["sm_90"]
     assert not problems([{**result, "shared": limit}], "sm_90")
     assert problems([{**result, "shared": limit + 1}], "sm_90") == [

@@ -1,0 +1,183 @@
+"""Launches that ask for every form of every kernel, for the tests that compile them offline.
+
+Sizes are chosen for what Triton makes other code of: an integer that is 1, that 16 divides, or that
+needs 64 bits. They are those that the networks of the README have, and the least and largest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gcfast.kernels.grad_weights import launch_grad_weights
+from gcfast.kernels.head_grad_weights import launch_head_grad_weights
+from gcfast.kernels.knn import launch_knn
+from gcfast.kernels.mean_cotangents import launch_mean_cotangents
+from gcfast.kernels.sample_triplets import launch_sample_triplets
+from gcfast.kernels.sparse_cam import launch_sparse_cam
+from gcfast.kernels.top_m import launch_top_m
+
+FAR = 2**31  # elements, a stride that needs 64 bits
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def launches(kernel: str) -> None:
+    """Make the launches of a file of kernels, and those of the kernels that it builds on."""
+    LAUNCHES[kernel]()
+
+
+def _channels_last(B: int, C: int, H: int, W: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(B, C, H, W, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def _grad_weights() -> None:
+    def launch(gradients: Tensor, method: str) -> None:
+        B, T, C, H, W = gradients.shape
+        activations = torch.empty(B, C, H, W, dtype=gradients.dtype)
+        if gradients.dtype == torch.bfloat16:
+            activations = activations.to(memory_format=torch.channels_last)
+        valid = torch.empty(B, T, dtype=torch.bool)
+        launch_grad_weights(gradients, valid, activations=activations, method=method)
+
+    for C in (2047, 2048):
+        launch(torch.empty(64, 50, C, 7, 7), "gradcam")
+    # One image alone: T is split between programs.
+    launch(torch.empty(1, 50, 2047, 7, 7), "gradcam++")
+    launch(torch.empty(1, 50, 2048, 7, 7, dtype=torch.bfloat16), "gradcam++")
+    for B, method in ((64, "gradcam"), (1, "gradcam++")):
+        last = torch.empty(B, 50, 7, 7, 2048).permute(0, 1, 4, 2, 3)
+        launch(last, method)
+    launch(torch.empty(1, 50, 2047, 112, 112, dtype=torch.bfloat16), "gradcam++")
+    # The longest run, one triplet, strides beyond 2^31 elements; and rows with gaps between them.
+    launch(torch.empty_strided((4, 1, 2047, 27, 19), (FAR, FAR, 513, 19, 1)), "gradcam++")
+    far = (FAR, FAR, FAR, FAR + 1, 3)
+    launch(torch.empty_strided((1, 50, 2047, 112, 111), far), "gradcam++")
+
+
+def _head_grad_weights() -> None:
+    def launch(
+        B: int, T: int, method: str, *, dtype: torch.dtype = torch.float32,
+        C: int = 2048, D: int = 128, pixels: int = 49, precision: str = "ieee", stride: int = 0,
+    ) -> None:  # fmt: skip
+        cotangents = torch.empty(B, T, D, dtype=dtype)
+        if stride:
+            cotangents = torch.empty_strided((B, T, D), (stride, stride, stride), dtype=dtype)
+        launch_head_grad_weights(
+            cotangents,
+            torch.empty(D, C),
+            torch.empty(B, T, dtype=torch.bool),
+            pixels=pixels,
+            embeddings=torch.empty(B, D, dtype=dtype),
+            norms=torch.empty(B, dtype=dtype),
+            activation_sums=torch.empty(B, C, dtype=dtype) if method == "gradcam++" else None,
+            method=method,
+            precision=precision,
+        )
+
+    for B in (16, 256, 1024):  # each size of tile
+        launch(B, 50, "gradcam")
+    for B, T in ((16, 16), (2, 50), (64, 50)):
+        for dtype in (torch.float32, torch.float16):
+            launch(B, T, "gradcam++", dtype=dtype)
+    launch(64, 50, "gradcam++", C=2047, D=129, pixels=1)
+    for method in ("gradcam", "gradcam++"):
+        launch(1023, 50, method, precision="tf32", C=2047, D=129, stride=FAR)
+    launch(64, 1, "gradcam", D=2048)
+
+
+def _knn() -> None:
+    kinds = [(torch.float32, table) for table in FLOATS] + [(half, half) for half in FLOATS[1:]]
+    for B, K, (query, table) in itertools.product((1, 16, 17), (9, 32), kinds):
+        if B == 1 and query != torch.float32:
+            continue  # a query or two are widened in any case
+        # Rows of any width, and of one that 16 divides: both for float32.
+        for D in {torch.float32: (129, 128), torch.float16: (129,), torch.bfloat16: (128,)}[table]:
+            queries = torch.empty(B, D, dtype=query)
+            launch_knn(queries, torch.empty(10**6, D, dtype=table), K)
+    launch_knn(torch.empty(17, 128), torch.empty(10**6 + 1, 128), 9, metric="ip")
+
+
+def _triplets(launch: Callable[..., object], N: int, **options: object) -> None:
+    labels = torch.empty(N, dtype=torch.int64)
+    rows = labels[:64]
+    launch(torch.empty(64, 128), rows, rows, torch.empty(N, 128), labels, margin=0.2, **options)
+
+
+def _sample_triplets() -> None:
+    for N, number in ((10**5, 2**40), (10**5 + 1, 0)):
+        _triplets(launch_sample_triplets, N, triplets=50, seed=number, first=number)
+
+
+def _mean_cotangents() -> None:
+    for N in (10**5, 10**5 + 1):
+        _triplets(launch_mean_cotangents, N)
+
+
+def _sparse_cam() -> None:
+    def launch(
+        activations: Tensor, size: tuple[int, int], *, K: int = 3, N: int = 1001, M: int = 50,
+        is_mixed: bool = False, weights: torch.dtype = torch.float32, stride: int = 0,
+        **options: object,
+    ) -> None:  # fmt: skip
+        B = len(activations)
+        channels = torch.empty(N, M, dtype=torch.int64)
+        if stride:
+            channels = torch.empty_strided((N, M), (stride, stride), dtype=torch.int64)
+        launch_sparse_cam(
+            activations,
+            torch.empty(B, K, dtype=torch.int64),
+            channels,
+            torch.empty_like(channels, dtype=weights),
+            size=size,
+            mixing=torch.empty(B, K) if is_mixed else None,
+            offsets=torch.empty(N) if is_mixed else None,
+            **options,
+        )
+
+    # Every size of window, and odd sizes.
+    for side, size in ((7, 225), (7, 63), (13, 225), (13, 63), (31, 225), (63, 225), (65, 225)):
+        signed = {"relu": False, "normalize": None if size == 63 else "minmax"}
+        launch(torch.empty(3, 2047, side, side), (size, size), **signed)
+    # As ResNet-50 and ViT-B/16 ask for maps of 224 x 224: whole vectors are written.
+    full = (224, 224)
+    launch(torch.empty(16, 2048, 7, 7, dtype=torch.float16), full, K=1, N=1024)
+    tokens = torch.empty(16, 197, 768, dtype=torch.bfloat16)[:, 1:]
+    launch(tokens, full, K=1, N=1024, grid=(14, 14))
+    # And as explain_batch does, which marks with mixing weights what is not finite.
+    for side, dtype in itertools.product((7, 14), (torch.float32, torch.bfloat16)):
+        maps = _channels_last(16, 2048, side, side, dtype)
+        launch(maps, full, K=1, N=1024, is_mixed=True)
+    # Everything that can be 1 is; the second needs windows of the largest.
+    launch(torch.empty(1, 1, 1, 1), (1, 1), K=1, N=1, M=1, is_mixed=True)
+    launch(torch.empty(1, 1, 65, 65), (1, 1), K=1, N=1, M=1, is_mixed=True)
+    plain = torch.empty(3, 2047, 7, 7)
+    launch(plain, (225, 225), weights=torch.float16, is_mixed=True)
+    launch(plain, (225, 225), dtype=torch.float16)
+    launch(plain.bfloat16(), (225, 225), dtype=torch.uint8)
+    for side in (7, 65):
+        far = torch.empty_strided((3, 2047, side, side), (FAR + 1,) * 4)
+        launch(far, (225, 225), is_mixed=True, stride=FAR + 1)
+
+
+def _top_m() -> None:
+    for C, M in ((2048, 64), (2047, 200), (200, 50)):
+        launch_top_m(torch.empty(3, C), M)
+    launch_top_m(torch.empty(1, 1, dtype=torch.float16), 1)
+    far = torch.empty_strided((3, 200), (FAR + 1, FAR + 1), dtype=torch.bfloat16)
+    launch_top_m(far, 50)
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "anchor_pairs": _mean_cotangents,
+    "grad_weights": _grad_weights,
+    "head_grad_weights": _head_grad_weights,
+    "knn": _knn,
+    "mean_cotangents": _mean_cotangents,
+    "row_squares": _knn,
+    "sample_triplets": _sample_triplets,
+    "sparse_cam": _sparse_cam,
+    "top_m": _top_m,
+}
