@@ -13,7 +13,6 @@ import argparse
 import gc
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -150,18 +149,12 @@ def many_shards(count: int, folder: Path) -> None:
 
 
 def opening(folder: Path) -> dict[str, float]:
-    """What it takes to open a database, and to check its files before a use."""
+    """What it takes to open a database."""
     before, start, cpu = resident_mib(), time.perf_counter(), time.process_time()
     database = Database.open(folder)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     growth = resident_mib() - before
-    checks = []
-    for _ in range(101):
-        start = time.perf_counter()
-        database.check_files()
-        checks.append(time.perf_counter() - start)
-    return {"rows": len(database), "seconds": seconds, "cpu_seconds": cpu, "growth_mib": growth,
-            "check_seconds": statistics.median(checks)}  # fmt: skip
+    return {"rows": len(database), "seconds": seconds, "cpu_seconds": cpu, "growth_mib": growth}
 
 
 def main() -> None:

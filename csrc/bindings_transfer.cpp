@@ -12,7 +12,6 @@
 #include <set>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -26,7 +25,6 @@ namespace {
 
 using std::int64_t;
 using Queries = py::array_t<float, py::array::c_style>;
-using Files = std::vector<std::tuple<std::string, std::uint64_t, std::uint64_t, int64_t>>;
 
 constexpr std::chrono::milliseconds kSignalCheck{50};
 
@@ -56,8 +54,7 @@ const void* values(const py::array& array, const char* name, std::vector<py::ssi
 }
 
 Shard shard_of(const py::sequence& given, int64_t dim, int64_t width) {
-  require(given.size() == 6,
-          "a shard must be (embeddings, channels, weights, offsets, labels, files)");
+  require(given.size() == 5, "a shard must be (embeddings, channels, weights, offsets, labels)");
   const auto array = [&](size_t i) { return given[i].cast<py::array>(); };
   const py::ssize_t n = array(0).shape(0);
   Shard shard{};
@@ -67,8 +64,6 @@ Shard shard_of(const py::sequence& given, int64_t dim, int64_t width) {
   shard.weights = values(array(2), "weights", {n, width}, &shard.half_weights);
   shard.offsets = data<float>(array(3), "offsets", {n});
   shard.labels = data<int64_t>(array(4), "labels", {n});
-  for (auto& [path, device, inode, bytes] : given[5].cast<Files>())
-    shard.files.push_back({path, device, inode, bytes});
   return shard;
 }
 
@@ -306,8 +301,6 @@ void translate(std::exception_ptr raised) {
     if (raised) std::rethrow_exception(raised);
   } catch (const PythonError& error) {
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.value->ptr())), error.value->ptr());
-  } catch (const DamagedShard& error) {
-    set_error("DamagedDatabaseError", error.what());
   } catch (const UsedAfterFork& error) {
     set_error("GcfastError", error.what());
   } catch (const EngineClosed& error) {
@@ -326,8 +319,7 @@ void register_transfer(py::module_& module) {
   py::class_<PyEngine>(
       module, "TransferEngine",
       "Search through a FAISS index and gather of the rows it finds; see gcfast.explain.transfer.\n\n"
-      "shards: [(embeddings, channels, weights, offsets, labels, files)], rows in order; files:\n"
-      "[(path, device, inode, bytes)] that are looked at before each gather. exclusive: one\n"
+      "shards: [(embeddings, channels, weights, offsets, labels)], rows in order. exclusive: one\n"
       "thread in the index at a time. memory_bytes bounds what is held at once beyond the result.")
       .def(py::init<const py::object&, const py::list&, int64_t, int64_t, int, int64_t, bool,
                     const py::object&>(),

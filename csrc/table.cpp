@@ -77,16 +77,6 @@ Table::Row Table::at(int64_t id) const {
   return {&shards_[shard], id - starts_[shard]};
 }
 
-void Table::check_files(const int64_t* ids, int64_t count) const {
-  std::vector<char> read(shards_.size(), 0);
-  for (int64_t i = 0; i < count; ++i)
-    if (ids[i] >= 0) read[shard_of(ids[i])] = 1;
-  FileCheck check;
-  for (size_t s = 0; s < shards_.size(); ++s)
-    if (read[s] != 0)
-      for (const MappedFile& file : shards_[s].files) check(file);
-}
-
 void Table::prefetch(Row at, bool whole) const {
   const Shard& shard = *at.shard;
   const int64_t embedding = dim_ * (shard.half_embeddings ? 2 : 4);

@@ -4,8 +4,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "mapped_file.hpp"
-
 namespace gcfast {
 
 // Consecutive rows. Half-precision values are IEEE binary16.
@@ -18,7 +16,6 @@ struct Shard {
   const std::int64_t* labels;    // [rows]
   bool half_embeddings;
   bool half_weights;
-  std::vector<MappedFile> files;
 };
 
 class Table {
@@ -36,11 +33,6 @@ class Table {
 
   // The row of this number, 0 <= id < rows().
   Row at(std::int64_t id) const;
-
-  // Throws DamagedShard unless the files behind these rows (-1: none) are there in full. To read
-  // past the end of a file that was cut short is a bus error, so it is asked before each gather;
-  // a file that is cut between the question and the gather still is one.
-  void check_files(const std::int64_t* ids, std::int64_t count) const;
 
   // Asks the processor to fetch a row's embedding, and all of it if `whole`.
   void prefetch(Row at, bool whole) const;

@@ -111,7 +111,6 @@ TransferResult TransferEngine::State::transfer(const float* queries, int64_t cou
     const Found found{queries + first * dim, ids.get(), first};
     search(n, found.queries, k, unused.get(), ids.get());
     check_ids(ids.get(), n * k, table.rows());
-    table.check_files(ids.get(), n * k);
     const int64_t blocks = blocks_of(n);
     widths.assign(static_cast<size_t>(blocks), 1);
     loop(blocks, n * k * (4 * dim + 12 * out.width), [&](int64_t i) {
@@ -126,7 +125,6 @@ TransferResult TransferEngine::State::transfer(const float* queries, int64_t cou
   if (merging) {
     out.width = widest;
     make_room(out, buffers);
-    table.check_files(out.neighbors.get(), count * k);  // other parts were searched meanwhile
     loop(blocks_of(count), count * out.width * 12, [&](int64_t i) {
       Mixer(table, request, out).run(i * kBlock, std::min(count, (i + 1) * kBlock));
     });

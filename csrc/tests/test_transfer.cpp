@@ -1,5 +1,4 @@
 // The transfer engine without Python and without FAISS; the index is a brute-force search here.
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -48,14 +47,14 @@ struct Rows {
     }
   }
 
-  Table table(std::vector<int64_t> ends = {}, std::vector<MappedFile> files = {}) const {
+  Table table(std::vector<int64_t> ends = {}) const {
     ends.push_back(rows);
     std::vector<Shard> shards;
     int64_t start = 0;
     for (const int64_t end : ends) {
       shards.push_back({end - start, embeddings.data() + start * kDim,
                         channels.data() + start * kWidth, weights.data() + start * kWidth,
-                        offsets.data() + start, labels.data() + start, false, false, files});
+                        offsets.data() + start, labels.data() + start, false, false});
       start = end;
     }
     return {std::move(shards), kDim, kWidth};
@@ -251,30 +250,6 @@ TEST(exceptions_of_the_index_reach_the_caller_and_the_ticket) {
   for (int i = 0; i < 2; ++i) CHECK(MESSAGE_OF(std::domain_error, ticket->result()) == "not now");
   CHECK(MESSAGE_OF(std::invalid_argument, engine.transfer(asked->data(), 4, request, {})) ==
         "`index` must number the database's rows, 0 to 9, it returned 10");
-}
-
-TEST(files_that_are_gone_or_short_are_refused) {
-  char path[] = "/tmp/gcfast-test-XXXXXX";
-  const int file = mkstemp(path);
-  CHECK(file >= 0 && ftruncate(file, 100) == 0);
-  struct stat now {};
-  CHECK(fstat(file, &now) == 0);
-  const Rows rows(10);
-  const MappedFile mapped{path, static_cast<std::uint64_t>(now.st_dev),
-                          static_cast<std::uint64_t>(now.st_ino), 100};
-  const TransferEngine engine(rows.table({}, {mapped}), rows.search(), options(1));
-  const TransferRequest request{1, 1.0, true};
-  const auto asked = queries(1);
-  (void)engine.transfer(asked.data(), 1, request, {});
-  CHECK(ftruncate(file, 99) == 0);
-  CHECK(MESSAGE_OF(DamagedShard, engine.transfer(asked.data(), 1, request, {})) ==
-        std::string("the shard ") + path +
-            " was truncated while the database was open: 100 bytes of it are in use, it has 99");
-  CHECK(unlink(path) == 0);
-  CHECK(MESSAGE_OF(DamagedShard, engine.transfer(asked.data(), 1, request, {})) ==
-        std::string("the shard ") + path +
-            " was deleted or moved away while the database was open");
-  close(file);
 }
 
 TEST(an_engine_ends_while_work_is_under_way) {

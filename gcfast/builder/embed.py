@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gcfast.builder.loader import Batch, batches, check_embeddings, on_device
 from gcfast.builder.offload import Columns, Offload, resident
 from gcfast.builder.spool import Spool
-from gcfast.database.shards import Ids, IdTable
+from gcfast.database.ids import Ids, IdTable
 from gcfast.method import labels
 from gcfast.method.head import AffineHead, normalized, probe
 from gcfast.method.labels import Labels, Values

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +18,13 @@ from torch import Tensor
 
 from gcfast._checks import require_int
 from gcfast.database import index as stored_index
+from gcfast.database.columns import Columns
 from gcfast.database.compress import compressed
+from gcfast.database.ids import Ids
 from gcfast.database.manifest import check_target
-from gcfast.database.mapped import SourceFile, check_files
 from gcfast.database.members import Members, MembersFile, PackedMembers
 from gcfast.database.read import opened
-from gcfast.database.shards import FIELDS, Ids, Shard, ShardFile
+from gcfast.database.shards import FIELDS, Shard, ShardFile
 from gcfast.database.write import Conversion, write_database
 from gcfast.errors import GcfastError, NoDatabaseError
 
@@ -33,10 +32,9 @@ if TYPE_CHECKING:
     from gcfast.explain.explainer import Explainer
 
 VERIFY_BYTES = 256 * 2**20  # up to which `open` compares checksums: a fifth of a second to read
-VERIFY_THREADS = 4
 
 
-class Database:
+class Database(Columns):
     """Rows in the order of the training images, as CPU tensors (memory-mapped once opened).
 
     An opened database reads a page of its rows when it is first touched, and any number of threads
@@ -67,121 +65,28 @@ class Database:
         manifest: dict[str, Any],
         path: Path | None = None,
     ) -> None:
-        self._shards = [Shard(**{field: tensors[field] for field in FIELDS})]
-        self.ids = ids
-        self.manifest = manifest
-        self.path = path
-        self._prepare([], verify=False)
+        self._fill([Shard(**{field: tensors[field] for field in FIELDS})], ids, manifest, path)
 
-    def _prepare(self, files: list[ShardFile], *, verify: bool) -> None:
-        self._files = files
-        self._verify = self._checked = verify
-        self._columns: dict[str, Tensor] = {}
+    def _fill(
+        self,
+        shards: Sequence[Shard],
+        ids: Sequence[str],
+        manifest: dict[str, Any],
+        path: Path | None = None,
+        *,
+        unverified: Sequence[ShardFile] = (),
+    ) -> None:
+        super().__init__(shards, manifest, unverified=unverified)
+        self.ids = ids
+        self.path = path
+        self._checked = bool(unverified)
         # Set by the explainer that takes the database; weak, since that one refers to it.
         self.explainer: weakref.ref[Explainer] | None = None
         self.members: Members | PackedMembers | None = None
         self._members_file: MembersFile | None = None
-        self._lock = threading.RLock()
-
-    def __len__(self) -> int:
-        return sum(len(shard.labels) for shard in self._shards)
 
     def __repr__(self) -> str:
         return f"Database({len(self)} rows, D={self.dim}, M={self.m}, path={self.path})"
-
-    @property
-    def dim(self) -> int:
-        """D, the size of an embedding."""
-        return self._shards[0].embeddings.shape[1]
-
-    @property
-    def m(self) -> int:
-        """M, how many channels a row keeps."""
-        return self._shards[0].channels.shape[1]
-
-    @property
-    def storage(self) -> str:
-        """How embeddings and weights are kept: "float32" or "float16"."""
-        return str(self.manifest.get("storage", "float32"))
-
-    @property
-    def weight_scale(self) -> float:
-        """The power of two that weights and offsets of ``shards`` are multiplied by; 1 mostly."""
-        return float(self.manifest.get("weight_scale", 1.0))
-
-    @property
-    def shards(self) -> list[Shard]:
-        """The rows as they are stored, shard by shard, without a copy.
-
-        Raises:
-            DamagedDatabaseError: the file of a shard is gone, cut off, or (where that is compared
-                at first use) not what was written.
-        """
-        with self._lock:
-            self.check_files()
-            if self._verify:
-                with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-                    list(pool.map(ShardFile.verify, self._files))
-                self._verify = False
-            return list(self._shards)
-
-    def check_files(self) -> None:
-        """Whether the files of an opened database are as long as they were, and not deleted.
-
-        Reading a page of a file that was cut off kills the process, so this comes before. Where
-        another database has taken the folder's place, this one goes on with what it has mapped.
-
-        Raises:
-            DamagedDatabaseError: one was deleted or cut off.
-        """
-        check_files(self.sources)
-
-    @property
-    def sources(self) -> list[SourceFile]:
-        """The files that the shards of an opened database are mapped from, in order."""
-        return [file.source for file in self._files]
-
-    def _column(self, name: str) -> Tensor:
-        with self._lock:
-            if name not in self._columns:
-                parts = [getattr(shard, name) for shard in self.shards]
-                column = parts[0] if len(parts) == 1 else torch.cat(parts)
-                if name in ("weights", "offsets"):
-                    column = column.float()
-                    if self.weight_scale != 1:
-                        column = column / self.weight_scale
-                self._columns[name] = column
-            return self._columns[name]
-
-    @property
-    def embeddings(self) -> Tensor:
-        """[N, D] float32 or float16."""
-        return self._column("embeddings")
-
-    @property
-    def channels(self) -> Tensor:
-        """[N, M] int64, by falling weight."""
-        return self._column("channels")
-
-    @property
-    def weights(self) -> Tensor:
-        """[N, M] float32, raw."""
-        return self._column("weights")
-
-    @property
-    def offsets(self) -> Tensor:
-        """[N] float32."""
-        return self._column("offsets")
-
-    @property
-    def labels(self) -> Tensor:
-        """[N] int64; float64 where they are real numbers."""
-        return self._column("labels")
-
-    @property
-    def triplet_counts(self) -> Tensor:
-        """[N] int64."""
-        return self._column("triplet_counts")
 
     @property
     def class_names(self) -> list[str]:
@@ -212,15 +117,13 @@ class Database:
 
         Raises:
             GcfastError: the database is not compressed.
-            DamagedDatabaseError: the file of the members is gone, cut off or not what was written.
+            DamagedDatabaseError: the file of the members is not what was written.
         """
         if self.members is None:
             raise GcfastError("a database that is not compressed has no members: row 0 is itself")
         require_int("row", row, 0, len(self) - 1)
-        if self._members_file is not None:
-            check_files([self._members_file.source])
-            if self._checked:
-                self._members_file.verify()
+        if self._members_file is not None and self._checked:
+            self._members_file.verify()
         return self.members.of_centre(row)
 
     @property
@@ -290,30 +193,10 @@ class Database:
         """
         return compressed(self, centers, seed=seed, iterations=iterations)
 
-    def rows(self, start: int, stop: int) -> Shard:
-        """Consecutive rows as they are stored; a copy only where they span shards.
-
-        Raises:
-            DamagedDatabaseError: as ``shards``, of the files of these rows.
-        """
-        if self._verify:
-            _ = self.shards
-        pieces, first = [], 0
-        for number, shard in enumerate(self._shards):
-            end = first + len(shard.labels)
-            if first < stop and start < end:
-                check_files(file.source for file in self._files[number : number + 1])
-                where = slice(max(start - first, 0), stop - first)
-                pieces.append(Shard(*(column[where] for column in shard)))
-            first = end
-        if len(pieces) == 1:
-            return pieces[0]
-        return Shard(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
-
     def extended(self, rows: Shard, ids: Sequence[str], manifest: dict[str, Any]) -> Database:
-        """A database in memory of these rows and further ones, none of them copied."""
-        one = Database(rows._asdict(), [*self.ids, *ids], manifest)
-        one._shards = [*self.shards, rows]
+        """Return a database in memory of these rows and further ones, none of them copied."""
+        one = Database.__new__(Database)
+        one._fill([*self.shards, rows], [*self.ids, *ids], manifest)
         return one
 
     def append(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
@@ -375,7 +258,7 @@ class Database:
         Raises:
             FileExistsError: ``path`` exists and is not to be, or must not be, replaced.
             ValueError: another ``storage``, or weights that float16 cannot hold.
-            DamagedDatabaseError: this database was opened, and its files have changed since.
+            DamagedDatabaseError: this database was opened and is not what was written.
             GcfastError: another process writes to the database that is to be replaced.
             OSError: the disk is full, or another failure to write; ``path`` is as it was.
         """
@@ -408,10 +291,13 @@ class Database:
         folder = Path(path).absolute()
         manifest, files, members = opened(Path(path))
         one = cls.__new__(cls)
-        one._shards = [file.tensors for file in files]
-        one.ids = Ids([file.ids for file in files], [file.source for file in files])
-        one.manifest, one.path = manifest, folder
-        one._prepare(files, verify=verify is not False)
+        one._fill(
+            [file.tensors for file in files],
+            Ids([file.ids for file in files]),
+            manifest,
+            folder,
+            unverified=files if verify is not False else (),
+        )
         if members is not None:
             one._members_file, one.members = members, members.members
         if verify or (verify is None and sum(file.bytes for file in files) <= VERIFY_BYTES):

@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gcfast.database.ids import IdTable
 from gcfast.database.manifest import MEMBERS
-from gcfast.database.shards import IdTable, MappedFile, write_tensors
+from gcfast.database.shards import MappedFile, write_tensors
 from gcfast.errors import DamagedDatabaseError
 
-# Until format 2 the ids lay there as they are.
+# Up to format 2 the ids were not packed.
 PLAIN: dict[str, tuple[str, ...]] = {"ends": ("I64",), "id_ends": ("I64",), "id_bytes": ("U8",)}
 PACKED: dict[str, tuple[str, ...]] = {"ends": ("I64",), "block_ends": ("I64",), "blocks": ("U8",)}
 NAMES, NUMBERS = 0, 1  # what a block holds
@@ -29,7 +30,12 @@ LONGEST = 18  # digits of a number that an int64 holds in any case
 
 
 class MembersFile(MappedFile):
-    """The members on the disk; raises as :class:`gcfast.database.shards.MappedFile`."""
+    """The members on disk.
+
+    Raises:
+        DamagedDatabaseError: as :class:`gcfast.database.shards.MappedFile`, or its columns do not
+            fit together.
+    """
 
     KIND = "members file"
 
@@ -40,7 +46,7 @@ class MembersFile(MappedFile):
         self.members: Members | PackedMembers
         if packed:
             self.members = PackedMembers(ends, self.columns["block_ends"], self.columns["blocks"])
-            # A block for each centre, and no byte more.
+            # One block for each centre, and no byte more.
             blocks = self.members.block_ends
             sound = (
                 len(ends) == len(blocks)

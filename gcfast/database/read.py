@@ -12,12 +12,12 @@ from gcfast.errors import DamagedDatabaseError
 
 
 def opened(path: Path) -> tuple[dict[str, Any], list[ShardFile], MembersFile | None]:
-    """The manifest and its files, all of one database, also while another takes its place.
+    """Return the manifest and its files, all of one database, also while another replaces it.
 
     Raises:
         NoDatabaseError, DamagedDatabaseError, GcfastError: as :meth:`gcfast.Database.open`.
     """
-    folder = path.absolute()  # the process may change its own
+    folder = path.absolute()  # the process may change its working directory
     manifest = read_manifest(path)
     while True:
         damage, members = None, None

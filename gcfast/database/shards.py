@@ -1,26 +1,21 @@
-"""Shards: the rows of a database in safetensors files, memory-mapped and told apart from damage."""
+"""Shards: the rows of a database in safetensors files, memory-mapped."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
-import os
+import math
 import threading
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from gcfast.database import files as durable
-from gcfast.database.mapped import SourceFile, check_files
+from gcfast.database.ids import IdTable
 from gcfast.errors import DamagedDatabaseError
 
 
@@ -49,7 +44,7 @@ DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
 }
-ALLOWED: dict[str, tuple[str, ...]] = {
+COLUMNS: dict[str, tuple[str, ...]] = {
     "embeddings": ("F32", "F16"),
     "channels": ("I64",),
     "weights": ("F32", "F16"),
@@ -62,59 +57,44 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 
 
 class MappedFile:
-    """A safetensors file of a database, mapped at once, so that it outlasts a replacement.
+    """A safetensors file of a database, memory-mapped: it outlasts deletion and replacement.
 
-    Mapping reads nothing but the header; a page is read when it is first touched.
+    Opening reads the header alone; a page of a column is read when it is first touched. The
+    mapping is copy-on-write: to write to a column leaves the file as it is.
 
     Args:
         folder: the database's.
-        entry: the manifest's words on the file.
-        allowed: the tensors that it has to have, and of which types.
+        entry: the manifest's entry for the file.
+        columns: the tensors it must have, and the dtypes allowed for each.
 
     Raises:
-        DamagedDatabaseError: the file is missing, has another size than was written, or other
-            tensors.
+        DamagedDatabaseError: the file is missing, has another size than was written, or does not
+            hold these tensors.
     """
 
     KIND = "file"
 
     def __init__(
-        self, folder: Path, entry: dict[str, Any], allowed: dict[str, tuple[str, ...]]
+        self, folder: Path, entry: dict[str, Any], columns: dict[str, tuple[str, ...]]
     ) -> None:
         self.path = folder / entry["file"]
         self.bytes: int = entry["bytes"]
         self.sha256: str = entry["sha256"]
         self._check_size()
         try:
-            # The library settles that the header is sound; where the tensors lie it does not say.
-            with safetensors.safe_open(self.path, framework="pt") as file:
-                names = set(file.keys())
-            with self.path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-                # Copy on write: a tensor cannot be read-only, and the file must stay as it is.
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            if len(content) != self.bytes:
-                raise ValueError("it changed its size")
-            missing = sorted(allowed.keys() - names)
-            if missing:
-                raise KeyError(missing[0])
-            self.columns = {
-                name: _tensor(content, 8 + size, name, header[name], types)
-                for name, types in allowed.items()
-            }
-        # RuntimeError: PyTorch's, where the file has gone since it was looked at.
-        except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
+            self.columns = _mapped_columns(self.path, self._mapping(), columns)
+            # A mapping of its own gives back the pages that hashing reads; and the path may lead
+            # to another database by then.
+            self._unverified: Tensor | None = self._mapping()
+        # RuntimeError: PyTorch's, where the file has gone or shrunk since its size was compared.
+        except (safetensors.SafetensorError, RuntimeError, ValueError, OSError) as error:
             raise DamagedDatabaseError(
                 f"the {self.KIND} {self.path} cannot be read: {error}"
             ) from error
-        self.source = SourceFile(
-            str(self.path), status.st_dev, status.st_ino, self.bytes, self.KIND
-        )
-        self.verified = False
-        self._content = content
         self._lock = threading.Lock()
+
+    def _mapping(self) -> Tensor:
+        return torch.from_file(str(self.path), size=self.bytes, dtype=torch.uint8, device="cpu")
 
     def _check_size(self) -> None:
         try:
@@ -128,131 +108,66 @@ class MappedFile:
             )
 
     def verify(self) -> None:
-        """Compare the content with its checksum, once; raises DamagedDatabaseError."""
+        """Compare the content with its checksum, once.
+
+        Raises:
+            DamagedDatabaseError: it differs.
+        """
         with self._lock:
-            if self.verified:
+            if self._unverified is None:
                 return
-            # The mapping, not the path, where another database may lie by now.
-            digest = hashlib.sha256(self._content).hexdigest()
-            if digest != self.sha256:
+            if hashlib.sha256(self._unverified.numpy().data).hexdigest() != self.sha256:
                 raise DamagedDatabaseError(
                     f"the {self.KIND} {self.path} is changed: its checksum differs"
                 )
-            # The pages that hashing read count as ours until they are given back.
-            self._content.madvise(mmap.MADV_DONTNEED)
-            self.verified = True
+            self._unverified = None
+
+
+def _mapped_columns(
+    path: Path, content: Tensor, columns: dict[str, tuple[str, ...]]
+) -> dict[str, Tensor]:
+    """Return the columns as views of a file's bytes; raises ValueError where they are others.
+
+    :meth:`safe_open.get_tensor` would touch a page of each: 3.6 GiB resident for the 10 million
+    rows of bench/memory.py, where the page cache has large folios.
+    """
+    file: Any
+    with safetensors.safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.offset_keys()}
+    views, end = {}, len(content)
+    # In a sound safetensors file they follow one another without gaps, up to the end.
+    for name, part in reversed(parts.items()):
+        allowed = columns.get(name, tuple(DTYPES))
+        if part.get_dtype() not in allowed:
+            raise ValueError(f"{name!r} must be {' or '.join(allowed)}, got {part.get_dtype()}")
+        dtype, shape = DTYPES[part.get_dtype()], part.get_shape()
+        start = end - math.prod(shape) * dtype.itemsize
+        views[name] = content[start:end].view(dtype).view(shape)
+        end = start
+    missing = sorted(columns.keys() - views.keys())
+    if missing:
+        raise ValueError(f"it lacks {missing[0]!r}")
+    return {name: views[name] for name in columns}
 
 
 class ShardFile(MappedFile):
-    """One shard on the disk; raises as :class:`MappedFile`, and where it has other rows."""
+    """One shard on disk.
+
+    Raises:
+        DamagedDatabaseError: as :class:`MappedFile`, or it has another number of rows.
+    """
 
     KIND = "shard"
 
     def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
-        super().__init__(folder, entry, ALLOWED)
-        columns = dict(self.columns)
-        self.ids = IdTable(columns["id_ends"], columns.pop("id_bytes"))
-        lengths = {len(tensor) for tensor in columns.values()}
+        super().__init__(folder, entry, COLUMNS)
+        lengths = {t.shape[:1].numel() for name, t in self.columns.items() if name != "id_bytes"}
         if lengths != {entry["rows"]}:
             raise DamagedDatabaseError(
                 f"the shard {self.path} must hold {entry['rows']} rows, got {sorted(lengths)}"
             )
-        self.tensors = Shard(**{name: columns[name] for name in FIELDS})
-
-
-class IdTable(NamedTuple):
-    """Ids as bytes one after another."""
-
-    ends: Tensor  # [n] int64: where each id ends
-    content: Tensor  # uint8
-
-    def decoded(self, start: int, stop: int) -> list[str]:
-        """These ids as strings."""
-        if start >= stop:
-            return []
-        first = int(self.ends[start - 1]) if start else 0
-        ends = [first, *self.ends[start:stop].tolist()]
-        content = self.content[first : ends[-1]].numpy().tobytes()
-        # A file name that is not UTF-8 comes as surrogates and keeps its bytes.
-        return [
-            content[a - first : b - first].decode(errors="surrogateescape")
-            for a, b in pairwise(ends)
-        ]
-
-    @classmethod
-    def encoded(cls, ids: Sequence[str]) -> IdTable:
-        """A table of these ids."""
-        encoded = [i.encode(errors="surrogateescape") for i in ids]
-        ends = np.cumsum([len(i) for i in encoded], dtype=np.int64)
-        content = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
-        return cls(torch.from_numpy(ends), torch.from_numpy(content))
-
-
-class Ids(Sequence[str]):
-    """Ids in tables: a sequence that is decoded where it is read.
-
-    Args:
-        tables: the ids, in order.
-        sources: the file of each table, looked at before the table is read; none in memory.
-
-    Raises:
-        DamagedDatabaseError: as ids are read, where the file of their table was deleted or cut off.
-    """
-
-    def __init__(self, tables: list[IdTable], sources: Sequence[SourceFile] = ()) -> None:
-        self._tables, self._sources = tables, sources
-        self._starts = [0]
-        for table in tables:
-            self._starts.append(self._starts[-1] + len(table.ends))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    @overload
-    def __getitem__(self, where: int) -> str: ...
-
-    @overload
-    def __getitem__(self, where: slice) -> list[str]: ...
-
-    def __getitem__(self, where: int | slice) -> str | list[str]:
-        if isinstance(where, slice):
-            start, stop, step = where.indices(len(self))
-            if step == 1:
-                return self._range(start, stop)
-            return [self[row] for row in range(start, stop, step)]
-        row = where + len(self) if where < 0 else where
-        if not 0 <= row < len(self):
-            raise IndexError(f"`ids` has {len(self)} elements, got {where}")
-        return self._range(row, row + 1)[0]
-
-    def _range(self, start: int, stop: int) -> list[str]:
-        out: list[str] = []
-        number = bisect_right(self._starts, start) - 1
-        while start < stop:
-            first, end = self._starts[number : number + 2]
-            out += self._table(number).decoded(start - first, min(stop, end) - first)
-            start, number = end, number + 1
-        return out
-
-    def _table(self, number: int) -> IdTable:
-        check_files(self._sources[number : number + 1])
-        return self._tables[number]
-
-    def __iter__(self) -> Iterator[str]:
-        for number in range(len(self._tables)):
-            table = self._table(number)
-            yield from table.decoded(0, len(table.ends))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, (Ids, list, tuple)):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        shown = ", ".join(repr(i) for i in self[:3])
-        return f"Ids({len(self)}: {shown}{', …' if len(self) > 3 else ''})"
+        self.ids = IdTable(self.columns["id_ends"], self.columns["id_bytes"])
+        self.tensors = Shard(**{name: self.columns[name] for name in FIELDS})
 
 
 def shard_name(number: int) -> str:
@@ -280,16 +195,3 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-
-
-def _tensor(
-    content: mmap.mmap, base: int, name: str, entry: dict[str, Any], allowed: tuple[str, ...]
-) -> Tensor:
-    if entry["dtype"] not in allowed:
-        raise ValueError(f"{name!r} must be {' or '.join(allowed)}, got {entry['dtype']}")
-    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-    start, stop = entry["data_offsets"]
-    if start == stop:
-        return torch.empty(shape, dtype=dtype)
-    count = (stop - start) // dtype.itemsize
-    return torch.frombuffer(content, dtype=dtype, count=count, offset=base + start).view(shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gcfast.database.database import Database
-from gcfast.database.mapped import Mappings, SourceFile, check_files
 from gcfast.database.shards import Shard
 from gcfast.explain.faiss_search import (
     ExactSearch,
@@ -84,11 +82,9 @@ class ExactTransfer:
         table = database.embeddings.to(device)
         self.search = ExactSearch(table)
         self.temperature = temperature(table, k) if k > 1 else 1.0
-        self.files = Mappings(database.sources).files((table, *self.tables))
 
     def __call__(self, embeddings: Tensor) -> Transferred:
-        """See :class:`Transfer`; DamagedDatabaseError where a mapped file was cut short."""
-        check_files(self.files)
+        """See :class:`Transfer`."""
         distances, neighbors = self.search(embeddings, self.k)
         return from_tables(distances, neighbors, self.tables, self.temperature)
 
@@ -123,9 +119,7 @@ class IndexTransfer:
         self.index = open_index(index, shards, device)
         self.width = shards[0].channels.shape[1]
         self.real_labels = shards[0].labels.is_floating_point()
-        self.engine = make_engine(
-            self.index, shards, database.sources, threads=torch.get_num_threads()
-        )
+        self.engine = make_engine(self.index, shards, threads=torch.get_num_threads())
         self.temperature = 1.0
         if k > 1:
             # By the index too: an exact search among millions of rows would take minutes.
@@ -138,7 +132,6 @@ class IndexTransfer:
         """See :class:`Transfer`.
 
         Raises:
-            DamagedDatabaseError: a shard was deleted or truncated.
             GcfastError: the process was forked since the index was first used.
             ValueError: the index returned what is no row.
             Exception: whatever the index raises.
@@ -225,7 +218,6 @@ class _Submitted:
 def make_engine(
     index: Any,
     shards: list[Shard],
-    sources: Iterable[SourceFile] = (),
     *,
     threads: int,
     memory_bytes: int = MEMORY_BYTES,
@@ -234,8 +226,7 @@ def make_engine(
 
     Args:
         index: from :func:`gcfast.explain.faiss_search.open_index`.
-        shards: the rows; their mapped files are looked at before each gather.
-        sources: of these files, as their database knows them.
+        shards: the rows.
         threads: of measuring and gathering. FAISS takes as many as it does in this thread.
         memory_bytes: what is held at once beyond a batch's result; the batch is split to stay below
             (FAISS's own memory for a search shrinks with it, and is not counted). Rows that are
@@ -245,7 +236,6 @@ def make_engine(
 
     from gcfast import _core
 
-    mappings = Mappings(sources)
     parts = []
     for shard in shards:
         tensors = [getattr(shard, name).detach().contiguous() for name in COLUMNS]
@@ -253,8 +243,7 @@ def make_engine(
             # The engine moves eight bytes a label, whatever they mean; its -1 for "none" is all
             # ones, which as float64 is NaN.
             tensors[-1] = tensors[-1].view(torch.int64)
-        files = [(f.path, f.device, f.inode, f.bytes) for f in mappings.files(tensors)]
-        parts.append((*(tensor.numpy() for tensor in tensors), files))
+        parts.append(tuple(tensor.numpy() for tensor in tensors))
     # FAISS keeps its number of threads for each thread; the worker would start with its default.
     faiss_threads = faiss.omp_get_max_threads()
     return _core.TransferEngine(

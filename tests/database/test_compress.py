@@ -18,8 +18,9 @@ import gcfast
 from gcfast.database import compress as compress_module
 from gcfast.database import shards
 from gcfast.database.database import Database
+from gcfast.database.ids import IdTable
 from gcfast.database.members import Members, PackedMembers, packed, unpacked
-from gcfast.database.shards import FIELDS, IdTable, write_tensors
+from gcfast.database.shards import FIELDS, write_tensors
 
 pytest.importorskip("faiss")
 N, C, M, DIM = 300, 20, 4, 6
@@ -269,7 +270,5 @@ def test_damaged_members(tmp_path: Path, harm: str) -> None:
         edit(tmp_path / "small", members=entry)
     with pytest.raises(gcfast.DamagedDatabaseError, match=words):
         Database.open(tmp_path / "small").members_of(0)
-    if harm in ("deleted", "truncated"):
-        words = f"the members file .* was {harm}.* while the database was open"
-        with pytest.raises(gcfast.DamagedDatabaseError, match=words):
-            opened.members_of(0)
+    if harm == "deleted":  # what was open lives on
+        assert sum(len(opened.members_of(row)) for row in range(len(opened))) == 300

@@ -376,7 +376,7 @@ def test_an_exclusive_index_is_entered_by_one_thread_at_a_time(exclusive: bool) 
         return np.zeros((len(part), k), np.int64)
 
     index = Scripted(10, answer)
-    parts = [(*(t.numpy() for t in whole[:5]), [])]
+    parts = [tuple(t.numpy() for t in whole[:5])]
     pair = [
         _core.TransferEngine(
             index,

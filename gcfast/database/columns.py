@@ -1,0 +1,139 @@
+"""The rows of a database as tensors: shard by shard, a range of rows, or a whole column."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcfast.database.shards import Shard, ShardFile
+
+VERIFY_THREADS = 4
+
+
+class Columns:
+    """Rows in shards; any number of threads may read them.
+
+    Args:
+        shards: in order.
+        manifest: the database's.
+        unverified: files to compare with their checksums before the first use of any row.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        manifest: dict[str, Any],
+        *,
+        unverified: Sequence[ShardFile] = (),
+    ) -> None:
+        self.manifest = manifest
+        self._shards = shards
+        self._ends = list(accumulate((len(shard.labels) for shard in shards), initial=0))
+        self._unverified = unverified
+        self._columns: dict[str, Tensor] = {}
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def dim(self) -> int:
+        """D, the size of an embedding."""
+        return self._shards[0].embeddings.shape[1]
+
+    @property
+    def m(self) -> int:
+        """M, how many channels a row keeps."""
+        return self._shards[0].channels.shape[1]
+
+    @property
+    def storage(self) -> str:
+        """How embeddings and weights are kept: "float32" or "float16"."""
+        return str(self.manifest.get("storage", "float32"))
+
+    @property
+    def weight_scale(self) -> float:
+        """The power of two that weights and offsets of ``shards`` are multiplied by; 1 mostly."""
+        return float(self.manifest.get("weight_scale", 1.0))
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The rows as they are stored, shard by shard, without a copy.
+
+        Raises:
+            DamagedDatabaseError: a shard is not what was written, where checksums are compared at
+                first use.
+        """
+        self._verify()
+        return list(self._shards)
+
+    def rows(self, start: int, stop: int) -> Shard:
+        """Return consecutive rows as they are stored; a copy only where they span shards.
+
+        Raises:
+            DamagedDatabaseError: as ``shards``.
+        """
+        self._verify()
+        pieces = []
+        for (first, end), shard in zip(pairwise(self._ends), self._shards, strict=True):
+            if first < stop and start < end:
+                where = slice(max(start - first, 0), stop - first)
+                pieces.append(Shard(*(column[where] for column in shard)))
+        if len(pieces) == 1:
+            return pieces[0]
+        return Shard(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    @property
+    def embeddings(self) -> Tensor:
+        """[N, D] float32 or float16."""
+        return self._column("embeddings")
+
+    @property
+    def channels(self) -> Tensor:
+        """[N, M] int64, by falling weight."""
+        return self._column("channels")
+
+    @property
+    def weights(self) -> Tensor:
+        """[N, M] float32, raw."""
+        return self._column("weights")
+
+    @property
+    def offsets(self) -> Tensor:
+        """[N] float32."""
+        return self._column("offsets")
+
+    @property
+    def labels(self) -> Tensor:
+        """[N] int64; float64 where they are real numbers."""
+        return self._column("labels")
+
+    @property
+    def triplet_counts(self) -> Tensor:
+        """[N] int64."""
+        return self._column("triplet_counts")
+
+    def _column(self, name: str) -> Tensor:
+        with self._lock:
+            if name not in self._columns:
+                parts = [getattr(shard, name) for shard in self.shards]
+                column = parts[0] if len(parts) == 1 else torch.cat(parts)
+                if name in ("weights", "offsets"):
+                    column = column.float()
+                    if self.weight_scale != 1:
+                        column = column / self.weight_scale
+                self._columns[name] = column
+            return self._columns[name]
+
+    def _verify(self) -> None:
+        with self._lock:
+            if self._unverified:
+                with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+                    list(pool.map(ShardFile.verify, self._unverified))
+                self._unverified = ()
