@@ -15,7 +15,8 @@ from scenes_network import SceneNetwork, to_input
 from torch import Tensor
 
 import gcfast
-from gcfast.images.html import Panel, ReportRow, overlay
+from gcfast.images.html import Panel, ReportRow
+from gcfast.images.overlay import overlay
 
 MATCH, OTHER = (60, 220, 90), (255, 80, 80)
 

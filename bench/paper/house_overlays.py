@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 import gcfast
-from gcfast.images.html import overlay
+from gcfast.images.overlay import overlay
 
 SIDE = 160  # pixels of a tile on the page
 HEAD = 14  # of a caption

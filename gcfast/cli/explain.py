@@ -29,7 +29,8 @@ from gcfast.cli.build import load_network, tell_unreadable
 from gcfast.database.database import Database
 from gcfast.database.manifest import read_manifest
 from gcfast.images.folder import ImageLoader, find_images
-from gcfast.images.html import Panel, ReportRow, overlay, write_report
+from gcfast.images.html import Panel, ReportRow, write_report
+from gcfast.images.overlay import overlay
 from gcfast.images.preprocessing import Preprocessing
 
 # What the command writes into its folder.

@@ -14,7 +14,8 @@ from gcfast import ops
 from gcfast.demo.birds import SIZE, Picture
 from gcfast.demo.network import BirdNet
 from gcfast.demo.species import SPECIES
-from gcfast.images.html import Panel, ReportRow, overlay, write_report
+from gcfast.images.html import Panel, ReportRow, write_report
+from gcfast.images.overlay import overlay
 from gcfast.metrics import mask_score
 
 _TITLE = "Which part tells this bird apart?"

@@ -1,7 +1,7 @@
 """Figures of maps and of what was measured of them, by matplotlib (gcfast's extra ``plots``).
 
 Each function returns a ``matplotlib.figure.Figure`` that belongs to no window; ``save`` writes it.
-Colour maps are perceptually uniform by default.
+Color maps are perceptually uniform by default.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from gcfast.errors import MissingExtraError
 from gcfast.evaluation.table import Statistic
 from gcfast.explain.calibration import IMAGES_A_KNOT, Calibration, Fidelity
-from gcfast.images import html
+from gcfast.images import overlay as overlays
 
 COLORMAP = "inferno"
-# Okabe and Ito's colours, told apart by everyone: https://jfly.uni-koeln.de/color/
+# Okabe and Ito's colors, which color-blind readers can tell apart: https://jfly.uni-koeln.de/color/
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_GREY = "#777777"
+_GRAY = "#777777"
 _DASHES = ("--", ":", "-.", (0, (1, 3)))
 _PANEL_INCHES = 2.0
 _DPI = 120
@@ -32,7 +32,7 @@ Heat = NDArray[Any]  # [H, W] in [0, 1]
 
 
 def overlay(image: Image, heat: Heat, *, alpha: float = 0.55, colormap: str = COLORMAP) -> Image:
-    """A heat map laid over a picture; see :func:`gcfast.images.html.overlay`.
+    """Lay a heat map over a picture; see :func:`gcfast.images.overlay.overlay`.
 
     Args:
         image: uint8 [H, W, 3].
@@ -41,10 +41,10 @@ def overlay(image: Image, heat: Heat, *, alpha: float = 0.55, colormap: str = CO
         colormap: a name that matplotlib knows.
 
     Raises:
-        MissingExtraError: another colour map than the default, and no matplotlib.
-        TypeError, ValueError: as :func:`gcfast.images.html.overlay`; an unknown colour map.
+        MissingExtraError: another color map than the default, and no matplotlib.
+        TypeError, ValueError: as :func:`gcfast.images.overlay.overlay`; an unknown color map.
     """
-    return html.overlay(image, heat, alpha=alpha, table=_table(colormap))
+    return overlays.overlay(image, heat, alpha=alpha, table=_table(colormap))
 
 
 def grid(
@@ -55,7 +55,7 @@ def grid(
     titles: Sequence[str] | None = None,
     colormap: str = COLORMAP,
 ) -> Any:
-    """Pictures beside their maps by several methods, the scores under each.
+    """Draw pictures next to their maps by several methods, the scores under each.
 
     Args:
         images: n pictures, uint8 [H, W, 3].
@@ -91,7 +91,7 @@ def transfer_pairs(
     titles: Sequence[str] | None = None,
     colormap: str = COLORMAP,
 ) -> Any:
-    """Each query and its nearest training picture side by side, with the maps of both.
+    """Draw each query and its nearest training picture side by side, with the maps of both.
 
     Args:
         queries: n pictures, uint8 [H, W, 3].
@@ -131,11 +131,11 @@ def sensitivity(
     title: str = "",
     levels: Mapping[str, float] | None = None,
 ) -> Any:
-    """Scores against a count (M, T, centres), each with its bootstrap interval.
+    """Draw scores against a count (M, T, centers), each with its bootstrap interval.
 
     Args:
-        counts: where the points are, rising; they are spaced evenly and named, so "all" may end
-            them.
+        counts: where the points are, rising; they are spaced evenly and named, so the last may
+            be "all".
         series: name → a statistic for each count.
         xlabel: what is counted.
         ylabel: what is scored.
@@ -153,7 +153,7 @@ def sensitivity(
         )
         axes.plot(at, [p.mean for p in points], "o-", color=color, ms=4, label=name)
     for style, (name, height) in zip(_DASHES, (levels or {}).items(), strict=False):
-        axes.axhline(height, color=_GREY, ls=style, lw=1.2, label=name)
+        axes.axhline(height, color=_GRAY, ls=style, lw=1.2, label=name)
     axes.set_xticks(at, [str(c) for c in counts])
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, frameon=False)
@@ -161,7 +161,7 @@ def sensitivity(
 
 
 def top_channels(counts: NDArray[np.int64], *, title: str = "") -> Any:
-    """How many rows have each channel first, most frequent first.
+    """Draw how many rows have each channel first, most frequent first.
 
     Args:
         counts: [C].
@@ -191,7 +191,7 @@ def top_channels(counts: NDArray[np.int64], *, title: str = "") -> Any:
 def localisation(
     thresholds: Sequence[float], accuracies: Mapping[str, Sequence[float]], *, title: str = ""
 ) -> Any:
-    """Localisation accuracy against the threshold, a line for each method.
+    """Draw localisation accuracy against the threshold, a line for each method.
 
     Args:
         thresholds: K shares of the maximum.
@@ -208,11 +208,11 @@ def localisation(
 
 
 def fidelity(measured: Fidelity, calibration: Calibration | None = None, *, title: str = "") -> Any:
-    """Agreement of transferred and own maps against the distance to the row.
+    """Draw the agreement of transferred and own maps against the distance to the row.
 
     Args:
         measured: a point for each image.
-        calibration: drawn as a line; None fits one where there are images enough.
+        calibration: drawn as a line; None fits one if there are enough images.
         title: above.
     """
     figure, axes = _axes(
@@ -238,7 +238,7 @@ def fidelity(measured: Fidelity, calibration: Calibration | None = None, *, titl
         )
     if measured.control is not None:
         mean = float(measured.control.mean())
-        axes.axhline(mean, color=_GREY, ls="--", lw=1.2, label=f"cosine, a random row: {mean:.3f}")
+        axes.axhline(mean, color=_GRAY, ls="--", lw=1.2, label=f"cosine, a random row: {mean:.3f}")
     axes.set_ylim(min(0.0, float(measured.spearman.min()) - 0.05), 1.02)
     axes.legend(fontsize=8, frameon=False)
     return figure
@@ -260,7 +260,7 @@ def _matplotlib() -> Any:
 
 def _table(colormap: str) -> NDArray[np.uint8] | None:
     if colormap == COLORMAP:
-        return None  # the report's own, without matplotlib
+        return None  # the default table, without matplotlib
     maps = _matplotlib().colormaps
     if colormap not in maps:
         raise ValueError(f"`colormap` must be one that matplotlib knows, got {colormap!r}")

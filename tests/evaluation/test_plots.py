@@ -15,7 +15,7 @@ import gcfast
 from gcfast.evaluation import figures
 from gcfast.evaluation.table import Statistic
 from gcfast.explain.calibration import Calibration, Fidelity
-from gcfast.images import html
+from gcfast.images.overlay import overlay
 
 pytest.importorskip("matplotlib", reason="matplotlib (gcfast's extra plots) is not installed")
 
@@ -28,15 +28,15 @@ def heat(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random((24, 24)).astype(np.float32)
 
 
-def test_overlay_takes_any_colour_map() -> None:
+def test_overlay_takes_any_color_map() -> None:
     image, warm = picture(), heat()
-    assert np.array_equal(figures.overlay(image, warm), html.overlay(image, warm))
+    assert np.array_equal(figures.overlay(image, warm), overlay(image, warm))
     # matplotlib's own inferno differs from the report's table by rounding alone.
     import matplotlib
 
     table = np.rint(matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))[:, :3] * 255)
-    theirs = html.overlay(image, warm, table=table.astype(np.uint8))
-    assert np.abs(theirs.astype(int) - html.overlay(image, warm)).max() <= 2
+    theirs = overlay(image, warm, table=table.astype(np.uint8))
+    assert np.abs(theirs.astype(int) - overlay(image, warm)).max() <= 2
     assert not np.array_equal(figures.overlay(image, warm, colormap="viridis"), theirs)
     with pytest.raises(ValueError, match="`colormap` must be one that matplotlib knows, got 'no'"):
         figures.overlay(image, warm, colormap="no")
@@ -54,7 +54,7 @@ def test_grid_shows_each_method_with_its_scores(tmp_path: Path) -> None:
     assert [a.get_title() for a in figure.axes[:3]] == ["input", "Grad-CAM", "channel sum"]
     assert [a.get_xlabel() for a in figure.axes[3:6]] == ["b", "box 0.20   mask 0.50", ""]
     shown = figure.axes[4].images[0].get_array()
-    assert np.array_equal(shown, html.overlay(images[1], maps[1]))
+    assert np.array_equal(shown, overlay(images[1], maps[1]))
     figures.save(figure, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as saved:
         assert saved.width > saved.height * 0.8
@@ -71,7 +71,7 @@ def test_pairs_show_neighbour_and_query() -> None:
     )
     assert len(figure.axes) == 8
     assert np.array_equal(figure.axes[0].images[0].get_array(), images[1])
-    assert np.array_equal(figure.axes[7].images[0].get_array(), html.overlay(images[1], maps[1]))
+    assert np.array_equal(figure.axes[7].images[0].get_array(), overlay(images[1], maps[1]))
     assert figure.axes[6].get_xlabel() == "d 0.2"
     with pytest.raises(ValueError, match="`pairs` must have length 2 each, got 1 for 'neighbors'"):
         figures.transfer_pairs(images, maps, images[:1], maps)

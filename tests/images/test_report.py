@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gcfast.images.html import Panel, ReportRow, colorize, overlay, write_report
+from gcfast.images.html import Panel, ReportRow, write_report
+from gcfast.images.overlay import colorize, overlay
 
 
 def photo(height=12, width=20, seed=0):
