@@ -1,12 +1,13 @@
-"""Picture files to batches: find them, label them, decode them in worker processes."""
+"""From picture files to batches: find them, label them, decode them in worker processes."""
 
 from __future__ import annotations
 
 import csv
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,26 +27,28 @@ __all__ = [
     "find_images",
 ]
 
+_Item = tuple[NDArray[np.uint8] | None, str]  # a view, or the reason why there is none
 _Batch = tuple[Tensor, list[str]]  # the readable views, and every item's reason, "" if readable
+_T = TypeVar("_T")
 
 # How many names an error message lists before it counts the rest.
 _NAMES_SHOWN = 5
 
 
 class UnreadableImageError(GcfastError):
-    """A picture could not be decoded, and it was asked that none be skipped."""
+    """A picture could not be decoded and none may be skipped, or no picture could be decoded."""
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[str]:
-    """Pictures in a folder and its subfolders, by the endings of their names.
+    """Find the pictures in a folder and its subfolders by their file extensions.
 
     Hidden files and folders are left out; links to folders are followed, each folder once.
 
     Returns:
-        Paths relative to the folder with `/` between the parts, sorted by code point.
+        Paths relative to the folder with ``/`` between the parts, sorted by code point.
 
     Raises:
-        OSError: If the folder, or one below it, cannot be listed.
+        OSError: the folder, or one below it, cannot be listed.
     """
 
     def fail(error: OSError) -> None:
@@ -66,15 +69,15 @@ def find_images(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(found)
 
 
-class ImageDataset(Dataset[tuple[NDArray[np.uint8] | None, str]]):
+class ImageDataset(Dataset[_Item]):
     """Views of picture files, map-style and picklable.
 
-    Item `i` is `(view, "")` with a uint8 [S, S, 3] view, or `(None, reason)` where the file cannot
-    be decoded, so that one bad file does not end a worker.
+    Item ``i`` is ``(view, "")`` with a uint8 [S, S, 3] view, or ``(None, reason)`` if the file
+    cannot be decoded, so that one bad file does not end a worker.
 
     Args:
-        files: Picture files.
-        preprocessing: Gives the size and the crop.
+        files: picture files.
+        preprocessing: gives the size and the crop.
     """
 
     def __init__(self, files: Sequence[str], preprocessing: Preprocessing) -> None:
@@ -84,7 +87,7 @@ class ImageDataset(Dataset[tuple[NDArray[np.uint8] | None, str]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8] | None, str]:
+    def __getitem__(self, index: int) -> _Item:
         try:
             return self.preprocessing.view(self.files[index]), ""
         except MemoryError:
@@ -96,20 +99,39 @@ class ImageDataset(Dataset[tuple[NDArray[np.uint8] | None, str]]):
             return None, f"{type(error).__name__}: {text or 'no reason given'}"
 
 
-def _until_a_worker_dies(batches: Iterable[_Batch]) -> Iterator[_Batch]:
-    """The batches; a worker killed from outside becomes an error that says what to do."""
+def decoded(
+    dataset: Dataset[Any], collate: Callable[[list[Any]], _T], batch_size: int, workers: int
+) -> Iterator[_T]:
+    """Iterate over a data set in order, in worker processes, without touching global random state.
+
+    Args:
+        dataset: map-style and picklable.
+        collate: makes a batch of a list of its items, in the worker.
+        batch_size: items in a batch.
+        workers: worker processes; 0 decodes in this process.
+
+    Raises:
+        GcfastError: a worker process is killed.
+    """
+    batches = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        generator=torch.Generator(),  # its own, or each pass would draw from the global one
+    )
     try:
         yield from batches
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise GcfastError(
-            "a process that decodes pictures was killed, most likely for lack of memory: take "
+            "a process that decodes pictures was killed, most likely for lack of memory: use "
             "fewer `workers` (0 decodes in this process) or a smaller `batch_size`"
         ) from error
 
 
-def _collate(items: list[tuple[NDArray[np.uint8] | None, str]]) -> _Batch:
+def _collate(items: list[_Item]) -> _Batch:
     """The readable views, uint8 [B', S, S, 3], and for every item its reason, "" where readable."""
     views = [view for view, _ in items if view is not None]
     stacked = np.stack(views) if views else np.empty((0, 0, 0, 3), np.uint8)
@@ -119,23 +141,23 @@ def _collate(items: list[tuple[NDArray[np.uint8] | None, str]]) -> _Batch:
 class ImageLoader:
     """Batches (images, labels, ids) of picture files, the same in every pass, in the given order.
 
-    Worker processes decode and resize; 8-bit views cross the process boundary and are normalised
+    Worker processes decode and resize; 8-bit views cross the process boundary and are normalized
     here, a quarter of the traffic. PyTorch's global random state is left alone.
 
     Args:
-        files: Picture files.
-        ids: A name for each; what reports call it.
-        labels: A label for each, or None for pictures without labels (then labels are "").
-        preprocessing: Size, crop and normalisation.
-        batch_size: Pictures a batch; a batch is smaller where some of them are unreadable.
-        workers: Worker processes; 0 decodes in this process.
-        strict: Raise on the first unreadable picture instead of skipping it.
+        files: picture files.
+        ids: a name for each; what reports call it.
+        labels: a label for each, or None for pictures without labels (then labels are "").
+        preprocessing: size, crop and normalization.
+        batch_size: pictures in a batch; fewer where some of them are unreadable.
+        workers: worker processes; 0 decodes in this process.
+        strict: raise on the first unreadable picture instead of skipping it.
 
     Attributes:
         unreadable: (id, reason) of the pictures skipped so far, in order.
 
     Raises:
-        ValueError: If there are no files, lengths differ, or `batch_size` or `workers` is out of
+        ValueError: there are no files, lengths differ, or ``batch_size`` or ``workers`` is out of
             range.
     """
 
@@ -169,7 +191,7 @@ class ImageLoader:
         self._reasons: dict[int, str] = {}
 
     def __len__(self) -> int:
-        """Batches a pass has at most: one of unreadable pictures only is left out."""
+        """The most batches that a pass has: one of unreadable pictures only is left out."""
         return math.ceil(len(self.files) / self.batch_size)
 
     @property
@@ -178,21 +200,15 @@ class ImageLoader:
         return [(self.ids[i], self._reasons[i]) for i in sorted(self._reasons)]
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str], list[str]]]:
-        """One pass: images float32 [B, 3, S, S], B labels, B ids.
+        """Make one pass: images float32 [B, 3, S, S], B labels, B ids.
 
         Raises:
-            UnreadableImageError: If a picture cannot be read and `strict` is set, or if none can.
-            GcfastError: If a worker process is killed.
+            UnreadableImageError: a picture cannot be read and ``strict`` is set, or none can.
+            GcfastError: a worker process is killed.
         """
-        batches = DataLoader(
-            ImageDataset(self.files, self.preprocessing),
-            batch_size=self.batch_size,
-            num_workers=self.workers,
-            collate_fn=_collate,
-            generator=torch.Generator(),  # its own, or each pass would draw from the global one
-        )
+        dataset = ImageDataset(self.files, self.preprocessing)
         start = good = 0
-        for views, reasons in _until_a_worker_dies(batches):
+        for views, reasons in decoded(dataset, _collate, self.batch_size, self.workers):
             kept = []
             for i, reason in enumerate(reasons, start=start):
                 if not reason:
@@ -216,24 +232,25 @@ class ImageLoader:
 class ImageFolder:
     """Labelled pictures under one root: a folder for each class, or a CSV of paths and labels.
 
-    Without `labels_csv` the class of a picture is the name of the folder directly under `root` that
-    it lies in, at any depth. With it, the columns `path` (relative to `root`, or absolute) and
-    `label` decide, in the order of the file; other columns are ignored.
+    Without ``labels_csv`` the class of a picture is the name of the folder directly under ``root``
+    that it is in, at any depth. With it, the columns ``path`` (relative to ``root``, or absolute)
+    and ``label`` decide, in the order of the file; other columns are ignored.
 
     Args:
-        root: The folder.
-        labels_csv: A CSV file in UTF-8 with a header.
+        root: the folder.
+        labels_csv: a CSV file in UTF-8 with a header.
 
     Attributes:
-        root: The folder, absolute.
-        ids: Path of each picture relative to `root`, with `/` between the parts.
-        labels: Class name of each.
-        class_names: The distinct class names, sorted.
+        root: the folder, absolute.
+        ids: path of each picture relative to ``root``, with ``/`` between the parts.
+        labels: class name of each.
+        class_names: the distinct class names, sorted.
 
     Raises:
-        FileNotFoundError: If `root` or `labels_csv` does not exist, or the CSV names missing files.
-        NotADirectoryError: If `root` is not a folder.
-        ValueError: If there are no pictures, a class folder has none, pictures lie beside the class
+        FileNotFoundError: ``root`` or ``labels_csv`` does not exist, or the CSV names missing
+            files.
+        NotADirectoryError: ``root`` is not a folder.
+        ValueError: there are no pictures, a class folder has none, pictures are next to the class
             folders, a name is not UTF-8, or the CSV lacks a column or a label, or names a picture
             twice.
     """
@@ -250,7 +267,7 @@ class ImageFolder:
             raise NotADirectoryError(f"`root` must be a folder of pictures, {root} is a file")
         pairs = _by_folder(self.root) if labels_csv is None else _by_csv(self.root, labels_csv)
         self.ids = [name for name, _ in pairs]
-        # A database keeps ids as UTF-8; better to know now than when it is saved.
+        # A database keeps ids as UTF-8: fail now, not when it is saved.
         odd = [repr(os.fsencode(name)) for name in self.ids if not _is_utf8(name)]
         if odd:
             raise ValueError(f"file names under {self.root} must be UTF-8, got {_listed(odd)}")
@@ -268,7 +285,7 @@ class ImageFolder:
         workers: int = 0,
         strict: bool = False,
     ) -> ImageLoader:
-        """Batches of all pictures, for `Explainer.build`; arguments as in `ImageLoader`."""
+        """Return batches of all pictures, for ``Explainer.build``; see :class:`ImageLoader`."""
         return ImageLoader(
             [os.fspath(self.root / name) for name in self.ids],
             self.ids,
@@ -287,7 +304,7 @@ def _by_folder(root: Path) -> list[tuple[str, str]]:
     loose = [name for name in names if "/" not in name]
     if loose:
         raise ValueError(
-            f"`root` must hold a folder for each class, {root} has pictures beside them: "
+            f"`root` must hold a folder for each class, {root} has pictures next to them: "
             f"{_listed(loose)}; move them, or give their labels in a CSV"
         )
     with os.scandir(root) as entries:

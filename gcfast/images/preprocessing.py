@@ -1,7 +1,7 @@
-"""One picture file to the network's input: decode, resize, normalise.
+"""From a picture file to the network's input: decode, resize, normalize.
 
-Decoding goes through Pillow. Every mode it reads becomes RGB the same way everywhere: transparency
-is laid over white, 16-bit and float pictures are scaled to 8 bits, EXIF rotation is applied.
+Pillow decodes. Every mode it reads becomes RGB in one way: transparency is laid over white, 16-bit
+and float pictures are scaled to 8 bits, EXIF rotation is applied.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class Preprocessing:
     """How a picture becomes the network's input; kept in the database's manifest.
 
     Attributes:
-        size: Side S of the square input, in pixels.
-        resize: "crop" scales the shorter side to S and cuts out the centre; "stretch" scales both
+        size: side S of the square input, in pixels.
+        resize: "crop" scales the shorter side to S and cuts out the center; "stretch" scales both
             sides to S.
-        mean: Subtracted from each channel, of values in [0, 1].
-        std: Divides each channel after that.
+        mean: subtracted from each channel, of values in [0, 1].
+        std: divides each channel after that.
 
     Raises:
-        TypeError: If `size` is not an int.
-        ValueError: If `size` is not positive, `resize` unknown, `mean` or `std` not three finite
-            numbers, or `std` not positive.
+        TypeError: ``size`` is not an int.
+        ValueError: ``size`` is not positive, ``resize`` unknown, ``mean`` or ``std`` not three
+            finite numbers, or ``std`` not positive.
     """
 
     size: int = 224
@@ -70,16 +70,16 @@ class Preprocessing:
             raise ValueError(f"`std` must be positive, got {list(self.std)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-able values; `from_dict` reads them back."""
+        """Return the settings as JSON-able values; :meth:`from_dict` reads them back."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Preprocessing:
-        """Reads what `to_dict` wrote; other keys are left alone.
+        """Read what :meth:`to_dict` wrote; other keys are ignored.
 
         Raises:
-            ValueError: If a setting is missing or is not what the class allows.
-            TypeError: As the class does.
+            ValueError: a setting is missing or is not what the class allows.
+            TypeError: as the class.
         """
         names = ("size", "resize", "mean", "std")
         missing = [name for name in names if name not in settings]
@@ -90,33 +90,37 @@ class Preprocessing:
         return cls(**{name: settings[name] for name in names})
 
     def view(self, path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-        """The part of a picture that the network sees.
+        """Return the part of a picture that the network sees.
 
         Scaling is bilinear with antialiasing. The crop is cut in source coordinates, so an
         extremely long picture costs no more than a square one.
 
         Args:
-            path: A picture file.
+            path: a picture file.
 
         Returns:
             uint8 [S, S, 3], RGB.
 
         Raises:
-            OSError: If the file cannot be opened, or is no picture.
-            Exception: Whatever Pillow raises on a damaged file.
+            OSError: the file cannot be opened, or is no picture.
+            Exception: whatever Pillow raises on a damaged file.
         """
         picture = decode(path, at_least=2 * self.size)
-        width, height = picture.size
-        box = (0.0, 0.0, float(width), float(height))
-        if self.resize == "crop":
-            side = min(width, height)
-            left, top = (width - side) / 2, (height - side) / 2
-            box = (left, top, left + side, top + side)
+        box = self.window(picture.size)
         picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
         return np.asarray(picture)
 
+    def window(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return the part (x0, y0, x1, y1) of a picture of size (w, h) that :meth:`view` shows."""
+        width, height = size
+        if self.resize == "stretch":
+            return 0.0, 0.0, float(width), float(height)
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, top, left + side, top + side
+
     def normalize(self, views: Tensor) -> Tensor:
-        """Network input of a batch of views.
+        """Return the network input of a batch of views.
 
         Args:
             views: uint8 [B, S, S, 3].
@@ -130,7 +134,7 @@ class Preprocessing:
         return images.sub_(mean).div_(std)
 
     def pictures(self, images: Tensor) -> NDArray[np.uint8]:
-        """The views that `normalize` made a batch from.
+        """Return the views that :meth:`normalize` made a batch from.
 
         Args:
             images: float32 [B, 3, S, S].
@@ -145,7 +149,7 @@ class Preprocessing:
 
 
 def decode(path: str | os.PathLike[str], *, at_least: int | None = None) -> Image.Image:
-    """Reads a picture as RGB, the way up it is meant to be seen.
+    """Read a picture as RGB, the right way up.
 
     Transparent pixels are laid over white. 16-bit values are divided by 257; 32-bit integers and
     floats have no fixed range and are stretched from their lowest to their highest value, unless
@@ -153,17 +157,17 @@ def decode(path: str | os.PathLike[str], *, at_least: int | None = None) -> Imag
     the first is read.
 
     Args:
-        path: A picture file, of a format that Pillow reads (not EPS, nor stubs such as WMF).
-        at_least: If given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both
+        path: a picture file, of a format that Pillow reads (not EPS, nor stubs such as WMF).
+        at_least: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both
             sides keep this many pixels.
 
     Returns:
         A picture in mode "RGB".
 
     Raises:
-        OSError: If the file cannot be opened, or is no picture.
-        PIL.Image.DecompressionBombError: If it has more pixels than Pillow's limit.
-        Exception: Whatever Pillow raises on a damaged file.
+        OSError: the file cannot be opened, or is no picture.
+        PIL.Image.DecompressionBombError: it has more pixels than Pillow's limit.
+        Exception: whatever Pillow raises on a damaged file.
     """
     with warnings.catch_warnings():
         # Pillow warns at half the number of pixels that it refuses; its refusal is our limit.
@@ -181,7 +185,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
     if mode.startswith("I;16") or mode in ("I", "F"):
         return Image.fromarray(_eight_bit(picture)).convert("RGB")
     if mode == "LAB":
-        # Pillow's own conversions do not know this one; its colour management does.
+        # Pillow's own conversions do not know this one; its color management does.
         from PIL import ImageCms
 
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
@@ -197,7 +201,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bit(picture: Image.Image) -> NDArray[np.uint8]:
-    """A one-channel picture of more than 8 bits as uint8 [H, W]; `decode` states the rule."""
+    """A one-channel picture of more than 8 bits as uint8 [H, W], by the rule of ``decode``."""
     values = np.nan_to_num(np.asarray(picture).astype(np.float64))
     low, high = float(values.min()), float(values.max())
     if picture.mode.startswith("I;16") or (picture.mode == "I" and low >= 0 and 255 < high < 65536):
@@ -211,7 +215,7 @@ def _eight_bit(picture: Image.Image) -> NDArray[np.uint8]:
 
 @functools.cache
 def image_extensions() -> dict[str, str]:
-    """Name endings of the formats that are read, lower case with the dot, and their formats."""
+    """Return the file extensions that are read, lower case with the dot, and their formats."""
     known = Image.registered_extensions()  # loads every plug-in
     return {e: f for e, f in known.items() if f in Image.OPEN and f not in _LEFT_OUT}
 

@@ -272,7 +272,7 @@ def test_folder_errors(tmp_path):
         ImageFolder(tmp_path / "half")
     for i in range(7):
         solid(tree(tmp_path / "loose") / f"{i}.png")
-    with pytest.raises(ValueError, match=r"pictures beside them: 0.png, .*4.png and 2 more; move"):
+    with pytest.raises(ValueError, match=r"pictures next to them: 0.png, .*4.png and 2 more; move"):
         ImageFolder(tmp_path / "loose")
 
 
@@ -360,7 +360,7 @@ def test_all_unreadable(tmp_path):
 def test_a_killed_worker_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Preprocessing, "view", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     loader = ImageFolder(tree(tmp_path)).loader(RAW, workers=1)
-    with pytest.raises(GcfastError, match="was killed, most likely for lack of memory: take fewer"):
+    with pytest.raises(GcfastError, match="was killed, most likely for lack of memory: use fewer"):
         list(loader)
 
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from gcfast.errors import GcfastError
-from gcfast.images.folder import ImageLoader
+from gcfast.images.folder import ImageLoader, decoded
 from gcfast.images.preprocessing import Preprocessing
 from gcfast.metrics import box_masks
 
@@ -170,7 +170,7 @@ class _Items(Dataset[_Item]):
             raise ValueError("the mask is empty")
         side = self.preprocessing.size
         seen = Image.fromarray(whole.astype(np.uint8) * 255).resize(
-            (side, side), Image.Resampling.BILINEAR, box=_window(self.preprocessing, size)
+            (side, side), Image.Resampling.BILINEAR, box=self.preprocessing.window(size)
         )
         mask: NDArray[np.bool_] = np.asarray(seen) >= 128
         if not mask.any():
@@ -184,7 +184,7 @@ class _Items(Dataset[_Item]):
             if mask is None:
                 raise ValueError("no box")
             return np.asarray([tight_box(mask)], np.int64)
-        left, top, right, bottom = _window(self.preprocessing, size)
+        left, top, right, bottom = self.preprocessing.window(size)
         side = self.preprocessing.size
         scale = np.array([side / (right - left), side / (bottom - top)] * 2)
         boxes = (np.asarray(sample.boxes, float) - [left, top, left, top]) * scale
@@ -237,15 +237,9 @@ class ScoredLoader:
             AnnotationError: an image cannot be used and ``strict`` is set, or none can be used.
         """
         samples, masked = self.dataset.samples, self.dataset.has_masks
-        loader = DataLoader(
-            _Items(samples, self.preprocessing, masked),
-            batch_size=self.batch_size,
-            num_workers=self.workers,
-            collate_fn=_as_they_are,
-            generator=torch.Generator(),  # its own, or each pass would draw from the global one
-        )
+        items_of = _Items(samples, self.preprocessing, masked)
         start = good = 0
-        for items in loader:
+        for items in decoded(items_of, list, self.batch_size, self.workers):
             kept = []
             for sample, item in zip(samples[start : start + len(items)], items, strict=True):
                 if not item.reason:
@@ -324,23 +318,9 @@ def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _window(preprocessing: Preprocessing, size: tuple[int, int]) -> Box:
-    """The part of a picture of size (w, h) that :meth:`Preprocessing.view` shows."""
-    width, height = size
-    if preprocessing.resize != "crop":
-        return 0.0, 0.0, float(width), float(height)
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
 def _size(path: Path) -> tuple[int, int]:
     """(w, h) of a picture the way up it is meant to be seen; reads the header alone."""
     with Image.open(path) as picture:
         turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         width, height = picture.size
     return (height, width) if turned else (width, height)
-
-
-def _as_they_are(items: list[_Item]) -> list[_Item]:
-    return items
