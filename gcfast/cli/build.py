@@ -1,4 +1,4 @@
-"""The command `gcfast build`, and what it shares with `gcfast explain`."""
+"""The command ``gcfast build``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import os
 import sys
 from collections.abc import Callable
 
-import torch
-
 import gcfast
-from gcfast.cli.models import LoadedModel, load_model
+from gcfast.cli.inputs import load_network, reading
+from gcfast.cli.outputs import tell_left_out
 from gcfast.database.manifest import check_target
 from gcfast.database.partial import check_unfinished, tidy
-from gcfast.images.folder import ImageFolder, ImageLoader
+from gcfast.images.folder import ImageFolder
 from gcfast.images.preprocessing import Preprocessing
 
 # What the counts of a build mean.
@@ -24,16 +23,14 @@ _COUNTS = {
 }
 
 
-def build_database(options: argparse.Namespace) -> int:
-    """Builds the database that the options describe and tells what was left out of it.
-
-    Returns:
-        The exit status.
+def build_database(options: argparse.Namespace) -> None:
+    """Build the database that the options describe and tell what was left out of it.
 
     Raises:
-        FileExistsError: As `gcfast.database.manifest.check_target`, or for an unfinished build.
-        ValueError: If the options or the pictures do not fit each other or the model.
-        GcfastError: If the model cannot be used, or (`--strict`) a picture not read.
+        FileExistsError: as :func:`gcfast.database.manifest.check_target`, or for an unfinished
+            build.
+        ValueError: the options or the pictures do not fit each other or the model.
+        GcfastError: the model cannot be used, or (``--strict``) a picture not read.
     """
     if options.margin is not None and options.objective != "triplet":
         raise ValueError(
@@ -47,12 +44,7 @@ def build_database(options: argparse.Namespace) -> int:
     images = ImageFolder(options.images, options.labels)
     loaded, _, output_key = load_network(options)
     preprocessing = _preprocessing(options, loaded.preprocessing)
-    loader = images.loader(
-        preprocessing,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        strict=options.strict,
-    )
+    loader = images.loader(preprocessing, **reading(options))
     objectives: dict[str, Callable[[], gcfast.Objective]] = {
         "triplet": lambda: gcfast.TripletLoss(0.2 if options.margin is None else options.margin),
         "distance-difference": gcfast.DistanceDifference,
@@ -73,8 +65,8 @@ def build_database(options: argparse.Namespace) -> int:
         reshape=None if options.tokens is None else gcfast.TokenGrid(prefix=options.tokens),
         seed=options.seed,
     )
-    # What `explain` needs to know besides: where the neighbours' pictures are, and how the layer's
-    # output is read, which the database itself does not keep.
+    # What ``explain`` needs besides: where the neighbors' pictures are, and how the layer's output
+    # is read, which the database itself does not keep.
     kept = preprocessing.to_dict() | {"images": os.fspath(images.root), "tokens": options.tokens}
     try:
         database = explainer.build(
@@ -87,8 +79,8 @@ def build_database(options: argparse.Namespace) -> int:
             storage=options.storage,
         )
     finally:
-        # Also when the build fails: what was skipped may be why (one class left, say).
-        tell_unreadable(loader)
+        # Also when the build fails: what was skipped may be why (only one class remains, say).
+        tell_left_out("unreadable pictures, skipped", loader.unreadable)
     for name, count in database.report.items():
         if count and name not in ("images", "rows"):
             print(f"pictures {_COUNTS.get(name, name)}: {count}", file=sys.stderr)
@@ -96,44 +88,13 @@ def build_database(options: argparse.Namespace) -> int:
         f"{options.out}: {len(database)} rows, {len(images.class_names)} classes, "
         f"layer {explainer.layer_name}"
     )
-    return 0
 
 
 def _preprocessing(options: argparse.Namespace, default: Preprocessing | None) -> Preprocessing:
-    """What the model's source says, where no option says otherwise."""
+    """What the model's source says, unless an option says otherwise."""
     settings = (default or Preprocessing()).to_dict()
     for name in ("size", "resize", "mean", "std"):
         given = getattr(options, name)
         if given is not None:
             settings[name] = given
     return Preprocessing.from_dict(settings)
-
-
-def load_network(options: argparse.Namespace) -> tuple[LoadedModel, torch.device, int | str | None]:
-    """The network that the options name, on its device, the device, and the output's key.
-
-    Raises:
-        ValueError: If `--device` is none, or is not there; and as `gcfast.cli.models.load_model`.
-    """
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f'`--device` must be "cpu", "cuda" or "cuda:0", got {name!r}') from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"`--device` must be one that is there, got {name!r} without CUDA")
-    loaded = load_model(options.model, options.weights)
-    loaded.module.to(device)
-    key: int | str | None = options.output_key or loaded.output_key
-    if isinstance(key, str) and key.isdecimal():
-        key = int(key)  # a place in a tuple
-    return loaded, device, key
-
-
-def tell_unreadable(loader: ImageLoader) -> None:
-    """Counts and lists the pictures that were skipped, on standard error."""
-    unreadable = loader.unreadable
-    if unreadable:
-        print(f"unreadable pictures, skipped: {len(unreadable)}", file=sys.stderr)
-        for name, reason in unreadable:
-            print(f"  {name}: {reason}", file=sys.stderr)

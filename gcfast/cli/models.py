@@ -1,12 +1,13 @@
-"""A model named on the command line to a network that gives embeddings.
+"""From a model named on the command line to a network that gives embeddings.
 
-    package.module:function   the user's own, called without arguments; the working directory is
-    searched timm/NAME                 timm, without its classifier
-    torchvision/NAME          torchvision, without its classifier
-    hf/NAME                   transformers, the pooled output of AutoModel
+- ``package.module:function``: the user's own, called without arguments; the working directory is
+  searched first.
+- ``timm/NAME``: timm, without its classifier.
+- ``torchvision/NAME``: torchvision, without its classifier.
+- ``hf/NAME``: transformers, the pooled output of AutoModel.
 
-The three libraries are optional and imported here only when they are named. Weights from a file are
-read as tensors alone; nothing in the file is executed.
+The three libraries are optional and imported only when they are named. Weights from a file are read
+as tensors alone; nothing in the file is executed.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ class LoadedModel:
     """A network and what its source says about its use.
 
     Attributes:
-        module: The network, in eval mode, on the CPU.
-        output_key: Where its output is a dict or tuple, the key of the embedding; else None.
-        preprocessing: What its source says that its input must look like; None where it says
-            nothing.
+        module: the network, in eval mode, on the CPU.
+        output_key: the key of the embedding if its output is a dict or tuple; else None.
+        preprocessing: how its source says that its input must be prepared; None if it does not
+            say.
     """
 
     module: nn.Module
@@ -59,19 +60,19 @@ class LoadedModel:
 
 
 def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> LoadedModel:
-    """Makes the network that `spec` names.
+    """Make the network that ``spec`` names.
 
     Args:
-        spec: `package.module:function`, `timm/NAME`, `torchvision/NAME` or `hf/NAME`.
-        weights: Parameters to load, a safetensors file or a checkpoint; then no library fetches its
-            own, except for `hf/`, where NAME also says what the network is.
+        spec: ``package.module:function``, ``timm/NAME``, ``torchvision/NAME`` or ``hf/NAME``.
+        weights: parameters to load, a safetensors file or a checkpoint; then no library fetches its
+            own, except for ``hf/``, where NAME also says what the network is.
 
     Raises:
-        ValueError: If `spec` has none of these forms, or names something that does not exist.
-        TypeError: If the function does not return a module.
-        FileNotFoundError: If `weights` does not exist.
-        MissingExtraError: If the library that `spec` names is not installed.
-        ModelLoadError: If making the network fails, or `weights` is damaged or does not fit.
+        ValueError: ``spec`` has none of these forms, or names something that does not exist.
+        TypeError: the function does not return a module.
+        FileNotFoundError: ``weights`` does not exist.
+        MissingExtraError: the library that ``spec`` names is not installed.
+        ModelLoadError: making the network fails, or ``weights`` is damaged or does not fit.
     """
     if weights is not None and not os.path.isfile(weights):
         raise FileNotFoundError(f"`weights` must be a file, got {os.fspath(weights)}")
@@ -92,18 +93,18 @@ def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> Load
 
 
 def _from_function(spec: str) -> nn.Module:
-    """What `package.module:function` returns."""
+    """What ``package.module:function`` returns."""
     where, _, name = spec.partition(":")
     here = os.getcwd()
-    # Like `python -m`: the user's own files are found beside the installed packages. The entry
-    # stays, since the function may import more later.
+    # As with ``python -m``, the user's own files are found as well as the installed packages. The
+    # entry stays, since the function may import more later.
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(where)
     except ModuleNotFoundError as error:
-        # A module that the user's own module lacks is another matter than the one asked for.
+        # The user's module may exist and import one that does not: that is another error.
         if error.name is not None and (where == error.name or where.startswith(error.name + ".")):
             raise ValueError(
                 f"`model` must name a module that can be imported, found no {error.name} in {here} "
@@ -139,10 +140,10 @@ def _told(error: BaseException) -> str:
 
 
 def _library(name: str, spec: str) -> ModuleType:
-    """An optional library.
+    """Import an optional library.
 
     Raises:
-        MissingExtraError: If it is not installed, or does not fit the installed PyTorch.
+        MissingExtraError: it is not installed, or does not fit the installed PyTorch.
     """
     try:
         return importlib.import_module(name)
@@ -159,7 +160,7 @@ def _library(name: str, spec: str) -> ModuleType:
 
 
 def _called(spec: str, function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-    """Calls a library's factory; its failures (a name it does not have, a download) in one line."""
+    """Call a library's factory; its failures (an unknown name, a download) become one line."""
     try:
         return function(*args, **settings)
     except Exception as error:
@@ -189,20 +190,20 @@ def _from_torchvision(name: str, pretrained: bool) -> tuple[LoadedModel, tuple[s
 
 
 def strip_classifier(network: nn.Module) -> tuple[str, ...]:
-    """Takes the classifier off a torchvision network, in place: its output is then an embedding.
+    """Remove the classifier of a torchvision network in place: its output is then an embedding.
 
-    The last linear layer of the classifier becomes the identity; normalisation, flattening and, in
+    The last linear layer of the classifier becomes the identity; normalization, flattening and, in
     VGG, AlexNet and MobileNetV3, the hidden layer before it stay. A convolutional classifier
     (SqueezeNet) becomes global average pooling.
 
     Args:
-        network: A network with a submodule `fc`, `classifier`, `heads` or `head`.
+        network: a network with a submodule ``fc``, ``classifier``, ``heads`` or ``head``.
 
     Returns:
-        Dotted names of the parts taken off.
+        Dotted names of the parts removed.
 
     Raises:
-        ModelLoadError: If it has none of them, or no linear layer in it.
+        ModelLoadError: it has none of them, or no linear layer in it.
     """
     for name in ("fc", "classifier", "heads", "head"):
         part = getattr(network, name, None)
@@ -217,7 +218,7 @@ def strip_classifier(network: nn.Module) -> tuple[str, ...]:
             setattr(network, name, nn.AdaptiveAvgPool2d(1))
             return (name,)
     raise ModelLoadError(
-        f"{type(network).__name__} has no classifier that can be taken off (a linear layer in fc, "
+        f"{type(network).__name__} has no classifier that can be removed (a linear layer in fc, "
         "classifier, heads or head); give a function, package.module:function, that returns the "
         "network as you want it"
     )
@@ -231,17 +232,18 @@ def _from_transformers(name: str, pretrained: bool) -> tuple[LoadedModel, tuple[
     else:
         config = _called(spec, transformers.AutoConfig.from_pretrained, name)
         network = _called(spec, transformers.AutoModel.from_config, config)
-    # A model of pictures and text (CLIP, SigLIP) asks for both; its vision tower is a network.
+    # A model of images and text (CLIP, SigLIP) needs both; its vision tower is a network of its
+    # own.
     tower = getattr(network, "vision_model", None)
     network = tower if isinstance(tower, nn.Module) else network
     return LoadedModel(network, "pooler_output", _hf_preprocessing(transformers, name)), ()
 
 
 def _hf_preprocessing(transformers: ModuleType, name: str) -> Preprocessing | None:
-    """What the model's image processor says, as far as it can be said in our terms."""
+    """The settings of the model's image processor, if ``Preprocessing`` can express them."""
     processor = None
-    # A repository without a processor, or one that asks for packages that are not installed, is
-    # common; the command line then says which settings it takes instead.
+    # A repository without a processor, or one that needs packages that are not installed, is
+    # common; the options of the command line then say how images are prepared.
     with contextlib.suppress(Exception):
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     if processor is None or not getattr(processor, "image_mean", None):
@@ -269,19 +271,19 @@ _SOURCES: dict[str, Callable[[str, bool], tuple[LoadedModel, tuple[str, ...]]]] 
 def load_weights(
     network: nn.Module, path: str | os.PathLike[str], *, ignore: tuple[str, ...] = ()
 ) -> None:
-    """Loads parameters and buffers from a file into a network, all of them or none.
+    """Load parameters and buffers from a file into a network, all of them or none.
 
-    Prefixes of wrappers (`module.`, `_orig_mod.`) are left out of account on both sides. A missing
-    `num_batches_tracked` is no mismatch: it is a counter, and older checkpoints lack it.
+    Prefixes of wrappers (``module.``, ``_orig_mod.``) are ignored on both sides. A missing
+    ``num_batches_tracked`` is no mismatch: it is a counter, and older checkpoints lack it.
 
     Args:
-        network: Where to; unchanged if anything does not fit.
-        path: A `.safetensors` file, or what `torch.save` wrote: a state dict, or a dict that holds
-            one as `state_dict`, `model_state_dict` or `model`.
-        ignore: Dotted names of parts whose entries in the file are not wanted.
+        network: changed in place; left alone if anything does not fit.
+        path: a ``.safetensors`` file, or what ``torch.save`` wrote: a state dict, or a dict that
+            holds one as ``state_dict``, ``model_state_dict`` or ``model``.
+        ignore: dotted names of parts whose entries in the file are not wanted.
 
     Raises:
-        ModelLoadError: If the file is damaged, needs code to be read, or does not fit the network.
+        ModelLoadError: the file is damaged, needs code to be read, or does not fit the network.
     """
     given, own = read_weights(path), network.state_dict()
     # A network may have parts that differ in such a prefix alone; its names are then exact.
@@ -321,10 +323,10 @@ def load_weights(
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or checkpoint, by name, on the CPU.
+    """Read the tensors of a safetensors file or checkpoint, by name, on the CPU.
 
     Raises:
-        ModelLoadError: If the file is damaged, needs code to be read, or holds no state dict.
+        ModelLoadError: the file is damaged, needs code to be read, or holds no state dict.
     """
     where = os.fspath(path)
     try:
@@ -354,7 +356,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _bare(key: str) -> str:
-    """A parameter's name without what DataParallel and torch.compile put into it."""
+    """A parameter's name without the prefixes of DataParallel and torch.compile."""
     key = key.replace("_orig_mod.", "")
     while key.startswith("module."):
         key = key.removeprefix("module.")

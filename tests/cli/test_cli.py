@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 from cli_case import SETTINGS, VIEW, fails, prepare, run
@@ -171,9 +170,7 @@ def test_info(capsys):
 
 def test_demo_is_called(capsys, monkeypatch, tmp_path):
     calls = []
-    module = types.ModuleType("gcfast.demo.run")
-    module.run_demo = lambda **settings: calls.append(settings) or 0
-    monkeypatch.setitem(sys.modules, "gcfast.demo.run", module)
+    monkeypatch.setattr("gcfast.cli.demo.run_demo", lambda **settings: calls.append(settings))
     assert run(capsys, "demo", "--out", tmp_path)[0] == 0
     assert calls == [{"out_dir": tmp_path, "seed": 0, "progress": False}]
 
@@ -182,9 +179,7 @@ def test_control_c(capsys, monkeypatch):
     def stop(**_):
         raise KeyboardInterrupt
 
-    module = types.ModuleType("gcfast.demo.run")
-    module.run_demo = stop
-    monkeypatch.setitem(sys.modules, "gcfast.demo.run", module)
+    monkeypatch.setattr("gcfast.cli.demo.run_demo", stop)
     assert run(capsys, "demo") == (130, "", "gcfast: stopped\n")
 
 

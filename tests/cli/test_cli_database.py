@@ -31,7 +31,7 @@ def test_compress(capsys, tmp_path):
     status, out, err = run(capsys, "compress", "db", "--centers", "3", "--out", small)
     assert (status, err) == (0, "")
     assert out.startswith(f"{small}: 18 rows in ")
-    assert " became 3 centres in " in out
+    assert " became 3 centers in " in out
     database = Database.open(small)
     assert len(database) == 3
     members = [name for row in range(3) for name in database.members_of(row)]

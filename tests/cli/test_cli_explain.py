@@ -9,7 +9,7 @@ import pytest
 from cli_case import SETTINGS, VIEW, fails, prepare, run
 from PIL import Image
 
-from gcfast.cli.explain import MapWriter
+from gcfast.cli.outputs import MapWriter
 
 # Python 3.12 and later warn of any fork of a process with threads, which PyTorch always has.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -53,8 +53,8 @@ def test_explain(here, capsys, tmp_path):
     assert rows[-1]["map"] == ""
     # Pictures of the database find themselves.
     for row in rows[:-1]:
-        assert row["path"] == f"pictures/{row['neighbour_id']}"
-        assert row["neighbour_path"] == os.fspath(here / row["path"])
+        assert row["path"] == f"pictures/{row['neighbor_id']}"
+        assert row["neighbor_path"] == os.fspath(here / row["path"])
         assert row["label"] == row["path"].split("/")[1]
         assert float(row["distance"]) == pytest.approx(0, abs=1e-5)
 
@@ -101,7 +101,7 @@ def test_explain_with_several_neighbours_and_workers(capsys, tmp_path):
     for row in rows:
         distances = [float(row[f"distance{s}"]) for s in ("", "_2", "_3")]
         assert distances == sorted(distances)
-        assert len({row[f"neighbour_row{s}"] for s in ("", "_2", "_3")}) == 3
+        assert len({row[f"neighbor_row{s}"] for s in ("", "_2", "_3")}) == 3
     page = (tmp_path / "index.html").read_text()
     assert page.count("<article") == 2
     assert "Shown are the first 2 of 6" in page
@@ -114,10 +114,10 @@ def test_explain_finds_pictures_that_moved_or_does_without(here, capsys, tmp_pat
         one = pictures / "red" / "0.png"
         base = ("explain", "--database", "db", *SETTINGS, one, "--out")
         assert run(capsys, *base, tmp_path / "a")[0] == 0
-        assert read_results(tmp_path / "a")[0]["neighbour_path"] == ""
+        assert read_results(tmp_path / "a")[0]["neighbor_path"] == ""
         assert "picture not found" in (tmp_path / "a" / "index.html").read_text()
         assert run(capsys, *base, tmp_path / "b", "--images", pictures)[0] == 0
-        assert read_results(tmp_path / "b")[0]["neighbour_path"] == os.fspath(one)
+        assert read_results(tmp_path / "b")[0]["neighbor_path"] == os.fspath(one)
     finally:
         os.rename(pictures, here / "pictures")
 
@@ -169,7 +169,7 @@ def test_explain_with_more_neighbours_than_rows(capsys, tmp_path):
     assert status == 0
     row = read_results(tmp_path)[0]
     assert row["distance_18"] != ""
-    assert row["distance_19"] == row["neighbour_id_20"] == ""
+    assert row["distance_19"] == row["neighbor_id_20"] == ""
 
 
 @pytest.mark.usefixtures("here")

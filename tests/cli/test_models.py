@@ -200,7 +200,7 @@ def test_convolutional_classifier_becomes_pooling():
 
 
 def test_no_classifier():
-    with pytest.raises(ModelLoadError, match="Sequential has no classifier that can be taken off"):
+    with pytest.raises(ModelLoadError, match="Sequential has no classifier that can be removed"):
         strip_classifier(small())
 
 

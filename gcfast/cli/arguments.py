@@ -1,0 +1,270 @@
+"""The arguments of every command, and which function runs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+
+class _Defaults(argparse.HelpFormatter):
+    """Help that ends with the default, if there is one worth saying."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if action.default is None or action.default is False or action.dest == "help":
+            return text
+        return f"{text}; default: %(default)s"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; ``run`` in what it parses is a ``module:function`` of this package."""
+    whole = argparse.ArgumentParser(
+        prog="gcfast",
+        description="Explain image embeddings in one forward pass.",
+        epilog="Model SPEC: package.module:function, timm/NAME, torchvision/NAME or hf/NAME.",
+    )
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+    for add in (
+        _add_build,
+        _add_explain,
+        _add_evaluate,
+        _add_compress,
+        _add_index,
+        _add_info,
+        _add_demo,
+    ):
+        add(commands)
+    return whole
+
+
+def _command(commands: Any, name: str, run: str, about: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=about, formatter_class=_Defaults)
+    assert isinstance(command, argparse.ArgumentParser)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_build(commands: Any) -> None:
+    build = _command(
+        commands, "build", "build:build_database", "make a database from labelled pictures"
+    )
+    build.add_argument(
+        "--out", type=Path, required=True, metavar="DB", help="the database's folder"
+    )
+    build.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="pictures, one folder per class",
+    )
+    build.add_argument(
+        "--labels",
+        type=Path,
+        metavar="CSV",
+        help="columns path and label, not class folders",
+    )
+    build.add_argument("--force", action="store_true", help="replace an existing database")
+    build.add_argument("--resume", action="store_true", help="continue a build that was stopped")
+    _add_storage(build)
+    _add_model(build)
+
+    method = build.add_argument_group("method")
+    method.add_argument(
+        "--layer", metavar="NAME", help="dotted name; default: the last spatial one"
+    )
+    method.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="the layer gives tokens (a transformer), the first N of which are not image patches",
+    )
+    method.add_argument(
+        "--method",
+        choices=["gradcam", "gradcam++"],
+        default="gradcam",
+        help="how gradients become channel weights",
+    )
+    method.add_argument(
+        "--objective",
+        choices=["triplet", "distance-difference", "positive", "negative"],
+        default="triplet",
+        help="what is differentiated",
+    )
+    method.add_argument("--margin", type=float, help="of the triplet objective; default: 0.2")
+    method.add_argument(
+        "--triplets", type=_count, default=50, metavar="T", help='drawn for a picture, or "all"'
+    )
+    method.add_argument(
+        "--channels", type=_count, default=50, metavar="M", help='kept for a picture, or "all"'
+    )
+    method.add_argument(
+        "--evidence",
+        choices=["for", "against"],
+        default="for",
+        help="channels that support the match, or that oppose it (the paper's sign)",
+    )
+    method.add_argument(
+        "--on-no-triplet",
+        choices=["hardest", "skip"],
+        default="hardest",
+        help="a picture with no triplet of positive loss takes its hardest one, or is left out",
+    )
+    method.add_argument(
+        "--no-l2-normalize", action="store_true", help="compare embeddings as the model gives them"
+    )
+    method.add_argument("--seed", type=int, default=0, help="of the draws of triplets")
+
+    view = build.add_argument_group("preprocessing (default: what the model's library says)")
+    view.add_argument("--size", type=int, metavar="S", help="side of the network's input, pixels")
+    view.add_argument(
+        "--resize", choices=["crop", "stretch"], help="cut out the center square, or distort"
+    )
+    view.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of [0, 1]")
+    view.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of [0, 1]")
+
+
+def _add_explain(commands: Any) -> None:
+    explain = _command(commands, "explain", "explain:explain_files", "heat maps of any pictures")
+    explain.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders")
+    _add_from_database(explain)
+    explain.add_argument("--k", type=int, default=1, help="neighbors that lend their weights")
+    explain.add_argument(
+        "--index", default="exact", help='"exact", "stored" or a FAISS factory string'
+    )
+    explain.add_argument(
+        "--center", type=float, default=0.0, help="share of the mean response to subtract"
+    )
+    explain.add_argument("--alpha", type=float, default=0.55, help="opacity of the hottest heat")
+    explain.add_argument(
+        "--page-rows", type=int, default=200, metavar="N", help="pictures shown on index.html"
+    )
+    _add_model(explain)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = _command(
+        commands,
+        "evaluate",
+        "evaluate:evaluate_database",
+        "the paper's tables and curves, with controls, on annotated pictures",
+    )
+    _add_from_database(evaluate)
+    evaluate.add_argument(
+        "--data", required=True, metavar="KIND:ROOT", help="cub:ROOT, coco:ROOT or folder:ROOT"
+    )
+    evaluate.add_argument(
+        "--train",
+        metavar="KIND:ROOT",
+        help="the pictures that the database was built from; default: where it says they are",
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of the controls and intervals")
+    evaluate.add_argument(
+        "--thorough",
+        action="store_true",
+        help="localise every row's maps, and MaxBoxAccV2: half a second more for each image",
+    )
+    _add_model(evaluate)
+
+
+def _add_compress(commands: Any) -> None:
+    compress = _command(
+        commands,
+        "compress",
+        "database:compress_database",
+        "make a small database of k-means centers",
+    )
+    compress.add_argument("database", type=Path, metavar="DB")
+    compress.add_argument(
+        "--out", type=Path, required=True, metavar="DB2", help="the small database's folder"
+    )
+    compress.add_argument(
+        "--centers", type=int, default=50, metavar="K", help="rows of the small database"
+    )
+    compress.add_argument("--seed", type=int, default=0, help="of the k-means")
+    compress.add_argument("--iterations", type=int, default=25, metavar="I", help="of the k-means")
+    _add_storage(compress)
+    compress.add_argument("--force", action="store_true", help="replace an existing database")
+
+
+def _add_index(commands: Any) -> None:
+    index = _command(
+        commands,
+        "index",
+        "database:index_database",
+        "store a FAISS index with a database, for explain --index stored",
+    )
+    index.add_argument("database", type=Path, metavar="DB")
+    index.add_argument(
+        "--factory", required=True, metavar="STRING", help='FAISS factory string: "IVF4096,PQ32", …'
+    )
+
+
+def _add_info(commands: Any) -> None:
+    info = _command(commands, "info", "database:describe_database", "describe a database")
+    info.add_argument("database", type=Path, metavar="DB")
+    info.add_argument("--json", action="store_true", help="machine-readable, the whole manifest")
+    info.add_argument("--verify", action="store_true", help="compare all checksums")
+
+
+def _add_demo(commands: Any) -> None:
+    demo = _command(
+        commands, "demo", "demo:show_demo", "a complete example on drawn birds; needs no data"
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("gcfast-demo"),
+        metavar="DIR",
+        help="the folder for the page",
+    )
+
+
+def _add_from_database(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--database", type=Path, required=True, metavar="DB")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--force", action="store_true", help="write into a folder that is not empty"
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="the database's pictures, if they moved",
+    )
+
+
+def _add_storage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage",
+        choices=["float32", "float16"],
+        default="float32",
+        help="of embeddings and weights on disk",
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model and machine")
+    model.add_argument("--model", required=True, metavar="SPEC", help="see gcfast --help")
+    model.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a checkpoint")
+    model.add_argument(
+        "--output-key", metavar="KEY", help="which output to use, if the model returns several"
+    )
+    model.add_argument("--device", help='"cpu", "cuda", …; default: cuda if there is one')
+    model.add_argument(
+        "--batch-size", type=int, default=32, metavar="B", help="pictures in a batch"
+    )
+    model.add_argument(
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that decode; 0: none",
+    )
+    model.add_argument("--strict", action="store_true", help="stop at the first unreadable picture")
+
+
+def _count(text: str) -> int | str:
+    return text if text == "all" else int(text)

@@ -1,0 +1,115 @@
+"""What the commands read: the network, a database with its preprocessing, picture files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import gcfast
+from gcfast.cli.models import LoadedModel, load_model
+from gcfast.database.database import Database
+from gcfast.database.manifest import read_manifest
+from gcfast.images.folder import find_images
+from gcfast.images.preprocessing import Preprocessing
+
+
+class Opened(NamedTuple):
+    """A database on the network that the options name."""
+
+    explainer: gcfast.Explainer
+    database: Database
+    device: torch.device
+    preprocessing: Preprocessing
+    images: Path | None  # where the database's pictures are, if known
+
+
+def open_database(options: argparse.Namespace, **settings: Any) -> Opened:
+    """Open ``--database`` with ``--model``.
+
+    Args:
+        options: of a command on a database.
+        **settings: as for :func:`gcfast.load`.
+
+    Raises:
+        ValueError: the database does not say how its pictures were prepared; as
+            :func:`load_network`.
+        GcfastError: the model or the database cannot be used.
+    """
+    network, device, output_key = load_network(options)
+    kept = read_manifest(options.database).get("preprocessing")
+    if not kept:
+        raise ValueError(
+            "`--database` must say how its pictures were prepared, and was built without that: "
+            "give build(…, preprocessing=gcfast.images.folder.Preprocessing(…).to_dict())"
+        )
+    preprocessing = Preprocessing.from_dict(kept)
+    if options.output_key is not None:  # the database knows its own
+        settings["output_key"] = output_key
+    tokens = kept.get("tokens")
+    explainer = gcfast.load(
+        options.database,
+        network.module,
+        reshape=None if tokens is None else gcfast.TokenGrid(prefix=tokens),
+        **settings,
+    )
+    assert explainer.database is not None
+    images = kept.get("images") if options.images is None else options.images
+    root = None if images is None else Path(images)
+    return Opened(explainer, explainer.database, device, preprocessing, root)
+
+
+def load_network(options: argparse.Namespace) -> tuple[LoadedModel, torch.device, int | str | None]:
+    """Return the network that the options name, on its device, the device, and the output's key.
+
+    Raises:
+        ValueError: ``--device`` is no device, or is not there; as
+            :func:`gcfast.cli.models.load_model`.
+    """
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f'`--device` must be "cpu", "cuda" or "cuda:0", got {name!r}') from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"`--device` must be one that is there, got {name!r} without CUDA")
+    loaded = load_model(options.model, options.weights)
+    loaded.module.to(device)
+    key: int | str | None = options.output_key or loaded.output_key
+    if isinstance(key, str) and key.isdecimal():
+        key = int(key)  # a place in a tuple
+    return loaded, device, key
+
+
+def reading(options: argparse.Namespace) -> dict[str, Any]:
+    """Return how pictures are read, as the loaders take it."""
+    return {
+        "batch_size": options.batch_size,
+        "workers": options.workers,
+        "strict": options.strict,
+    }
+
+
+def list_files(paths: Iterable[Path]) -> list[str]:
+    """List the picture files that paths name: files as they are, folders with all below them.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a folder has no pictures.
+    """
+    files = []
+    for path in paths:
+        if path.is_dir():
+            found = find_images(path)
+            if not found:
+                raise ValueError(f"`PATH` must be a picture or hold some, {path} has none")
+            files += [os.fspath(path / name) for name in found]
+        elif path.exists():
+            files.append(os.fspath(path))
+        else:
+            raise FileNotFoundError(f"`PATH` must exist, got {path}")
+    return files

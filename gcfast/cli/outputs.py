@@ -1,0 +1,93 @@
+"""What the commands write: checks of the output folder, lists of what was left out, maps."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def check_folder(out: Path, force: bool, outputs: Sequence[str]) -> None:
+    """Check that the files ``outputs`` may be written into ``out``.
+
+    Raises:
+        FileExistsError: it is a file, or holds something and ``--force`` is not given.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"`--out` must be a folder, {out} is a file")
+    taken = sorted(p.name for p in out.iterdir()) if out.exists() else []
+    if taken and not force:
+        raise FileExistsError(
+            f"`--out` must be a new or empty folder, {out} holds {', '.join(taken[:3])}"
+            f"{' …' if len(taken) > 3 else ''}; --force writes "
+            f"{', '.join(outputs)} into it anyway"
+        )
+
+
+def tell_left_out(what: str, listed: Sequence[tuple[str, str]]) -> None:
+    """Count and list (name, reason) of what was left out, on standard error."""
+    if listed:
+        print(f"{what}: {len(listed)}", file=sys.stderr)
+        for name, reason in listed:
+            print(f"  {name}: {reason}", file=sys.stderr)
+
+
+class MapWriter:
+    """An ``.npy`` file of maps, float32 [B, OH, OW], written in batches; B is known at the end.
+
+    NumPy leaves room in the header for the first dimension to grow, so the header is written twice.
+
+    Args:
+        path: the file; it is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 - closed in __exit__
+        self._shape: tuple[int, ...] = (0, 0)
+        self._count = 0
+        self._data_at = 0
+
+    def __enter__(self) -> MapWriter:
+        return self
+
+    def write(self, maps: NDArray[np.float32]) -> None:
+        """Append maps, float32 [B, OH, OW] with the OH and OW of the first call.
+
+        Raises:
+            ValueError: OH or OW differ from the first call's.
+        """
+        if not self._data_at:
+            self._shape = maps.shape[1:]
+            self._header()
+            self._data_at = self._file.tell()
+        if maps.shape[1:] != self._shape:
+            raise ValueError(
+                f"`maps` must have shape [B, {self._shape[0]}, {self._shape[1]}], "
+                f"got {list(maps.shape)}"
+            )
+        self._file.write(np.ascontiguousarray(maps, "<f4").tobytes())
+        self._count += len(maps)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Complete the header, also after an error: the maps written so far are then readable."""
+        with self._file:
+            self._file.seek(0)
+            self._header()
+
+    def _header(self) -> None:
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            buffer,
+            {"descr": "<f4", "fortran_order": False, "shape": (self._count, *self._shape)},
+        )
+        self._file.write(buffer.getvalue())
