@@ -49,7 +49,8 @@ def batches(loader: Iterable[Any], *, real_labels: bool = False) -> Iterator[Bat
 def on_device(images: Tensor, network: Network) -> Tensor:
     """The images on the model's device and in its dtype."""
     device = network.device(images.device)
-    dtype = images.dtype if torch.is_autocast_enabled(device.type) else network.dtype()
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = images.dtype if autocast else network.dtype_for(images)
     return images.to(device, dtype)
 
 

@@ -210,7 +210,7 @@ def _read_head(network: Network, image: Tensor) -> AffineHead | None:
             copy.deepcopy(network.model),
             network.layer_name,
             output_key=network.output_key,
-            reshape=network.reshape,
+            reshape=network.reshape or network.layout,
         )
         _double_behind_the_layer(twin, image)
     except (RuntimeError, TypeError, ValueError, AttributeError, copy.Error):
@@ -339,7 +339,7 @@ def _vjp(network: Network, captured: Captured, output: Tensor, cotangent: Tensor
                 f"`layer` must be on the way to the embedding, got {network.layer_name!r}, "
                 "which the output does not depend on"
             )
-    return network.reshape(gradient) if network.reshape is not None else gradient
+    return network.arranged(gradient, captured.image_size)
 
 
 def _half_vjp(leaf: Tensor, output: Tensor, cotangent: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class Captured(NamedTuple):
     output: Tensor  # [B, D], the model's own output in its own dtype
     activations: Tensor  # [B, C, H, W]
     leaf: Tensor | None  # the layer's output as the graph's first node, where a graph was asked for
+    image_size: tuple[int, int]  # h, w
 
 
 class Capture:
@@ -41,6 +42,8 @@ class Capture:
     def take(self, output: Any) -> Any:
         """Keep the layer's output; returns what the model goes on with, None for the same."""
         self.calls += 1
+        if self.calls != self.network.layer_run:
+            return None
         tensor = first_tensor(output)
         if tensor is None:
             return None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -21,8 +20,9 @@ from gcfast.model.capture import (
     evaluating,
     first_tensor,
 )
+from gcfast.model.layers import Strides, candidates, default_of, layout_of, note_stride
+from gcfast.model.tokens import Reshape, TokenGrid, takes_image_size
 
-Reshape = Callable[[Tensor], Tensor]
 # What a RuntimeError says where a model cannot take channels-last input.
 LAYOUT_WORDS = ("view size is not compatible", "channels_last", "memory format", "stride")
 
@@ -33,11 +33,14 @@ class Network:
     Args:
         model: images [B, 3, ·, ·] → embeddings [B, D]; any ``nn.Module``. Wrappers of torch.compile
             and of data parallelism are taken off.
-        layer: dotted name or module; None finds the last layer with a spatial output at the first
-            forward pass.
-        output_key: where the embedding is in an output that is a dict, an object or a tuple.
-        reshape: from the layer's output to [B, C, H, W], for tokens; it may pick and rearrange
-            values, not compute with them, since gradients go through it as well.
+        layer: dotted name or module, or "NAME@2" for the second run of a module that runs several
+            times; None takes the one that :mod:`gcfast.model.layers` finds at the first forward
+            pass.
+        output_key: where the embedding is in an output that is a dict, an object or a tuple; a path
+            such as "vision.image_embeds" in nested ones.
+        reshape: from the layer's output, and the images' (h, w) if it takes a second argument, to
+            [B, C, H, W]; it may pick and rearrange values, not compute with them, since gradients
+            go through it as well. None recognises [B, C, H, W], [B, H, W, C] and tokens.
 
     Raises:
         TypeError: a model or layer of another kind.
@@ -77,8 +80,14 @@ class Network:
                 )
         self.output_key = output_key
         self.reshape = reshape
+        # What stands for `reshape` where none is given: None until a pass has told, or where the
+        # layer gives [B, C, H, W].
+        self.layout: Reshape | None = None
+        self._laid_out = reshape is not None
         self.layer: nn.Module | None = None
         self.layer_name: str | None = None
+        self.layer_run = 1  # which of the layer's runs in a forward pass
+        self.names_run = False  # whether the layer's name says so; else there may be only one
         if layer is not None:
             self.set_layer(layer)
         self.channels_last = any(isinstance(m, nn.Conv2d) for m in self.model.modules())
@@ -92,11 +101,15 @@ class Network:
 
     def has_layer(self, name: str) -> bool:
         """Whether the model has a module of this dotted name."""
-        return name in dict(self.model.named_modules())
+        return _name_and_run(name)[0] in dict(self.model.named_modules())
 
     def set_layer(self, layer: str | nn.Module) -> None:
         """Explain this layer; raises as the class."""
-        self.layer_name, self.layer = _find_layer(self.model, layer)
+        name, run = _name_and_run(layer) if isinstance(layer, str) else (layer, None)
+        found, self.layer = _find_layer(self.model, name)
+        self.layer_name = found if run is None else f"{found}@{run}"
+        self.layer_run = run or 1
+        self.names_run = run is not None
 
     def device(self, fallback: torch.device) -> torch.device:
         """The device of the first parameter or buffer."""
@@ -105,12 +118,22 @@ class Network:
             return tensor.device
         return fallback
 
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of the first floating-point parameter; None where there is none."""
-        for parameter in self.model.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-        return None
+    def dtype_for(self, images: Tensor) -> torch.dtype:
+        """The dtype in which the model takes images: their own where a layer of it works in that.
+
+        The first parameter would not do: half-precision models keep their norms, and often a loose
+        parameter before them, in float32.
+        """
+        first = None
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.is_floating_point():
+                if module.weight.dtype == images.dtype:
+                    return images.dtype
+                first = first or module.weight.dtype
+        if first is None:
+            floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+            first = next(floating, images.dtype)
+        return first
 
     def checked(self, name: str, images: object) -> Tensor:
         """Return the images, if they are as the model takes them.
@@ -125,9 +148,9 @@ class Network:
             raise ValueError(
                 f"`{name}` must be on the model's device, {device}, got {images.device}"
             )
-        dtype = self.dtype()
+        dtype = self.dtype_for(images)
         autocast = torch.is_autocast_enabled(images.device.type)
-        if dtype is not None and images.dtype != dtype and not autocast:
+        if images.dtype != dtype and not autocast:
             wanted, got = (str(d).removeprefix("torch.") for d in (dtype, images.dtype))
             raise TypeError(f"`{name}` must have the model's dtype, {wanted}, got {got}")
         return images
@@ -144,9 +167,9 @@ class Network:
             else:
                 self.clone = capture.tensor._version != capture.version
             if not self.clone:
-                return self._captured(capture, output)
+                return self._captured(capture, output, images)
         with torch.no_grad():
-            return self._captured(*self._run(images, differentiable=False))
+            return self._captured(*self._run(images, differentiable=False), images)
 
     @contextmanager
     def differentiable(
@@ -167,7 +190,7 @@ class Network:
                     capture, output = self._run(images, differentiable=True, replace=replace)
                 self.switches_grad = output.requires_grad
             with torch.enable_grad():
-                captured = self._captured(capture, output)
+                captured = self._captured(capture, output, images)
                 if not captured.output.requires_grad:
                     why = "which the output does not depend on (or the model detaches it)"
                     if output.is_inference():
@@ -216,51 +239,114 @@ class Network:
         finally:
             torch.set_grad_enabled(grad_enabled)
             current_capture.reset(token)
-        if capture.calls != 1:
+        if capture.calls < self.layer_run or (capture.calls > 1 and not self.names_run):
             times = "not at all" if capture.calls == 0 else f"{capture.calls} times"
+            hint = f"; 'NAME@{capture.calls}' is its last run" if capture.calls > 1 else ""
             raise UnsupportedModelError(
                 f"`layer` must run once in a forward pass, got {self.layer_name!r}, "
-                f"which ran {times}"
+                f"which ran {times}{hint}"
             )
         # What replaces the activation may stand for more images than went in.
         own = capture.tensor if replace is not None else None
         count = len(images) if own is None else len(own)
         return capture, self.embedding(output, count)
 
-    def _captured(self, capture: Capture, output: Tensor) -> Captured:
+    def arranged(self, tensor: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """The layer's output, or a gradient of its shape, as [B, C, H, W]."""
+        reshape = self.reshape or self.layout
+        if reshape is None:
+            return tensor
+        if takes_image_size(reshape):
+            return reshape(tensor, image_size)  # type: ignore[call-arg]
+        return reshape(tensor)  # type: ignore[call-arg]
+
+    def covered(self, grid: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
+        """The pixels of an image, from the top left, that a layer's H x W places lie on.
+
+        Those of the whole image, but for tokens whose patches do not come out even.
+        """
+        reshape = self.reshape or self.layout
+        return reshape.covered(grid, image_size) if isinstance(reshape, TokenGrid) else image_size
+
+    def _captured(self, capture: Capture, output: Tensor, images: Tensor) -> Captured:
         tensor = capture.tensor
+        size = (images.shape[2], images.shape[3])
         got = "no tensor" if tensor is None else list(tensor.shape)
-        if tensor is not None and self.reshape is not None:
-            tensor = self.reshape(tensor)
-            if not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"`reshape` must return a tensor [B, C, H, W], got {type(tensor).__name__}"
-                )
-            got = f"{list(tensor.shape)} after `reshape`"
+        if tensor is not None:
+            if not self._laid_out:
+                self._lay_out(tensor, images)
+            if self.reshape is not None or self.layout is not None:
+                tensor = self.arranged(tensor, size)
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(
+                        f"`reshape` must return a tensor [B, C, H, W], got {type(tensor).__name__}"
+                    )
+                got = f"{list(tensor.shape)} after `reshape`"
         if tensor is None or tensor.ndim != 4 or tensor.shape[2] * tensor.shape[3] <= 1:
             raise ValueError(
                 f"`layer` must have a spatial output [B, C, H, W] with H*W > 1, got "
-                f"{self.layer_name!r} with {got}; tokens need `reshape` (see gcfast.TokenGrid)"
+                f"{self.layer_name!r} with {got}; tokens need `reshape` (see gcfast.TokenGrid), "
+                "and gcfast.layers(model, image) lists the layers that can be explained"
             )
-        return Captured(output, tensor, capture.tensor if capture.differentiable else None)
+        leaf = capture.tensor if capture.differentiable else None
+        return Captured(output, tensor, leaf, size)
+
+    def _lay_out(self, tensor: Tensor, images: Tensor) -> None:
+        """Find the layout of the layer's output, by a pass of one image where tokens need it."""
+        assert self.layer is not None
+        size, strides = (images.shape[2], images.shape[3]), Strides()
+        shape: Sequence[int] = (1, *tensor.shape[1:])
+        if tensor.ndim == 3:
+            shape, strides = self._tokens_of_one(images[:1])
+        spatial, layout = layout_of(shape, self.layer, size, strides)
+        if tensor.ndim == 4 and not spatial and min(tensor.shape[2:]) > 1:
+            raise ValueError(
+                f"`layer` must have an output that lies on the image, got {self.layer_name!r} with "
+                f"{list(tensor.shape)} for images of {size[0]} x {size[1]}: neither [B, C, H, W] "
+                "nor [B, H, W, C] does; give `reshape`, or take a layer of gcfast.layers"
+            )
+        with self._lock:
+            self.layout, self._laid_out = layout, True
+
+    def _tokens_of_one(self, image: Tensor) -> tuple[Sequence[int], Strides]:
+        """The shape of the layer's output for one image, and the convolutions' strides."""
+        strides, shapes = Strides(), []
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(module, nn.Conv2d) and isinstance(output, Tensor) and output.ndim == 4:
+                note_stride(module, args, output, image.shape[2:], strides)
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            del module, args
+            found = first_tensor(output)
+            if found is not None:
+                shapes.append(found.shape)
+
+        assert self.layer is not None
+        handles = [
+            m.register_forward_hook(note) for m in self.model.modules() if isinstance(m, nn.Conv2d)
+        ]
+        handles.append(self.layer.register_forward_hook(keep))
+        try:
+            with evaluating(self.model), torch.no_grad():
+                self.model(image.detach().contiguous())
+        finally:
+            for handle in handles:
+                handle.remove()
+        return shapes[min(self.layer_run, len(shapes)) - 1], strides
 
     def embedding(self, output: Any, count: int) -> Tensor:
-        """The [B, D] embedding in what the model returned."""
-        key = self.output_key
-        if key is not None:
-            try:
-                by_name = isinstance(key, str) and not _has_items(output)
-                output = getattr(output, str(key)) if by_name else output[key]
-            except (KeyError, IndexError, AttributeError, TypeError):
-                raise ValueError(
-                    f"`output_key` must be one of {_keys(output)}, got {key!r}"
-                ) from None
+        """The [B, D] embedding in what the model returned; [B, D, 1, 1] is flattened."""
+        if self.output_key is not None:
+            output = _part(output, self.output_key, count)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"`model` must return a tensor [B, D], got {type(output).__name__}; choose one of "
-                f"its parts with `output_key`: {_keys(output)}"
+                f"its parts with `output_key`: {_keys(output, count)}"
             )
-        if output.ndim != 2 or output.shape[0] != count:
+        if _is_embedding(output, count):
+            output = output.flatten(1)
+        else:
             raise ValueError(
                 f"`model` must return embeddings of shape [B, D] with B = {count}, "
                 f"got {list(output.shape)}"
@@ -294,50 +380,22 @@ class Network:
         return capture.take(output)
 
     def _resolve(self, images: Tensor) -> None:
-        """Find the last layer to finish whose output is spatial: of equals the outermost.
-
-        A module that runs more than once (one activation for all blocks) cannot be explained, and
-        an output object may hold tensors that the embedding does not come from: neither is taken.
-        """
+        """Take the default layer of :mod:`gcfast.model.layers`."""
         with self._lock:
             if self.layer is not None:
                 return
-            found: list[tuple[str, nn.Module]] = []
-            runs: Counter[nn.Module] = Counter()
-            thread = threading.get_ident()
-
-            def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
-                def hook(module: nn.Module, args: Any, output: Any) -> None:
-                    del args
-                    if threading.get_ident() != thread:
-                        return
-                    runs[module] += 1
-                    tensor = None if isinstance(output, Mapping) else first_tensor(output)
-                    if tensor is None or tensor.ndim != 4:
-                        return
-                    if tensor.shape[2] * tensor.shape[3] > 1:
-                        found.append((name, module))
-
-                return hook
-
-            handles = [
-                module.register_forward_hook(note(name))
-                for name, module in self.model.named_modules()
-                if name
-            ]
-            try:
-                with torch.no_grad():
-                    self.model(images[:1].contiguous())
-            finally:
-                for handle in handles:
-                    handle.remove()
-            found = [(name, module) for name, module in found if runs[module] == 1]
-            if not found:
+            found = candidates(self.model, images[:1].contiguous(), self.embedding)
+            default = default_of(found)
+            if default is None:
+                listed = ", ".join(f"{c.name!r} {list(c.shape)}" for c in found[-5:])
                 raise ValueError(
                     "`layer` must be given: no layer of the model has a spatial output "
-                    "[B, C, H, W] with H*W > 1; tokens need `layer` and `reshape`"
+                    "[B, C, H, W] with H*W > 1 that the embedding depends on; tokens need `layer` "
+                    f"and `reshape`{f' (seen: {listed})' if listed else ''}"
                 )
-            self.layer_name, self.layer = found[-1]
+            if self.reshape is None:
+                self.layout, self._laid_out = default.layout, True
+            self.set_layer(default.name)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -371,14 +429,60 @@ def _find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Modul
     return layer, names[layer]
 
 
-def _has_items(output: Any) -> bool:
-    return isinstance(output, dict) or hasattr(output, "keys")
+def _name_and_run(name: str) -> tuple[str, int | None]:
+    """Name and run of "NAME@2"; the run is None where none is given."""
+    head, mark, run = name.rpartition("@")
+    return (head, int(run)) if mark and run.isdigit() and int(run) else (name, None)
 
 
-def _keys(output: Any) -> str:
-    if _has_items(output):
-        return ", ".join(repr(k) for k in output)
+def _part(output: Any, key: str | int, count: int) -> Any:
+    """What is under a key, or at the end of a path of keys, in an output."""
+    found = output
+    steps = key.split(".") if isinstance(key, str) and key not in _parts(output) else [key]
+    for step in steps:
+        parts = _parts(found)
+        if step in parts:
+            found = parts[step]
+            continue
+        try:  # by number, also in an output object of named parts
+            found = list(parts.values())[int(step)]
+        except (ValueError, IndexError):
+            raise ValueError(
+                f"`output_key` must be one of {_keys(output, count)}, got {key!r}"
+            ) from None
+    return found
+
+
+def _parts(output: Any) -> dict[str | int, Any]:
+    """The named or numbered parts of a model's output."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if hasattr(output, "_asdict"):  # a named tuple
+        return dict(output._asdict())
     if isinstance(output, tuple | list):
-        return f"0 to {len(output) - 1}"
-    named = [name for name in getattr(output, "__dict__", {}) if not name.startswith("_")]
-    return ", ".join(repr(name) for name in named) or "none"
+        return dict(enumerate(output))
+    if isinstance(output, Tensor) or not hasattr(output, "__dict__"):
+        return {}
+    return {name: value for name, value in vars(output).items() if not name.startswith("_")}
+
+
+def _keys(output: Any, count: int) -> str:
+    """The keys that would give an embedding, or else all there are."""
+    usable = list(_embeddings(output, count)) or list(_parts(output))
+    if len(usable) > 1 and usable == list(range(len(usable))):
+        return f"0 to {len(usable) - 1}"
+    return ", ".join(map(repr, usable)) or "none"
+
+
+def _embeddings(output: Any, count: int, prefix: str = "", depth: int = 3) -> Iterator[str | int]:
+    for name, value in _parts(output).items():
+        if isinstance(value, Tensor):
+            if _is_embedding(value, count) and value.is_floating_point():
+                yield f"{prefix}{name}" if prefix else name
+        elif depth:
+            yield from _embeddings(value, count, f"{prefix}{name}.", depth - 1)
+
+
+def _is_embedding(tensor: Tensor, count: int) -> bool:
+    """Whether a tensor is [B, D], or [B, D, 1, 1] as some models pool."""
+    return tensor.ndim >= 2 and len(tensor) == count and all(n == 1 for n in tensor.shape[2:])

@@ -395,7 +395,7 @@ def test_an_output_without_key_lists_the_choices() -> None:
 @pytest.mark.parametrize(
     ("wrap", "error", "words"),
     [
-        (lambda x: x[:, :, None, None], ValueError, r"\[B, D\] with B = 2, got \[2, 6, 1, 1\]"),
+        (lambda x: x.view(2, 3, 2), ValueError, r"\[B, D\] with B = 2, got \[2, 3, 2\]"),
         (lambda x: x[:1], ValueError, r"\[B, D\] with B = 2, got \[1, 6\]"),
         (lambda x: x.long(), TypeError, "must return floating point, got torch.int64"),
     ],
@@ -602,9 +602,27 @@ def test_token_grid_of_another_rank_is_refused() -> None:
         TokenGrid()(torch.zeros(1, 2))
 
 
-def test_tokens_need_a_reshape() -> None:
-    with pytest.raises(ValueError, match=r"with \[2, 17, 12\]; tokens need `reshape`"):
-        Network(TokenNet(), "first").embed(pictures(2)[0])
+def test_tokens_are_laid_out_by_the_patches_of_the_image() -> None:
+    images, _ = pictures(2, size=(8, 12))
+    network = Network(TokenNet().eval(), "first")
+    captured = network.embed(images)
+    wanted = TokenGrid(4, 6)(_tokens(network, images))
+    torch.testing.assert_close(captured.activations, wanted)
+
+
+def test_tokens_that_no_patches_make_are_refused() -> None:
+    class Few(TokenNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.first(images.flatten(2)[:, :, :12])[:, 0]
+
+    with pytest.raises(ValueError, match=r"with \[2, 3, 12\]; tokens need `reshape`"):
+        Network(Few(), "first").embed(pictures(2)[0])
+
+
+def _tokens(network: Network, images: Tensor) -> Tensor:
+    model = network.model
+    tokens = model.patch(images).flatten(2).transpose(1, 2)
+    return model.first(torch.cat([model.token.expand(len(images), -1, -1), tokens], 1))
 
 
 def test_reshape_is_checked() -> None:
