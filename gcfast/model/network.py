@@ -344,16 +344,18 @@ class Network:
                 f"`model` must return a tensor [B, D], got {type(output).__name__}; choose one of "
                 f"its parts with `output_key`: {_keys(output, count)}"
             )
-        if _is_embedding(output, count):
-            output = output.flatten(1)
-        else:
+        if not _is_embedding(output, count):
             raise ValueError(
                 f"`model` must return embeddings of shape [B, D] with B = {count}, "
                 f"got {list(output.shape)}"
             )
         if not output.is_floating_point():
             raise TypeError(f"`model` must return floating point, got {output.dtype}")
-        return output
+        if output.ndim == 2:
+            return output
+        # The graph of a differentiable pass goes on through the view, though its block has ended.
+        with torch.set_grad_enabled(output.requires_grad):
+            return output.flatten(1)
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
