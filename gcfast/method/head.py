@@ -2,15 +2,18 @@
 
 The common head averages the activations over space, maps the average affinely and may normalise
 the result. Its gradient is the same at every pixel and needs no autograd (``ops.head_grad_weights``
-derives it). Whether a model has such a head is found by probing it, not by looking at its code: the
-map is read off the model's own gradients and then has to reproduce the model's outputs and
-vector-Jacobian products. Every other head goes through autograd, from the layer on.
+derives it). Whether a model has such a head is found by probing it: the affine map is the one that
+the modules behind the layer make together, or else is read off the model's own gradients, and then
+has to reproduce the model's outputs and vector-Jacobian products. Every other head goes through
+autograd, from the layer on.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +30,8 @@ from gcfast.ops.precision import full_precision
 # The worst seen on the tested heads: 4e-7 in float32, 2e-3 in float16, 2e-2 in bfloat16.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 PROBE_IMAGES = 2
-PROBE_VARIANTS = 5  # activations that the map has to reproduce in float64
+PROBE_VARIANTS = 5  # activations that the map has to reproduce
+JACOBIAN_BYTES = 2**26  # of the gradients of one batched product
 EXACT_TOLERANCE = 1e-8
 # What the largest element of a float16 cotangent is scaled to, a row; the gradient of one pixel is
 # some thousand times smaller and would be lost below 6e-8. Divided by BACK_OFF where it overflows.
@@ -178,7 +182,7 @@ def probe(network: Network, images: Tensor, l2_normalize: bool) -> AffineHead | 
     if not _error(gradient, flat.expand_as(gradient)) <= tolerance:
         return None
 
-    head = _read_head(network, images[:1])
+    head = _from_modules(network, images[:1]) or _from_gradients(network, images[:1])
     if head is None:
         return None
     head = head._replace(unit=head.unit or l2_normalize)
@@ -198,7 +202,83 @@ def probe(network: Network, images: Tensor, l2_normalize: bool) -> AffineHead | 
     return head if _error(weights, flat[:, :, 0, 0]) <= tolerance else None
 
 
-def _read_head(network: Network, image: Tensor) -> AffineHead | None:
+def _from_modules(network: Network, image: Tensor) -> AffineHead | None:
+    """The affine map that the modules behind the layer make; None where the model does another.
+
+    Args:
+        network: the model, its layer known.
+        image: [1, 3, h, w].
+    """
+    with _behind(network) as behind:
+        try:
+            with network.differentiable(image, replace=_varied(image.dtype)) as captured:
+                output = captured.output.detach().double()
+                pooled = captured.activations.detach().double().mean((2, 3))
+        except Exception:  # whatever the model says to several activations for one image
+            return None
+    composed = _composed(behind, pooled.shape[1])
+    if composed is None or len(output) != PROBE_VARIANTS:
+        return None
+    weight, bias = composed
+    raw = pooled @ weight.T + bias
+    if raw.shape != output.shape:
+        return None
+    tolerance = TOLERANCES[captured.output.dtype]
+    norms = output.norm(dim=1)
+    unit = bool((norms - norms[0]).abs().max() < tolerance * norms[0])
+    for got, wanted in zip(raw, output, strict=True):
+        if unit:
+            got, wanted = got / got.norm(), wanted / wanted.norm()
+        if not _error(got, wanted) <= tolerance:
+            return None
+    return AffineHead(weight.float(), bias.float(), unit)
+
+
+def _composed(modules: Iterable[nn.Module], channels: int) -> tuple[Tensor, Tensor] | None:
+    """Weight [D, C] and bias [D] of modules one after the other, float64; None for other kinds."""
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    for module in modules:
+        if not any(True for _ in module.parameters(recurse=False)) and not any(
+            True for _ in module.buffers(recurse=False)
+        ):
+            continue
+        step = _affine(module)
+        if step is None or step[0].shape[1] != (channels if weight is None else len(weight)):
+            return None
+        if weight is None or bias is None:
+            weight, bias = step
+        else:
+            weight, bias = step[0] @ weight, step[0] @ bias + step[1]
+    if weight is None or bias is None:
+        device = next((p.device for m in modules for p in m.parameters()), None)
+        weight = torch.eye(channels, dtype=torch.float64, device=device)
+        bias = weight.new_zeros(channels)
+    return weight, bias
+
+
+def _affine(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of one module that maps the channels affinely, float64."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if module.running_mean is None or module.running_var is None:
+            return None
+        scale = (module.running_var.double() + module.eps).rsqrt()
+        if module.weight is not None:
+            scale = scale * module.weight.detach().double()
+        bias = -module.running_mean.double() * scale
+        if module.bias is not None:
+            bias = bias + module.bias.detach().double()
+        return scale.diag(), bias
+    pointwise = isinstance(module, nn.Conv2d) and module.weight.shape[2:] == (1, 1)
+    if not (type(module) is nn.Linear or pointwise) or not module.weight.is_floating_point():  # type: ignore[union-attr,operator]
+        return None
+    weight = module.weight.detach().double().flatten(1)  # type: ignore[union-attr,operator]
+    if module.bias is None:
+        return weight, weight.new_zeros(len(weight))
+    return weight, module.bias.detach().double()  # type: ignore[union-attr,operator]
+
+
+def _from_gradients(network: Network, image: Tensor) -> AffineHead | None:
     """Weight and bias from a copy of the model with its head in float64; None for other heads.
 
     Args:
@@ -240,19 +320,7 @@ def _from_jacobian(twin: Network, images: Tensor) -> AffineHead | None:
         twin: a copy of the model, float64 behind the layer.
         images: [1 or PROBE_VARIANTS, 3, h, w], all the same.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def varied(activation: Tensor) -> Tensor:
-        # The image itself, a relative, and strangers of both signs and several sizes, so that
-        # whatever is not affine bends somewhere (a hidden ReLU switches).
-        shape = (PROBE_VARIANTS, *activation.shape[1:])
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        sizes = 4 * torch.randn(len(noise), generator=generator, dtype=torch.float64)
-        sizes[:2], noise[0] = 1, 0
-        factors = sizes.view(-1, *[1] * (noise.ndim - 1)) * (1 + noise)
-        return activation.double() * factors.to(activation.device)
-
-    with twin.differentiable(images, replace=varied) as captured:
+    with twin.differentiable(images, replace=_varied(torch.float64)) as captured:
         at = captured.output.detach()
         if len(at) != PROBE_VARIANTS:
             return None
@@ -261,12 +329,7 @@ def _from_jacobian(twin: Network, images: Tensor) -> AffineHead | None:
         scale = norms[0] if unit else 1.0
         output, at = captured.output / scale, at / scale  # [variants, D]
         pooled = captured.activations.detach().mean((2, 3))  # [variants, C]
-        jacobian = torch.stack(
-            [
-                _vjp(twin, captured, output, _one_hot(output, 0, d))[0].sum((1, 2))
-                for d in range(output.shape[1])
-            ]
-        )  # [D, C]
+        jacobian = _jacobian(twin, captured, output)
         if unit:
             first, second = at[:2]
             step = pooled[1] - pooled[0]
@@ -285,12 +348,49 @@ def _from_jacobian(twin: Network, images: Tensor) -> AffineHead | None:
     return AffineHead(jacobian.float(), bias.float(), unit)
 
 
-def _double_behind_the_layer(twin: Network, image: Tensor) -> None:
-    """Turn to float64 what runs after the layer; the backbone, far costlier there, stays as it is.
+def _varied(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """From the activation of one image, or of several that are the same, to PROBE_VARIANTS."""
 
-    Parameters that a module from before the layer holds (the model itself, say) are not found so,
-    and then the whole copy is turned.
-    """
+    def varied(activation: Tensor) -> Tensor:
+        # The image itself, a relative, and strangers of both signs and several sizes, so that
+        # whatever is not affine bends somewhere (a hidden ReLU switches).
+        generator = torch.Generator().manual_seed(0)
+        shape = (PROBE_VARIANTS, *activation.shape[1:])
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        sizes = 4 * torch.randn(len(noise), generator=generator, dtype=torch.float64)
+        sizes[:2], noise[0] = 1, 0
+        factors = sizes.view(-1, *[1] * (noise.ndim - 1)) * (1 + noise)
+        return (activation.double() * factors.to(activation.device)).to(dtype)
+
+    return varied
+
+
+def _jacobian(twin: Network, captured: Captured, output: Tensor) -> Tensor:
+    """The derivative of output[0] by the sum of each channel of the first activation, [D, C]."""
+    assert captured.leaf is not None
+    columns = output.shape[1]
+    step = max(1, JACOBIAN_BYTES // (captured.leaf.numel() * captured.leaf.element_size()))
+    parts = []
+    for start in range(0, columns, step):
+        wanted = torch.arange(start, min(start + step, columns), device=output.device)
+        cotangents = output.new_zeros((len(wanted), *output.shape))
+        cotangents[torch.arange(len(wanted)), 0, wanted] = 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an operation that has to be done one by one
+                (gradients,) = torch.autograd.grad(
+                    output, captured.leaf, cotangents, retain_graph=True, is_grads_batched=True
+                )
+            first = twin.arranged(gradients[:, 0], captured.image_size)
+        except RuntimeError:  # an operation that takes no batch of gradients
+            first = torch.stack([_vjp(twin, captured, output, c)[0] for c in cotangents])
+        parts.append(first.sum((2, 3)))
+    return torch.cat(parts)
+
+
+@contextmanager
+def _behind(network: Network) -> Iterator[list[nn.Module]]:
+    """The modules that run after the layer in the passes inside the block, in their order."""
     behind: list[nn.Module] = []
     passed = False
 
@@ -304,14 +404,24 @@ def _double_behind_the_layer(twin: Network, image: Tensor) -> None:
         del module, args, output
         passed = True
 
-    assert twin.layer is not None
-    handles = [module.register_forward_pre_hook(note) for module in twin.model.modules()]
-    handles.append(twin.layer.register_forward_hook(passing))
+    assert network.layer is not None
+    handles = [module.register_forward_pre_hook(note) for module in network.model.modules()]
+    handles.append(network.layer.register_forward_hook(passing))
     try:
-        twin.embed(image)
+        yield behind
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _double_behind_the_layer(twin: Network, image: Tensor) -> None:
+    """Turn to float64 what runs after the layer; the backbone, far costlier there, stays as it is.
+
+    Parameters that a module from before the layer holds (the model itself, say) are not found so,
+    and then the whole copy is turned.
+    """
+    with _behind(twin) as behind:
+        twin.embed(image)
     for module in behind:
         module.double()
     for module in twin.model.modules():
@@ -354,12 +464,6 @@ def _half_vjp(leaf: Tensor, output: Tensor, cotangent: Tensor) -> Tensor:
         if not bool((bad & (scales * peaks > 1)).any()):
             return gradient.float() / scales.view(-1, *[1] * (gradient.ndim - 1))
         scales = torch.where(bad, scales / BACK_OFF, scales)
-
-
-def _one_hot(output: Tensor, row: int, column: int) -> Tensor:
-    cotangent = torch.zeros_like(output)
-    cotangent[row, column] = 1
-    return cotangent
 
 
 def _mean_of(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

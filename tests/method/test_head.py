@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,9 +69,27 @@ def test_one_image_is_enough_for_the_probe() -> None:
     assert probed(OTHER_HEADS["mlp"](CHANNELS), count=1) is None
 
 
-def test_the_backbone_runs_on_few_images_for_the_probe() -> None:
+class Loose(nn.Module):
+    """A linear layer by a parameter that no module of its own holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CHANNELS, DIM))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.mean((2, 3)) @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("head", "passes"),
+    [(AFFINE_HEADS["bn neck"], 2 + 1), (lambda _: Loose(), 2 + 1 + 1 + 1)],
+    ids=["modules", "gradients"],
+)
+def test_the_backbone_runs_on_few_images_for_the_probe(
+    head: Callable[[int], nn.Module], passes: int
+) -> None:
     """Variants of the activation are many behind the layer alone: the backbone is what costs."""
-    model = Net(AFFINE_HEADS["normalising"](CHANNELS)).eval()
+    model = Net(head(CHANNELS)).eval()
     seen: list[int] = []
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -80,7 +99,7 @@ def test_the_backbone_runs_on_few_images_for_the_probe() -> None:
     # Copied with the model, and so told of the passes through its copy.
     model.backbone.register_forward_hook(note)
     assert probe(Network(model, "backbone"), pictures(4)[0], True) is not None
-    assert sum(seen) == 2 + 1 + 1
+    assert sum(seen) == passes
 
 
 @pytest.mark.parametrize("error", [RuntimeError, AssertionError])
@@ -112,18 +131,31 @@ def test_a_head_that_reads_the_batch_is_not_taken() -> None:
     assert probed(nn.Sequential(Pool(), Lambda(lambda x: x - x.mean(0)))) is None
 
 
-def test_a_model_that_cannot_be_copied_goes_through_autograd() -> None:
-    class Stubborn(Net):
-        def __deepcopy__(self, memo: Any) -> None:
-            raise copy.Error("no copies")
-
-    model = Stubborn(AFFINE_HEADS["linear"](CHANNELS))
-    assert probe(Network(model, "backbone"), pictures(4)[0], True) is None
+class Stubborn(Net):
+    def __deepcopy__(self, memo: Any) -> None:
+        raise copy.Error("no copies")
 
 
-def test_a_model_that_casts_inside_goes_through_autograd() -> None:
-    head = nn.Sequential(Lambda(lambda maps: maps.float()), *AFFINE_HEADS["linear"](CHANNELS))
-    assert probed(head) is None
+def test_modules_that_are_affine_need_no_copy_of_the_model() -> None:
+    assert probe(Network(Stubborn(AFFINE_HEADS["bn neck"](CHANNELS))), pictures(4)[0], True)
+
+
+def test_a_head_that_is_no_module_needs_a_copy_or_autograd() -> None:
+    assert probe(Network(Net(Loose())), pictures(4)[0], True) is not None
+    assert probe(Network(Stubborn(Loose())), pictures(4)[0], True) is None
+
+
+def test_a_model_that_casts_inside() -> None:
+    cast = Lambda(lambda maps: maps.float())
+    found = probed(nn.Sequential(cast, *AFFINE_HEADS["linear"](CHANNELS)))
+    assert found is not None
+    assert probed(nn.Sequential(cast, Loose())) is None  # its twin in float64 is none
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.LayerNorm(CHANNELS), nn.Softmax(dim=1)])
+def test_modules_with_something_else_between_are_not_affine(between: nn.Module) -> None:
+    assert probed(nn.Sequential(Pool(), between, nn.Linear(CHANNELS, DIM), nn.Tanh())) is None
+    assert probed(nn.Sequential(Pool(), nn.Linear(CHANNELS, CHANNELS), between)) is None
 
 
 def test_project_divides_by_a_norm_that_may_be_zero() -> None:
