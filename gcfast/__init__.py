@@ -18,6 +18,7 @@ from gcfast.errors import (
 from gcfast.explain.default import explain_batch, load
 from gcfast.explain.explainer import Explainer
 from gcfast.explain.result import Explanation, TripletMaps
+from gcfast.method.layer_table import layers
 from gcfast.method.objectives import (
     DistanceDifference,
     Objective,
@@ -52,5 +53,6 @@ __all__ = [
     "TripletMaps",
     "UnsupportedModelError",
     "explain_batch",
+    "layers",
     "load",
 ]

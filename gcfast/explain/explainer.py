@@ -28,7 +28,8 @@ from gcfast.explain.stream import overlapped
 from gcfast.explain.transfer import ExactTransfer
 from gcfast.method.objectives import LossFunction, Objective, TripletLoss
 from gcfast.method.settings import Settings
-from gcfast.model.network import Network, Reshape
+from gcfast.model.network import Network
+from gcfast.model.tokens import Reshape
 
 STREAM_DEPTH = 1  # batches that wait for their transfer while the next one is in the model
 

@@ -53,8 +53,10 @@ class ExportedExplainer(nn.Module):
         self.register_buffer("squares", transfer.search.squares)
         for name, tensor in transfer.tables._asdict().items():
             self.register_buffer(name, tensor)
-        self._reshape = network.reshape
+        self._run = network.layer_run
+        self._names_run = network.names_run
         # The parts of a Network that work on what a pass gave, without its hooks.
+        self._arranged: Callable[[Tensor, tuple[int, int]], Tensor] = network.arranged
         self._embedding: Callable[[Any, int], Tensor] = network.embedding
         # What no pass has shown is not assumed.
         self._channels_last = network.channels_last and network.clone is not None
@@ -85,7 +87,7 @@ class ExportedExplainer(nn.Module):
             if self._channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             output = self._embedding(self.model(images), images.shape[0])
-            activations = self._activations()
+            activations = self._activations((images.shape[2], images.shape[3]))
             embeddings = normalized(output, self._l2_normalize)
             distances, neighbors = torch.ops.gcfast.knn(
                 embeddings, self.table, self._k, squares=self.squares
@@ -104,16 +106,16 @@ class ExportedExplainer(nn.Module):
             labels = out.labels_from(self.labels)
             return out.maps, out.embeddings, out.neighbors, out.distances, labels
 
-    def _activations(self) -> Tensor:
+    def _activations(self, image_size: tuple[int, int]) -> Tensor:
         taken = list(self._kept)
         self._kept.clear()
-        if len(taken) != 1:
+        if len(taken) < self._run or (len(taken) > 1 and not self._names_run):
             times = "not at all" if not taken else f"{len(taken)} times"
             raise UnsupportedModelError(
                 f"`layer` must run once in a forward pass, got {self._layer_name!r}, "
                 f"which ran {times}"
             )
-        return taken[0] if self._reshape is None else self._reshape(taken[0])
+        return self._arranged(taken[self._run - 1], image_size)
 
 
 def _recording_copy(network: Network, kept: list[Tensor]) -> nn.Module:
@@ -131,7 +133,7 @@ def _recording_copy(network: Network, kept: list[Tensor]) -> nn.Module:
             f"`model` must be a module that copy.deepcopy can copy, to be exported: {error}"
         ) from error
     assert network.layer_name is not None
-    layer = copied.get_submodule(network.layer_name)
+    layer = copied.get_submodule(network.module_name)
     kind = type(layer)
     clones = network.clone is not False
 

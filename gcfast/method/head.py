@@ -270,12 +270,12 @@ def _affine(module: nn.Module) -> tuple[Tensor, Tensor] | None:
             bias = bias + module.bias.detach().double()
         return scale.diag(), bias
     pointwise = isinstance(module, nn.Conv2d) and module.weight.shape[2:] == (1, 1)
-    if not (type(module) is nn.Linear or pointwise) or not module.weight.is_floating_point():  # type: ignore[union-attr,operator]
+    if not (type(module) is nn.Linear or pointwise) or not module.weight.is_floating_point():  # type: ignore[operator]
         return None
-    weight = module.weight.detach().double().flatten(1)  # type: ignore[union-attr,operator]
+    weight = module.weight.detach().double().flatten(1)  # type: ignore[operator]
     if module.bias is None:
         return weight, weight.new_zeros(len(weight))
-    return weight, module.bias.detach().double()  # type: ignore[union-attr,operator]
+    return weight, module.bias.detach().double()  # type: ignore[operator]
 
 
 def _from_gradients(network: Network, image: Tensor) -> AffineHead | None:
@@ -392,17 +392,17 @@ def _jacobian(twin: Network, captured: Captured, output: Tensor) -> Tensor:
 def _behind(network: Network) -> Iterator[list[nn.Module]]:
     """The modules that run after the layer in the passes inside the block, in their order."""
     behind: list[nn.Module] = []
-    passed = False
+    runs = 0
 
     def note(module: nn.Module, args: Any) -> None:
         del args
-        if passed:
+        if runs >= network.layer_run:
             behind.append(module)
 
     def passing(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal passed
+        nonlocal runs
         del module, args, output
-        passed = True
+        runs += 1
 
     assert network.layer is not None
     handles = [module.register_forward_pre_hook(note) for module in network.model.modules()]

@@ -41,7 +41,9 @@ CHANNELS_FIRST = (
 MAX_PREFIX = 16  # class, distillation and register tokens
 MIN_REACHED = 0.25  # of the places of tokens; a class token's last block has none
 MAX_SKEW = 2.0  # how far places may be from square, one side by the other
-EXAMINED = 48  # candidates whose gradient is asked for, from the last one back
+UNIFORM = 0.05  # spread of a gradient over places that may still be rounding, in any precision
+EXAMINED = 12  # layers whose gradient is asked for at once, from the last one back
+MAX_BEHIND = 0.5  # of the parameters may lie between the default and a later part of the maps
 GRIDS_OF_TOKENS = (1, 2, 4, 8, 16)  # patches merged to one token, a side
 
 
@@ -59,6 +61,7 @@ class Candidate:
     parameters_before: float  # the share of the model's parameters used up to and with it
     reached: float | None  # the share of its places that the gradient reaches; None: not known
     passed_by: bool | None  # whether the image reaches the embedding another way as well
+    uniform: bool = False  # whether the gradient is the same at every place, as behind an average
 
     @property
     def usable(self) -> bool:
@@ -97,7 +100,11 @@ class _Pass:
 
 
 def candidates(
-    model: nn.Module, image: Tensor, embedding: Callable[[Any, int], Tensor]
+    model: nn.Module,
+    image: Tensor,
+    embedding: Callable[[Any, int], Tensor],
+    *,
+    every: bool = True,
 ) -> list[Candidate]:
     """The spatial layers of a model in the order in which they finish.
 
@@ -105,9 +112,10 @@ def candidates(
         model: as it stands in evaluation mode afterwards as before.
         image: [1, 3, h, w] on the model's device, in its dtype.
         embedding: from what the model returns to [B, D].
+        every: False for the last ones alone, as far back as the first that is usable.
 
     Returns:
-        All of them, the last EXAMINED with their gradient, if the model can be differentiated.
+        The layers, with their gradient if the model can be differentiated.
     """
     with evaluating(model), torch.inference_mode(False):
         image = image.clone() if image.is_inference() else image.detach()
@@ -116,22 +124,31 @@ def candidates(
             with torch.enable_grad():
                 noted, output = _noted(model, leaf.clone(), embedding)
             if output.requires_grad:
-                return _examined(noted, output, leaf, image.shape[2:])
+                spatial = _spatial(noted, image.shape[2:])
+                return _examined(spatial, noted, output, leaf, every)
         except RuntimeError:  # the model works in place, or cannot be differentiated
             pass
         with torch.no_grad():
             noted, _ = _noted(model, image.detach(), embedding)
-        return _examined(noted, None, None, image.shape[2:])
+        size = (image.shape[2], image.shape[3])
+        return [
+            _candidate(seen, layout, noted, size)
+            for seen, layout in _spatial(noted, image.shape[2:])
+        ]
 
 
 def default_of(found: Sequence[Candidate]) -> Candidate | None:
-    """The layer that is explained unless another is named."""
+    """The layer that is explained unless another is named; None where one must be named.
+
+    That is so where the last maps are put together by no module, as the branches of a traced
+    network are, and the last layer that holds everything lies far in front of them.
+    """
     usable = [one for one in found if one.usable]
-    if usable:
-        return usable[-1]
-    # Branches that never meet in a module: the last one is explained, as it is a part at least.
-    reached = [one for one in found if one.layout is None and one.reached]
-    return reached[-1] if reached else None
+    if not usable:
+        return None
+    later = [one.parameters_before for one in found if one.passed_by and one.reached]
+    behind = max(later, default=0.0) - usable[-1].parameters_before
+    return usable[-1] if behind <= MAX_BEHIND else None
 
 
 def layout_of(
@@ -218,10 +235,8 @@ def _noted(
     return noted, output
 
 
-def _examined(
-    noted: _Pass, output: Tensor | None, leaf: Tensor | None, image_size: Sequence[int]
-) -> list[Candidate]:
-    """The spatial outputs, with what the gradient of the embedding says of the last ones."""
+def _spatial(noted: _Pass, image_size: Sequence[int]) -> list[tuple[_Seen, Reshape | None]]:
+    """The outputs that lie on the image, each under its outermost name, with their layouts."""
     size = (image_size[0], image_size[1])
     sequences = {s.shape[1] for s in noted.seen if len(s.shape) == 3 and s.shape[0] == 1}
     spatial: list[tuple[_Seen, Reshape | None]] = []
@@ -238,15 +253,39 @@ def _examined(
     whole = [(s, layout) for s, layout in spatial if layout is None or _is_whole(s.module)]
     if all(layout is None for _, layout in whole):
         whole = spatial
-    gradients: dict[GradientEdge, Tensor | None] = {}
-    if output is not None:
-        edges = list({s.edge: None for s, _ in whole[-EXAMINED:] if s.edge is not None})
-        generator = torch.Generator().manual_seed(0)
-        cotangent = torch.randn(output.shape, generator=generator).to(output)
-        found = torch.autograd.grad(output, edges, cotangent, allow_unused=True, retain_graph=True)
-        gradients = dict(zip(edges, found, strict=True))
-    routes = None if output is None or leaf is None else _Routes(output, leaf)
-    return [_candidate(seen, layout, noted, size, gradients, routes) for seen, layout in whole]
+    # A block and its last module often give the same tensor.
+    last = {seen.edge: seen for seen, _ in whole if seen.edge is not None}
+    return [(s, layout) for s, layout in whole if s.edge is None or last[s.edge] is s]
+
+
+def _examined(
+    spatial: list[tuple[_Seen, Reshape | None]],
+    noted: _Pass,
+    output: Tensor,
+    leaf: Tensor,
+    every: bool,
+) -> list[Candidate]:
+    """The layers with what the gradient of the embedding says of them, from the last one back."""
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(output.shape, generator=generator).to(output)
+    routes = _Routes(output, leaf)
+    size = (leaf.shape[2], leaf.shape[3])
+    found: list[Candidate] = []
+    for stop in range(len(spatial), 0, -EXAMINED):
+        part = spatial[max(0, stop - EXAMINED) : stop]
+        edges = [seen.edge for seen, _ in part if seen.edge is not None]
+        if not edges:
+            break  # what was made without a graph is not explained
+        gradients = torch.autograd.grad(
+            output, edges, cotangent, allow_unused=True, retain_graph=True
+        )
+        by_edge = dict(zip(edges, gradients, strict=True))
+        found[:0] = [
+            _candidate(seen, layout, noted, size, by_edge, routes) for seen, layout in part
+        ]
+        if not every and any(one.usable for one in found):
+            break
+    return found
 
 
 def _candidate(
@@ -254,18 +293,20 @@ def _candidate(
     layout: Reshape | None,
     noted: _Pass,
     image_size: tuple[int, int],
-    gradients: dict[GradientEdge, Tensor | None],
-    routes: _Routes | None,
+    gradients: dict[GradientEdge, Tensor | None] | None = None,
+    routes: _Routes | None = None,
 ) -> Candidate:
     reached: float | None = None
     passed_by: bool | None = None
-    if gradients:
-        gradient = None if seen.edge is None else gradients.get(seen.edge)
+    uniform = False
+    if gradients is not None:
+        reached = 0.0
+        gradient = None if seen.edge is None else gradients[seen.edge]
         if gradient is not None:
             maps = gradient if layout is None else layout(gradient, image_size)  # type: ignore[call-arg]
             reached = float((maps != 0).any(1).float().mean())
-        elif seen.edge is None or seen.edge in gradients:
-            reached = 0.0
+            spread = (maps - maps.mean((2, 3), keepdim=True)).norm()
+            uniform = bool(spread <= UNIFORM * maps.norm())
         if reached and layout is None and routes is not None and seen.edge is not None:
             passed_by = routes.pass_by(seen.edge.node)
     arranged = torch.empty(seen.shape, device="meta")
@@ -282,6 +323,7 @@ def _candidate(
         parameters_before=seen.parameters / max(noted.parameters, 1),
         reached=reached,
         passed_by=passed_by,
+        uniform=uniform,
     )
 
 

@@ -111,6 +111,11 @@ class Network:
         self.layer_run = run or 1
         self.names_run = run is not None
 
+    @property
+    def module_name(self) -> str:
+        """The layer's dotted name, without the run that it may name; "" while it is not known."""
+        return _name_and_run(self.layer_name or "")[0]
+
     def device(self, fallback: torch.device) -> torch.device:
         """The device of the first parameter or buffer."""
         # Lazily: this is asked for every batch, and a large model has thousands.
@@ -386,14 +391,14 @@ class Network:
         with self._lock:
             if self.layer is not None:
                 return
-            found = candidates(self.model, images[:1].contiguous(), self.embedding)
+            found = candidates(self.model, images[:1].contiguous(), self.embedding, every=False)
             default = default_of(found)
             if default is None:
                 listed = ", ".join(f"{c.name!r} {list(c.shape)}" for c in found[-5:])
                 raise ValueError(
                     "`layer` must be given: no layer of the model has a spatial output "
-                    "[B, C, H, W] with H*W > 1 that the embedding depends on; tokens need `layer` "
-                    f"and `reshape`{f' (seen: {listed})' if listed else ''}"
+                    "[B, C, H, W] with H*W > 1 that holds all the embedding depends on; tokens "
+                    f"need `layer` and `reshape`{f' (seen: {listed})' if listed else ''}"
                 )
             if self.reshape is None:
                 self.layout, self._laid_out = default.layout, True
@@ -487,4 +492,6 @@ def _embeddings(output: Any, count: int, prefix: str = "", depth: int = 3) -> It
 
 def _is_embedding(tensor: Tensor, count: int) -> bool:
     """Whether a tensor is [B, D], or [B, D, 1, 1] as some models pool."""
-    return tensor.ndim >= 2 and len(tensor) == count and all(n == 1 for n in tensor.shape[2:])
+    # Not `len`, which fixes a batch size that is being exported as any.
+    alike = tensor.ndim >= 2 and tensor.shape[0] == count
+    return alike and all(n == 1 for n in tensor.shape[2:])
