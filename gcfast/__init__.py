@@ -18,7 +18,7 @@ from gcfast.errors import (
 from gcfast.explain.default import explain_batch, load
 from gcfast.explain.explainer import Explainer
 from gcfast.explain.result import Explanation, TripletMaps
-from gcfast.method.layer_table import layers
+from gcfast.method.layer_table import LayerTable, layers
 from gcfast.method.objectives import (
     DistanceDifference,
     Objective,
@@ -41,6 +41,7 @@ __all__ = [
     "Explainer",
     "Explanation",
     "GcfastError",
+    "LayerTable",
     "MissingExtraError",
     "ModelMismatchError",
     "NoDatabaseError",

@@ -89,6 +89,9 @@ class _Seen:
     parameters: int
 
 
+_Placed = tuple[_Seen, Reshape | None]  # a run, and the layout of its output
+
+
 @dataclass
 class _Pass:
     """What the hooks noted in a forward pass."""
@@ -124,8 +127,13 @@ def candidates(
             with torch.enable_grad():
                 noted, output = _noted(model, leaf.clone(), embedding)
             if output.requires_grad:
-                spatial = _spatial(noted, image.shape[2:])
-                return _examined(spatial, noted, output, leaf, every)
+                whole, spatial = _spatial(noted, image.shape[2:])
+                found = _examined(whole, noted, output, leaf, every)
+                default = default_of(found)
+                if len(whole) < len(spatial) and (default is None or default.layout is None):
+                    # Tokens that no block or normalisation gives: better one inside than patches.
+                    found = _examined(spatial, noted, output, leaf, every)
+                return found
         except RuntimeError:  # the model works in place, or cannot be differentiated
             pass
         with torch.no_grad():
@@ -133,7 +141,7 @@ def candidates(
         size = (image.shape[2], image.shape[3])
         return [
             _candidate(seen, layout, noted, size)
-            for seen, layout in _spatial(noted, image.shape[2:])
+            for seen, layout in _spatial(noted, image.shape[2:])[0]
         ]
 
 
@@ -235,11 +243,16 @@ def _noted(
     return noted, output
 
 
-def _spatial(noted: _Pass, image_size: Sequence[int]) -> list[tuple[_Seen, Reshape | None]]:
-    """The outputs that lie on the image, each under its outermost name, with their layouts."""
+def _spatial(noted: _Pass, image_size: Sequence[int]) -> tuple[list[_Placed], list[_Placed]]:
+    """The outputs that lie on the image, each under its outermost name, with their layouts.
+
+    First those that represent the image: inside a transformer's block are projections and
+    activations of many widths, and what a block or a normalisation gives is the representation
+    itself. Then all.
+    """
     size = (image_size[0], image_size[1])
     sequences = {s.shape[1] for s in noted.seen if len(s.shape) == 3 and s.shape[0] == 1}
-    spatial: list[tuple[_Seen, Reshape | None]] = []
+    spatial: list[_Placed] = []
     for seen in noted.seen:
         if len(seen.shape) == 4 and not isinstance(seen.module, CHANNELS_FIRST):
             tokens = seen.shape[2]  # of [B, heads, tokens, ·], what attention works on
@@ -248,18 +261,15 @@ def _spatial(noted: _Pass, image_size: Sequence[int]) -> list[tuple[_Seen, Resha
         lies, layout = layout_of(seen.shape, seen.module, size, noted.strides)
         if lies:
             spatial.append((seen, layout))
-    # Inside a transformer's block are projections and activations of many widths; what a block or
-    # a normalisation gives is the representation itself.
-    whole = [(s, layout) for s, layout in spatial if layout is None or _is_whole(s.module)]
-    if all(layout is None for _, layout in whole):
-        whole = spatial
     # A block and its last module often give the same tensor.
-    last = {seen.edge: seen for seen, _ in whole if seen.edge is not None}
-    return [(s, layout) for s, layout in whole if s.edge is None or last[s.edge] is s]
+    last = {seen.edge: seen for seen, _ in spatial if seen.edge is not None}
+    spatial = [(s, layout) for s, layout in spatial if s.edge is None or last[s.edge] is s]
+    whole = [(s, layout) for s, layout in spatial if layout is None or _is_whole(s.module)]
+    return whole, spatial
 
 
 def _examined(
-    spatial: list[tuple[_Seen, Reshape | None]],
+    spatial: list[_Placed],
     noted: _Pass,
     output: Tensor,
     leaf: Tensor,

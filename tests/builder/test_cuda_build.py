@@ -19,6 +19,7 @@ pytestmark = needs_no_gpu
 BUILD_WAITS = {
     ("event", "offload.py:finish"),  # a batch behind
     ("read", "head.py:_error"), ("read", "head.py:agrees"), ("read", "head.py:_from_jacobian"),
+    ("read", "head.py:_from_modules"), ("read", "layers.py:_candidate"),
     ("read", "pairs.py:_with_hardest"), ("download", "fingerprint.py:fingerprint"),
 }  # fmt: skip
 LISTING_WAITS = {("read", "pairs.py:all"), ("read", "rows.py:<genexpr>")}
