@@ -303,7 +303,7 @@ def _candidate(
     layout: Reshape | None,
     noted: _Pass,
     image_size: tuple[int, int],
-    gradients: dict[GradientEdge, Tensor | None] | None = None,
+    gradients: Mapping[GradientEdge, Tensor | None] | None = None,
     routes: _Routes | None = None,
 ) -> Candidate:
     reached: float | None = None
