@@ -53,6 +53,8 @@ TESTS = (
     "test_hot_path",
     "test_graphs",
     "test_export",
+    "test_cuda_path",
+    "test_cuda_build",
 )
 TEST_SECONDS = 180.0
 OPERATION_SECONDS = 100.0

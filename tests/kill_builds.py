@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from forks import forked
 from networks import common, loader, other, pictures
 
 import gcfast
@@ -73,7 +74,7 @@ def build(folder: Path, head: str, *, resume: bool, kill_at: int | None = None) 
     return countdown.count
 
 
-def forked(
+def built(
     folder: Path,
     head: str,
     *,
@@ -83,15 +84,12 @@ def forked(
 ) -> tuple[int, int]:
     """(exit status, operations) of a build in a child, killed when it has run that long."""
     read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            operations = build(folder, head, resume=resume, kill_at=kill_at)
-            os.write(write, str(operations).encode())
-            status = 0
-        finally:
-            os._exit(status)
+
+    def run() -> None:
+        operations = build(folder, head, resume=resume, kill_at=kill_at)
+        os.write(write, str(operations).encode())
+
+    child = forked(run)
     os.close(write)
     if until is not None:
         time.sleep(until)
@@ -127,7 +125,7 @@ def main(root: Path, head: str) -> None:
     dice = random.Random(20)
     undisturbed = root / f"{head}.undisturbed"
     began = time.monotonic()
-    status, operations = forked(undisturbed, head)
+    status, operations = built(undisturbed, head)
     took = time.monotonic() - began
     assert status == 0
     wanted = content(undisturbed)
@@ -136,16 +134,16 @@ def main(root: Path, head: str) -> None:
     for number, point in enumerate(points):
         folder = root / f"{head}.{number}"
         counted = isinstance(point, int)
-        status, _ = forked(
+        status, _ = built(
             folder, head, kill_at=point if counted else None, until=None if counted else point
         )
         facts = {"head": head, "point": point, "of": operations, "stage": stage(folder)}
         # Every other one is killed again while it resumes.
         again = status
         if number % 2 and facts["stage"] != "done":
-            again, _ = forked(folder, head, resume=True, kill_at=dice.randrange(2, 12))
+            again, _ = built(folder, head, resume=True, kill_at=dice.randrange(2, 12))
         if not folder.exists():
-            resumed, left = forked(folder, head, resume=True)
+            resumed, left = built(folder, head, resume=True)
             assert resumed == 0
             facts["operations_left"] = left
         rest = sorted(p.name for p in root.iterdir() if p.name.startswith(f".{folder.name}"))

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 
 import cases
 import gpu
@@ -326,7 +327,8 @@ def test_the_tests_it_runs_exist():
         assert list((gpu.ROOT / "tests").rglob(f"{stem}.py"))
     # All that only a GPU can run are among them.
     for path in (gpu.ROOT / "tests").rglob("test_*.py"):
-        assert "\n@pytest.mark.cuda\n" not in path.read_text() or path.stem.startswith(gpu.TESTS)
+        marked = re.search(r"^(@|pytestmark = )pytest\.mark\.cuda$", path.read_text(), re.M)
+        assert not marked or path.stem.startswith(gpu.TESTS)
 
 
 def test_each_file_of_tests_says_how_it_ended(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import was_killed
 from kill_builds import Countdown
 from networks import common, loader, other, pictures
 
@@ -222,12 +223,12 @@ def test_a_rebuild_killed_at_any_step_of_its_end_leaves_a_database(
         point += 1
         root = tmp_path / str(point)
         shutil.copytree(tmp_path / "whole", root / "db")
-        child = os.fork()
-        if child == 0:
+
+        def rebuild(point: int = point, root: Path = root) -> None:
             _kill_at(point)
             gcfast.load(root / "db", one.network.model).rebuild(first + second)
-            os._exit(0)
-        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+        killed = was_killed(rebuild)
         found.append(len(Database.open(root / "db", verify=True)))
         # As it stands where nothing of the new one is left to go on with.
         resumed = (root / "db.partial" / "build.json").exists()

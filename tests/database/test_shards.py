@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from forks import forked
 from networks import common, loader, pictures
 from test_database import built, edit
 
@@ -274,12 +275,11 @@ def test_threads_and_processes_read_one_database(fresh: Database, saved: Path) -
         same = all(torch.equal(getattr(opened, f), getattr(fresh, f)) for f in FIELDS)
         return same and opened.ids == fresh.ids
 
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if read(0) and Database.open(saved).ids == fresh.ids else 1)
-        children.append(child)
+    def read_all() -> None:
+        assert read(0)
+        assert Database.open(saved).ids == fresh.ids
+
+    children = [forked(read_all) for _ in range(3)]
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, range(16)))
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]

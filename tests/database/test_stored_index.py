@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import was_killed
 from kill_builds import Countdown
 from networks import common, loader, pictures
 
@@ -323,17 +324,18 @@ def test_killed_at_any_step_it_leaves_one_of_the_two(
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     index = stored_index.made("HNSW8", one.database.shards)
     kinds, leftovers, point = [], 0, 0
-    while True:
+
+    def store() -> None:
+        countdown = Countdown(point)
+        for name in ("fsync", "rename", "unlink"):
+            setattr(os, name, countdown.around(getattr(os, name)))
+        faiss.write_index = countdown.around(faiss.write_index)
+        stored_index.store(index, "HNSW8", folder, shards_)
+
+    killed = True
+    while killed:
         point += 1
-        child = os.fork()
-        if child == 0:
-            countdown = Countdown(point)
-            for name in ("fsync", "rename", "unlink"):
-                setattr(os, name, countdown.around(getattr(os, name)))
-            faiss.write_index = countdown.around(faiss.write_index)
-            stored_index.store(index, "HNSW8", folder, shards_)
-            os._exit(0)
-        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        killed = was_killed(store)
         opened = Database.open(folder, verify=True)
         kinds.append(type(opened.read_index()).__name__)
         leftovers += len(list(folder.iterdir())) > len(before)
@@ -344,8 +346,6 @@ def test_killed_at_any_step_it_leaves_one_of_the_two(
         else:
             opened.build_index("HNSW4")
             assert len(list(folder.iterdir())) == len(before)
-        if not killed:
-            break
     assert point > 12
     assert leftovers > 5
     assert kinds[0] == "IndexFlatL2"

@@ -120,7 +120,6 @@ def test_compiled_for_any_batch_without_a_graph_break():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about the card
 @pytest.mark.parametrize("name", ["in place", "k = 3"])
 def test_compiled_on_a_gpu(name, device):

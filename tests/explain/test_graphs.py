@@ -242,7 +242,6 @@ def test_bad_arguments():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_on_a_gpu():
     model = common(norm=True).eval().cuda()
     explainer = Explainer(model, channels=4, triplets=5, cuda_graphs=True)

@@ -61,6 +61,18 @@ def test_nothing_waits_for_the_device(k, monkeypatch):
     assert torch.equal(why.flat, wanted.flat)
 
 
+def test_the_kernels_give_what_the_reference_gives(monkeypatch):
+    explainer = _explainer(k=2)
+    images = pictures(2)[0]
+    wanted = _run(explainer, images, size=(5, 5), center=1.0)
+    launched = []
+    monkeypatch.setattr(dispatch, "uses_triton", lambda *_: launched.append(1) or True)
+    got = _run(explainer, images, size=(5, 5), center=1.0)
+    assert launched
+    for one, two in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
 def test_the_check_finds_what_waits():
     for waits in (
         lambda x: bool(x.sum()),
@@ -73,7 +85,6 @@ def test_the_check_finds_what_waits():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("k", [1, 3])
 def test_nothing_waits_on_a_gpu(k, device):

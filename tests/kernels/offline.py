@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,9 +84,18 @@ def recorded(module: str, kernel: str) -> list[Form]:
             return function(*args, **(kwargs or {}))
 
     forms: dict[str, Form] = {}
+    on_device = False
+
+    @contextlib.contextmanager
+    def device_of(_: object) -> Iterator[None]:
+        nonlocal on_device
+        on_device = True
+        yield
+        on_device = False
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        assert all(size > 0 for size in grid)
+        assert all(size > 0 for size in grid), f"an empty grid: {grid}"
+        assert on_device, "a launch outside of `with torch.cuda.device_of(...)`"
         assert not warmup
         if self.__module__.rpartition(".")[2] == kernel:
             form = _form(self, args, kwargs)
@@ -94,7 +104,7 @@ def recorded(module: str, kernel: str) -> list[Form]:
     # One process makes these launches and nothing else, so nothing is put back.
     JITFunction.run = record  # type: ignore[method-assign]
     launch.multiprocessors = lambda _: MULTIPROCESSORS
-    torch.cuda.device_of = lambda _: contextlib.nullcontext()  # type: ignore[misc,assignment]
+    torch.cuda.device_of = device_of  # type: ignore[misc,assignment]
     with torch.device("meta"), OnGpu():
         importlib.import_module(module).launches(kernel)
     return list(forms.values())

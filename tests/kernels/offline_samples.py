@@ -28,6 +28,7 @@ def _broken(out_ptr, in_ptr, BLOCK: tl.constexpr):
 
 def launches(_):
     x = torch.empty(4096)
-    _fine[(1,)](x, x, BLOCK=128, num_warps=4)
-    _spilling[(1,)](x, x, BLOCK=4096, num_warps=1, maxnreg=32)
-    _broken[(1,)](x, x, BLOCK=128, num_warps=4)
+    with torch.cuda.device_of(x):
+        _fine[(1,)](x, x, BLOCK=128, num_warps=4)
+        _spilling[(1,)](x, x, BLOCK=4096, num_warps=1, maxnreg=32)
+        _broken[(1,)](x, x, BLOCK=128, num_warps=4)

@@ -23,13 +23,47 @@ SPILLS = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+# Compiling for all of them takes longer than all other tests.
+EACH_TARGET = pytest.mark.parametrize(
+    "target",
+    [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.slow) for t in TARGETS],
+)
+
+
+@EACH_TARGET
 @pytest.mark.parametrize("kernel", sorted(LAUNCHES))
 def test_compiles_within_the_limits(kernel, target, tmp_path):
     results = compile_elsewhere("launches", kernel, target, tmp_path)
     written = set(re.findall(r"def (_\w+_kernel)\(", (FOLDER / f"{kernel}.py").read_text()))
     assert {result["name"].partition("(")[0] for result in results} == written
     assert not problems(results, target, spills=SPILLS.get((kernel, target), 0))
+
+
+FORMS_OF_BATCHES = """
+import offline, sys, torch
+import launches
+
+def batches():
+    for B in map(int, sys.argv[1:]):
+        maps = torch.empty(B, 2048, 7, 7).to(memory_format=torch.channels_last)
+        _, rows = launches.launch_knn(torch.empty(B, 128), torch.empty(10**4, 128), 1)
+        table = torch.empty(10**4, 50, dtype=torch.int64), torch.empty(10**4, 50)
+        launches.launch_sparse_cam(maps, rows, *table, size=(224, 224), mixing=torch.empty(B, 1))
+
+launches.LAUNCHES["knn"] = launches.LAUNCHES["sparse_cam"] = batches
+for kernel in ("knn", "sparse_cam"):
+    for form in offline.recorded("launches", kernel):
+        print(form.kernel.__name__)
+"""
+
+
+def test_batches_of_any_size_share_compiled_kernels(tmp_path):
+    def forms(*sizes):
+        return run_elsewhere(["-c", FORMS_OF_BATCHES, *map(str, sizes)], tmp_path).split()
+
+    few = ["_candidates_kernel", "_nearest_kernel", "_sparse_cam_kernel"]
+    assert sorted(forms(3, 4, 7, 16)) == few
+    assert sorted(forms(3, 4, 7, 16, 17, 32, 33)) == ["_candidates_kernel", *few]
 
 
 def test_every_file_of_kernels_is_compiled():
@@ -50,7 +84,7 @@ for target, code, fused in (("sm_90", "sass", "DFMA"), ("gfx942", "amdgcn", "v_f
     assert run_elsewhere(["-c", program], tmp_path).split() == ["False", "True"] * 2
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@EACH_TARGET
 def test_finds_what_does_not_fit(target, tmp_path):
     results = compile_elsewhere("offline_samples", "offline_samples", target, tmp_path)
     found = problems(results, target)

@@ -8,6 +8,7 @@ import torch
 
 from gcfast import ops
 from gcfast.errors import MissingExtraError
+from gcfast.kernels import top_m
 from gcfast.ops import backend
 
 
@@ -148,3 +149,39 @@ def test_autocast_does_not_reach_registered_operations():
 
 def _listed(out):
     return [out] if isinstance(out, torch.Tensor) else list(out)
+
+
+@pytest.mark.parametrize(("B", "N"), [(0, 3), (2, 0), (0, 0)])
+def test_operations_on_nothing_launch_no_empty_grid(B, N, device, monkeypatch):
+    kernels = type(top_m._top_m_kernel)
+    run = kernels.run
+
+    def launched(kernel, *args, grid, **kwargs):
+        assert all(size > 0 for size in grid), f"{kernel}: an empty grid {grid}"
+        return run(kernel, *args, grid=grid, **kwargs)
+
+    monkeypatch.setattr(kernels, "run", launched)
+
+    def made(*shape, dtype=torch.float32):
+        return torch.ones(shape, dtype=dtype, device=device)
+
+    on_triton = {"backend": "triton"}
+    ids = [made(size, dtype=torch.int64) for size in (B, B, N)]
+    _, rows = ops.knn(made(B, 4), made(N, 4), 2, **on_triton)
+    assert rows.shape == (B, 2)
+    assert ops.top_m(made(B, 5), 3, **on_triton)[0].shape == (B, 3)
+    gradients, valid = made(B, N, 5, 2, 2), made(B, N, dtype=torch.bool)
+    for method in ops.METHODS:
+        more = {"method": method, "activations": made(B, 5, 2, 2)}
+        assert not ops.grad_weights(gradients, valid, **more, **on_triton).any()
+        more = {"method": method, "activation_sums": made(B, 5), "pixels": 4}
+        got = ops.head_grad_weights(made(B, N, 4), made(4, 5), valid, **more, **on_triton)
+        assert not got.any()
+    anchors = (made(B, 4), *ids[:2], made(N, 4), ids[2])
+    drawn = ops.sample_triplets(*anchors, triplets=3, margin=0.1, **on_triton)
+    assert drawn.positives.shape == (B, 3)
+    assert ops.mean_cotangents(*anchors, margin=0.1, **on_triton)[0].shape == (B, 4)
+    table = made(N, 2, dtype=torch.int64), made(N, 2)
+    found = rows[:, :1].clamp(max=N - 1)
+    maps = ops.sparse_cam(made(B, 5, 2, 2), found, *table, size=(3, 3), **on_triton)
+    assert maps.shape == (B, 3, 3)
