@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gcfast.evaluation.datasets.samples import tight_box
+from gcfast.metrics import mask_box
 
 PICTURE_PIXELS = 224
 MIN_STAMP_PIXELS = 100
@@ -85,7 +85,7 @@ def has_outline(alpha: NDArray[np.uint8]) -> bool:
     mask = alpha >= MASK_ALPHA
     if not mask.any():
         return False
-    x0, y0, x1, y1 = tight_box(mask)
+    x0, y0, x1, y1 = mask_box(mask)
     if min(x1 - x0, y1 - y0) < MIN_STAMP_PIXELS:
         return False
     inside = alpha[y0:y1, x0:x1]
@@ -128,7 +128,7 @@ def load_stamps(root: Path, step: int = 1) -> list[Stamp]:
             rgba = np.array(file.convert("RGBA"))
         if not has_outline(rgba[..., 3]):
             continue
-        x0, y0, x1, y1 = tight_box(rgba[..., 3] > CLEAR_ALPHA)
+        x0, y0, x1, y1 = mask_box(rgba[..., 3] > CLEAR_ALPHA)
         rgba = rgba[y0:y1, x0:x1]
         small = _thumbnail(rgba)
         if any(
@@ -209,7 +209,7 @@ def turn_stamp(rgba: NDArray[np.uint8], side: int, angle: float, flip: bool) -> 
     padded = Image.new("RGBA", (image.width + 4, image.height + 4), (0, 0, 0, 0))
     padded.paste(image, (2, 2))
     turned = padded.rotate(angle, Image.Resampling.BICUBIC, expand=True)
-    x0, y0, x1, y1 = tight_box(np.asarray(turned)[..., 3] >= MASK_ALPHA)
+    x0, y0, x1, y1 = mask_box(np.asarray(turned)[..., 3] >= MASK_ALPHA)
     scale = side / max(x1 - x0, y1 - y0)
     size = [max(1, round(length * scale)) for length in turned.size]
     return np.array(turned.resize((size[0], size[1]), Image.Resampling.BICUBIC))
@@ -230,7 +230,7 @@ def _layer(
     rgba: NDArray[np.uint8], rng: np.random.Generator, size: int
 ) -> NDArray[np.float32] | None:
     """Alpha and colours at a random place of a [size, size, 4] canvas; None if it does not fit."""
-    x0, y0, x1, y1 = tight_box(rgba[..., 3] >= MASK_ALPHA)
+    x0, y0, x1, y1 = mask_box(rgba[..., 3] >= MASK_ALPHA)
     if max(x1 - x0, y1 - y0) > size:
         return None
     left = int(rng.integers(size - (x1 - x0) + 1)) - x0
@@ -296,7 +296,7 @@ def compose(
         canvas = canvas * (1.0 - alpha) + _light(layer[..., :3], rng, 0.25) * alpha
         masks.append(layer[..., 3] >= MASK_ALPHA)
     image = np.rint(_light(canvas, rng, 0.15)).astype(np.uint8)
-    boxes = np.array([tight_box(mask) for mask in masks], np.int64)
+    boxes = np.array([mask_box(mask) for mask in masks], np.int64)
     return Scene(image, np.stack(masks), boxes)
 
 

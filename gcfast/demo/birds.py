@@ -18,6 +18,7 @@ from gcfast.demo import anatomy
 from gcfast.demo.brush import Array, noise
 from gcfast.demo.scenery import draw_place, paint
 from gcfast.demo.species import COLOURS, SPECIES
+from gcfast.metrics import mask_box
 
 SIZE = 144
 _SUPERSAMPLE = 3
@@ -89,21 +90,13 @@ def draw_bird(label: int, *, seed: int, index: int, size: int = SIZE) -> Picture
     bird[crop.into] = masks[crop.out][..., 0] > 0
     part = np.zeros((size, size), dtype=bool)
     part[crop.into] = masks[crop.out][..., 2] > 0
-    return Picture(_grade(rng, image), label, bird, bounding_box(bird), part)
-
-
-def bounding_box(mask: Array) -> tuple[int, int, int, int]:
-    """(x0, y0, x1, y1), half open, of the True pixels of mask [H, W]; zeros if there are none."""
-    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(ys):
-        return (0, 0, 0, 0)
-    return (int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
+    return Picture(_grade(rng, image), label, bird, mask_box(bird), part)
 
 
 def _position(rng: np.random.Generator, figure: anatomy.Figure, size: int) -> tuple[int, int]:
     """The top left corner, in output pixels, of the figure: anywhere the whole bird fits."""
     corner = []
-    x0, y0, x1, y1 = bounding_box(np.asarray(figure.regions) > 0)
+    x0, y0, x1, y1 = mask_box(np.asarray(figure.regions) > 0)
     for low, high in ((x0, x1), (y0, y1)):
         first = math.ceil(3 - low / _SUPERSAMPLE)
         last = max(first, math.floor(size - 3 - high / _SUPERSAMPLE))

@@ -1,25 +1,24 @@
-"""Scores of heat maps against what they should fall on, and of maps against each other.
+"""Scores of heat maps against the objects that they should fall on, and against each other.
 
-Batched, on the maps' device; the definitions and their sources are in the docstrings.
+All work on batches, on the maps' device; docstrings have the definitions and their sources.
 """
 
 from gcfast.metrics.agreement import cosine, spearman
+from gcfast.metrics.boxes import box_iou, box_masks, mask_box
 from gcfast.metrics.localisation import (
     best_box_iou,
-    box_iou,
     localisation_accuracy,
     localisation_iou,
     max_box_acc_v2,
     threshold_boxes,
 )
-from gcfast.metrics.pointing import pointing_game
 from gcfast.metrics.regions import RegionSums, region_sums
-from gcfast.metrics.shares import (
-    box_masks,
+from gcfast.metrics.scores import (
     box_score,
     flat_maps,
     mask_score,
     part_score,
+    pointing_game,
     two_object_scores,
 )
 
@@ -33,6 +32,7 @@ __all__ = [
     "flat_maps",
     "localisation_accuracy",
     "localisation_iou",
+    "mask_box",
     "mask_score",
     "max_box_acc_v2",
     "part_score",

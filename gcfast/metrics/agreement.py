@@ -9,7 +9,7 @@ from gcfast._checks import require_finite_rows, require_same_device, require_sha
 
 
 def cosine(maps: Tensor, others: Tensor) -> Tensor:
-    """Cosine of each map and its counterpart, taken as vectors of pixels.
+    """Return the cosine of each map and its counterpart, as vectors of pixels.
 
     Args:
         maps: [B, H, W] floating point, finite.
@@ -26,7 +26,7 @@ def cosine(maps: Tensor, others: Tensor) -> Tensor:
 
 
 def spearman(maps: Tensor, others: Tensor) -> Tensor:
-    """Spearman's rank correlation of each map and its counterpart, ties at their mean rank.
+    """Return Spearman's rank correlation of each map and its counterpart, ties at their mean rank.
 
     Args:
         maps: [B, H, W] floating point, finite.

@@ -1,4 +1,4 @@
-"""The random controls of the tables, drawn for each image alone.
+"""The random controls of the tables, drawn for each image on its own.
 
 A draw is a function of the seed and of the image's number among the test images, so that the same
 images give the same table in batches of any size. The generator is the one that draws triplets.
@@ -15,7 +15,7 @@ STREAM_CHANNELS, STREAM_ROWS = 2, 3  # of the generator; 0 and 1 draw triplets a
 
 
 def random_channels(images: Tensor, channels: int, count: int, seed: int) -> Tensor:
-    """Different channels for each image, every set of them as likely.
+    """Draw different channels for each image, every set equally likely.
 
     Args:
         images: [B] int64, numbers of the images.
@@ -31,12 +31,12 @@ def random_channels(images: Tensor, channels: int, count: int, seed: int) -> Ten
     places = torch.arange(channels)[None]
     counter = (places, number & mask, (number >> 32) & mask, STREAM_CHANNELS)
     low, high, _, _ = reference.philox(counter, seed)
-    keys = ((high >> 1) << 32) | low  # 63 bits: ties, which would favour lower channels, are rare
+    keys = ((high >> 1) << 32) | low  # 63 bits: ties, which would favor lower channels, are rare
     return keys.argsort(dim=1, stable=True)[:, :count]
 
 
 def random_rows(images: Tensor, rows: int, seed: int) -> Tensor:
-    """A row for each image, uniform over the database.
+    """Draw a row for each image, uniform over the database.
 
     Args:
         images: [B] int64, numbers of the images.

@@ -1,7 +1,7 @@
 """Weakly-supervised localisation: from a map to boxes, and how well they fit.
 
-Connected components come from SciPy (gcfast's extra ``evaluate``) and are found on the CPU; results
-are on the maps' device.
+SciPy (gcfast's extra ``evaluate``) finds connected components on the CPU; results are on the maps'
+device.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gcfast._checks import require_finite_rows, require_shape
 from gcfast.errors import MissingExtraError
+from gcfast.metrics.boxes import box_iou, mask_box
 
 V2_IOUS = (0.3, 0.5, 0.7)
 V2_THRESHOLDS = tuple(i / 100 for i in range(100))
@@ -25,23 +26,8 @@ _EIGHT = np.ones((3, 3), dtype=np.uint8)  # pixels that touch at a corner are co
 Boxes = Tensor | Sequence[Tensor]
 
 
-def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of each pair: [A, 4] and [B, 4] → [A, B] float64; 0 if both empty.
-
-    Boxes are whole pixels (x0, y0, x1, y1), the end exclusive.
-    """
-    require_shape("boxes", boxes, "A 4")
-    require_shape("others", others, "B 4")
-    a, b = boxes.double()[:, None], others.double()[None]
-    low = torch.maximum(a[..., :2], b[..., :2])
-    high = torch.minimum(a[..., 2:], b[..., 2:])
-    common = (high - low).clamp(min=0).prod(2)
-    union = _areas(a) + _areas(b) - common
-    return torch.where(union > 0, common / union.clamp(min=1e-300), 0.0)
-
-
 def threshold_boxes(maps: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """The box of the largest connected component above each threshold.
+    """Return the box of the largest connected component above each threshold.
 
     A pixel counts where the map is above ``threshold`` times its maximum; pixels that touch at a
     corner are connected; of components of equal size the first by rows wins.
@@ -69,7 +55,7 @@ def threshold_boxes(maps: Tensor, thresholds: Sequence[float]) -> Tensor:
 
 
 def localisation_iou(maps: Tensor, boxes: Boxes, thresholds: Sequence[float]) -> Tensor:
-    """IoU of the largest component's box with the best fitting true box, at each threshold.
+    """Return the IoU of the largest component's box with the closest true box, by threshold.
 
     Args:
         maps: [B, H, W], as for :func:`threshold_boxes`.
@@ -89,13 +75,13 @@ def localisation_iou(maps: Tensor, boxes: Boxes, thresholds: Sequence[float]) ->
 
 
 def localisation_accuracy(iou: Tensor, at: float = 0.5) -> Tensor:
-    """Share of the images whose IoU [B, K] is at least ``at``, at each threshold: [K] float32."""
+    """Return the share of images whose IoU [B, K] is at least ``at``, by threshold: [K] float32."""
     require_shape("iou", iou, "B K")
     return (iou >= at).float().mean(0)
 
 
 def best_box_iou(maps: Tensor, boxes: Boxes, thresholds: Sequence[float] = V2_THRESHOLDS) -> Tensor:
-    """IoU of the best pair of any component's box and any true box, at each threshold.
+    """Return the IoU of the best pair of any component's box and any true box, by threshold.
 
     Args:
         maps: [B, H, W] floating point, finite, at the size of the images; each is scaled to its
@@ -111,8 +97,8 @@ def best_box_iou(maps: Tensor, boxes: Boxes, thresholds: Sequence[float] = V2_TH
 
     Source: Choe et al., "Evaluating weakly supervised object localization methods right", CVPR
         2020 (arXiv:2001.07437), MaxBoxAccV2. The source's code rounds maps to 256 levels, counts
-        box ends as inclusive, boxes the holes of components too and takes thresholds 0.001 apart;
-        here none of it happens, and the thresholds are 0.01 apart unless others are given.
+        box ends as inclusive, also boxes the holes of components and uses thresholds 0.001 apart;
+        this function does none of that, and its default thresholds are 0.01 apart.
     """
     true = _listed_boxes(boxes, len(maps))
     require_shape("maps", maps, "B H W")
@@ -128,9 +114,9 @@ def best_box_iou(maps: Tensor, boxes: Boxes, thresholds: Sequence[float] = V2_TH
 
 
 def max_box_acc_v2(iou: Tensor) -> float:
-    """MaxBoxAccV2 of :func:`best_box_iou`'s [B, K].
+    """Return MaxBoxAccV2 of :func:`best_box_iou`'s [B, K].
 
-    The accuracy of the best threshold, for an IoU of 0.3, of 0.5 and of 0.7, averaged over the
+    This is the accuracy of the best threshold for an IoU of 0.3, 0.5 and 0.7, averaged over the
     three.
     """
     require_shape("iou", iou, "B K")
@@ -158,12 +144,11 @@ def _components(
 def _components_of(
     mask: NDArray[np.bool_], ndimage: Any
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+    if not mask.any():
         return np.zeros((0, 4), np.int64), np.zeros(0, np.int64)
-    y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    x0, y0, x1, y1 = mask_box(mask)
     labels, count = ndimage.label(mask[y0:y1, x0:x1], _EIGHT)
-    if count == 1:  # as of most maps: nothing to compare
+    if count == 1:  # the usual case: nothing to compare
         return np.array([[x0, y0, x1, y1]]), np.ones(1, np.int64)
     slices = ndimage.find_objects(labels)
     boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices])
@@ -182,10 +167,6 @@ def _listed_boxes(boxes: Boxes, count: int) -> list[Tensor]:
                 f"got {list(box.shape)} in row {row}"
             )
     return [box.cpu() for box in listed]
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
 def _stacked(rows: list[Tensor], width: int, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """Sums of upsampled maps over masks, without upsampling the maps.
 
-Bilinear upsampling is linear and a map is normalised before it, so the sum of an upsampled map over
-a mask is <R m, mask> = <m, Rᵀ mask>. Rᵀ mask is made once an image and serves every map of it: one
-small matrix product in place of a full-size map for each.
+Bilinear upsampling is linear and a map is normalized before it, so the sum of an upsampled map over
+a mask is <R m, mask> = <m, Rᵀ mask>. Rᵀ mask is computed once per image and serves all its maps:
+one small matrix product replaces a full-size map for each.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ class RegionSums(NamedTuple):
     areas: Tensor  # [B, n] int64, pixels
 
     def shares(self) -> Tensor:
-        """Share of each map's activation inside each region, [B, V, n] float32; 0 if it is flat."""
+        """Return the share of each map inside each region, [B, V, n] float32; 0 if it is flat."""
         total = self.total[..., None]
         return torch.where(total > 0, self.inside / total.clamp(min=1e-300), 0.0).float()
 
 
 def upsampling(low: int, high: int, device: torch.device | None = None) -> Tensor:
-    """R [high, low] float64: bilinear resizing of one axis, half-pixel centres, borders clamped."""
+    """Return R [high, low] float64: bilinear resizing, half-pixel centers, borders clamped."""
     eye = torch.eye(low, dtype=torch.float64, device=device)
     return F.interpolate(eye[None], size=high, mode="linear", align_corners=False)[0].T
 
 
 def region_sums(maps: Tensor, masks: Tensor) -> RegionSums:
-    """Sums of maps, bilinearly upsampled to the masks' size, over the masks and over everything.
+    """Sum maps, bilinearly upsampled to the masks' size, over the masks and over everything.
 
     Args:
         maps: [B, V, H, W] floating point, low-resolution maps, V of each image; finite.
         masks: [B, n, h, w] bool, n regions of each image.
 
     Returns:
-        What summing ``interpolate(maps, (h, w))`` gives, to float64 rounding.
+        The sums of ``interpolate(maps, (h, w))``, to float64 rounding.
 
     Raises:
         TypeError: masks that are not bool.

@@ -93,7 +93,7 @@ def test_turned_stamp_has_the_side_asked_for(
 ) -> None:
     for side in (67, 134):
         out = compose.turn_stamp(ellipse(*size, (250, 250, 250)), side, angle, flip=False)
-        x0, y0, x1, y1 = compose.tight_box(out[..., 3] >= 128)
+        x0, y0, x1, y1 = compose.mask_box(out[..., 3] >= 128)
         assert abs(max(x1 - x0, y1 - y0) - side) <= 1
         assert out[0, 0, 3] == out[-1, -1, 3] == 0  # what rotation uncovers is clear
         # No dark rim: wherever something shows, it has the stamp's own colour.

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import gcfast
-from gcfast.demo.birds import bounding_box, draw_bird
+from gcfast.demo.birds import draw_bird
 from gcfast.demo.network import WEIGHTS, BirdNet, load_network
 from gcfast.demo.page import close_up, outlined
 from gcfast.demo.run import Score, draw_pictures, run_demo, scored
@@ -81,13 +81,6 @@ def test_species_of_two_families_differ_in_the_two_parts_alone():
         a, b = (draw_bird(label, seed=3, index=index) for label in (one, other))
         differs = (a.image != b.image).any(axis=2)
         assert not (differs & ~(a.part | b.part)).any()
-
-
-def test_bounding_box_by_hand():
-    mask = np.zeros((5, 7), dtype=bool)
-    assert bounding_box(mask) == (0, 0, 0, 0)
-    mask[2, 3] = mask[3, 5] = True
-    assert bounding_box(mask) == (3, 2, 6, 4)
 
 
 @pytest.mark.parametrize(

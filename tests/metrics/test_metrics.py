@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from gcfast.metrics import (
     box_score,
     cosine,
     flat_maps,
+    mask_box,
     mask_score,
     part_score,
     pointing_game,
@@ -25,6 +27,15 @@ def test_mask_score_is_the_share_inside() -> None:
     masks = torch.tensor([[[True, False], [False, True]]] * 3)
     assert mask_score(maps, masks).tolist() == pytest.approx([0.5, 0.0, 1.0])
     assert mask_score(maps.half(), masks).dtype == torch.float32
+
+
+def test_the_box_of_a_mask_by_hand() -> None:
+    mask = np.zeros((5, 7), dtype=bool)
+    with pytest.raises(ValueError, match="`mask` must hold at least one pixel, got none"):
+        mask_box(mask)
+    mask[2, 3] = mask[3, 5] = True
+    assert mask_box(mask) == (3, 2, 6, 4)
+    assert box_masks(torch.tensor([mask_box(mask)]), 5, 7).sum() == 6
 
 
 def test_box_score_is_half_open() -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from gcfast.errors import GcfastError
 from gcfast.images.folder import ImageLoader, decoded
 from gcfast.images.preprocessing import Preprocessing
-from gcfast.metrics import box_masks
+from gcfast.metrics import box_masks, mask_box
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the picture
 
@@ -183,7 +183,7 @@ class _Items(Dataset[_Item]):
         if not sample.boxes:
             if mask is None:
                 raise ValueError("no box")
-            return np.asarray([tight_box(mask)], np.int64)
+            return np.asarray([mask_box(mask)], np.int64)
         left, top, right, bottom = self.preprocessing.window(size)
         side = self.preprocessing.size
         scale = np.array([side / (right - left), side / (bottom - top)] * 2)
@@ -304,18 +304,6 @@ def text_of(path: Path) -> str:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text: {error}") from None
-
-
-def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """The smallest box (x0, y0, x1, y1), the end exclusive, around a mask [h, w].
-
-    Raises:
-        ValueError: the mask is empty.
-    """
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    if not len(columns):
-        raise ValueError("`mask` must hold at least one pixel, got none")
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _size(path: Path) -> tuple[int, int]:
