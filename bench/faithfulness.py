@@ -112,9 +112,8 @@ def road(
 
 
 def main() -> None:
-    from gcfast.demo.birds import draw_bird
+    from gcfast.demo.birds import as_batch, draw_bird
     from gcfast.demo.network import load_network
-    from gcfast.demo.run import as_batch
     from gcfast.demo.species import SPECIES, TRAINING_LABELS, UNSEEN_LABELS
 
     parser = argparse.ArgumentParser(

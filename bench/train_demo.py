@@ -3,10 +3,10 @@
     python bench/train_demo.py [--steps 800] [--seed 0] [--out gcfast/demo/network.safetensors]
 
 First the last map learns what a species is told by: half of its channels each learn to say which
-part, the others which colour, by whether they fire at all, anywhere. A batch holds six scenes with
+part, the others which color, by whether they fire at all, anywhere. A batch holds six scenes with
 eight species each, the same bird in the same place: between those, only the telling parts differ,
 so it is there that the channels come to fire. Where on the bird the part is, is never shown. For
-the part, most scenes are recoloured at random, as its colour in the unseen half will be new.
+the part, most scenes are recolored at random, as its color in the unseen half will be new.
 
 Then the linear layer learns with the triplet loss (squared distances of unit embeddings) over every
 triplet of a batch that violates the margin, at two levels: species, and families of species told by
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from gcfast.demo.birds import draw_bird
 from gcfast.demo.network import CHANNELS, WEIGHTS, BirdNet, load_network
-from gcfast.demo.species import COLOURS, PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
+from gcfast.demo.species import COLORS, PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
 
 SPECIES_IN_SCENE, SCENES_IN_BATCH = 8, 6
 CROP = 112  # pixels a side: most birds fit, and a step costs 0.6 of one on whole pictures
@@ -49,11 +49,11 @@ COMMON = 4.0  # what embeddings share, before any is normalised, of the mean nor
 # Pictures of the demonstration come from other seeds: none of them was trained on.
 TRAIN_SEED, TEST_SEED = 101, 102
 
-LOOKS = tuple(COLOURS)
-# Of every label: which part tells the species, and which colour it has.
+LOOKS = tuple(COLORS)
+# Of every label: which part tells the species, and which color it has.
 PART_OF = torch.tensor([PARTS.index(species.part) for species in SPECIES])
 LOOK_OF = torch.tensor([LOOKS.index(species.look) for species in SPECIES])
-# How many channels say each part and each colour.
+# How many channels say each part and each color.
 PER_PART, PER_LOOK = 8, 7
 assert len(PARTS) * PER_PART + len(LOOKS) * PER_LOOK == CHANNELS
 
@@ -73,8 +73,8 @@ def pictures(tasks: list[Task], workers: int) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def recoloured(scene: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn colours uint8 [B, 3, H, W] about the grey axis by any angle; some become negatives."""
+def recolored(scene: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn colors uint8 [B, 3, H, W] about the gray axis by any angle; some become negatives."""
     angle, dice = torch.rand(2, generator=generator).tolist()
     c, s = math.cos(2 * math.pi * angle), math.sin(2 * math.pi * angle)
     across = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
@@ -99,10 +99,10 @@ def corner(bird: torch.Tensor, generator: torch.Generator) -> tuple[int, int]:
 def augment(
     scenes: torch.Tensor, fog: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crop, mirror and recolour scenes uint8 [n, species, 4, S, S], and hide places in grey `fog`.
+    """Crop, mirror and recolor scenes uint8 [n, species, 4, S, S], and hide places in gray `fog`.
 
     Returns:
-        float32 [n * species, 3, CROP, CROP] in [0, 1], and bool [n * species]: the colours are as
+        float32 [n * species, 3, CROP, CROP] in [0, 1], and bool [n * species]: the colors are as
         they were.
     """
     crops, plain = [], []
@@ -112,12 +112,12 @@ def augment(
         mirror, dice = torch.rand(2, generator=generator).tolist()
         crop = crop.flip(3) if mirror < 0.5 else crop
         if dice >= PLAIN:
-            crop = torch.cat([recoloured(crop[:, :3], generator), crop[:, 3:]], dim=1)
+            crop = torch.cat([recolored(crop[:, :3], generator), crop[:, 3:]], dim=1)
         crops.append(crop)
         plain += [dice < PLAIN] * len(scene)
-    colours, bird = (torch.cat(crops).float() / 255).split((3, 1), dim=1)
-    grey = torch.full_like(colours, 0.5)
-    return torch.lerp(colours, grey, fog * (1 - bird)), torch.tensor(plain)
+    colors, bird = (torch.cat(crops).float() / 255).split((3, 1), dim=1)
+    gray = torch.full_like(colors, 0.5)
+    return torch.lerp(colors, gray, fog * (1 - bird)), torch.tensor(plain)
 
 
 def pooled_evidence(evidence: torch.Tensor, sharpness: float) -> torch.Tensor:
@@ -129,7 +129,7 @@ def pooled_evidence(evidence: torch.Tensor, sharpness: float) -> torch.Tensor:
 def naming_loss(
     says: torch.Tensor, truth: torch.Tensor, known: torch.Tensor, ramp: float
 ) -> tuple[torch.Tensor, float]:
-    """How badly channels name the part, or the colour, of pictures of whole scenes.
+    """How badly channels name the part, or the color, of pictures of whole scenes.
 
     Args:
         says: [scenes * species, classes, channels of a class], pooled evidence.
@@ -213,7 +213,7 @@ def train_features(
             means = np.nanmean(seen[-50:], axis=0)
             print(
                 f"step {step + 1}: fog {fog:.2f}, loss {means[0]:.3f}, of twins {means[1]:.1%} "
-                f"named by part, {means[2]:.1%} by colour, {time.perf_counter() - start:.0f} s",
+                f"named by part, {means[2]:.1%} by color, {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
 
@@ -234,7 +234,7 @@ def train_embedding(
 ) -> None:
     """Train the linear layer with the triplet loss on whole pictures uint8 [n, 4, S, S].
 
-    It begins as one direction for every part and every colour, the sum of their channels, scaled
+    It begins as one direction for every part and every color, the sum of their channels, scaled
     to vary as much as the others. One more direction is the same for all pictures and stays so:
     with it the cosine of two embeddings rises with all that fires in both, and the gradient with
     respect to a picture's own channels does not vanish where it already looks like its match.

@@ -227,7 +227,7 @@ def _makers(
             yield f"all pairs, against, top-{channels}", rows.negated().strongest(channels), taken
         top = rows.strongest(channels)
         other = random_rows(images, len(rows.channels), seed)
-        yield f"{question} pairs, random neighbour", top, other
+        yield f"{question} pairs, random neighbor", top, other
         yield f"{question} pairs, top-{channels}", top, taken
 
 

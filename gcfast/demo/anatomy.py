@@ -1,8 +1,8 @@
 """The bird: outlines in its own frame, a pose, and the map of regions they draw.
 
-The bird is drawn as a picture of region numbers rather than of colours. Colours come from a
-table of one colour a region, so two species differ in that table and nowhere else, and the mask
-of any part, with whatever hides it taken away, is a look-up in the same picture.
+The bird is drawn as an image of region numbers. Colors come from a table of one color per region,
+so two species differ in that table only, and the visible mask of any part is a look-up in the same
+image.
 
 Frames: lengths in units of the body, x to the front, y down, the bird facing right.
 """
@@ -29,7 +29,7 @@ BREAST, BREAST_LINE, BAR, BAR_LINE, RUMP, RUMP_LINE = range(18, 24)
 TAIL, TAIL_LINE, LEGS, LEGS_LINE = range(24, 28)
 N_REGIONS = 28
 
-# The first region of a part carries its colour, the second the shade that draws its feathers.
+# A part's first region has its color, the second the shade of its feather strokes.
 REGIONS: dict[str, tuple[int, int]] = {
     "crown": (CROWN, CROWN_LINE),
     "bill": (BILL, BILL_LINE),
@@ -80,9 +80,9 @@ _EYE_AT = (0.065, -0.025)
 
 @dataclass(frozen=True)
 class Pose:
-    """How one bird sits. Angles in radians, lengths in body units but for `unit` [pixels].
+    """How one bird sits; angles in radians, lengths in body units, ``unit`` in pixels.
 
-    `support` is "below" (branch, ground) or "ahead" (a stem or trunk that the bird clings to).
+    ``support`` is "below" (branch, ground) or "ahead" (a stem or trunk that the bird clings to).
     """
 
     unit: float
@@ -102,9 +102,9 @@ class Pose:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn bird: region numbers uint8 [h, w] supersampled, and where its feet hold.
+    """A drawn bird: region numbers uint8 [h, w] supersampled, and the position of its feet.
 
-    `feet` [2, 2] are (x, y) in output pixels from the top left corner of `regions`.
+    ``feet`` [2, 2] are (x, y) in output pixels from the top left corner of ``regions``.
     """
 
     regions: Image.Image
@@ -112,7 +112,7 @@ class Figure:
 
 
 def draw_pose(rng: np.random.Generator, size: int, support: str) -> Pose:
-    """A random pose for a picture of `size` pixels a side; what it draws is the same for all."""
+    """Draw a pose for a picture of ``size`` pixels a side; takes the same draws for every pose."""
     u = rng.random(11)
     clinging = support == "ahead"
     low, high = (0.75, 1.25) if clinging else (-0.05, 0.75)
@@ -150,7 +150,7 @@ def _basis(n: int, steps: int) -> Array:
 
 
 def smooth(points: Array, steps: int = 5) -> Array:
-    """A smooth closed outline [n * steps, 2] through points [n, 2]."""
+    """Return a smooth closed outline [n * steps, 2] through points [n, 2]."""
     curve: Array = _basis(len(points), steps) @ points
     return curve
 
@@ -176,20 +176,20 @@ class _Pen:
         self._add("line", points, region, width, silhouette)
 
     def strokes(self, starts: Array, run: tuple[float, float], region: int, frame: Frame) -> None:
-        """Short feather strokes from starts [n, 2] along `run`, both in the given frame."""
+        """Draw short feather strokes from starts [n, 2] along ``run``, both in the given frame."""
         ends = frame(np.stack([starts, starts + np.array(run)], axis=1))
         for stroke in ends:
             self._add("line", stroke, region, 0.014, False)
 
-    def disc(self, centre: Array, region: int, radius: float) -> None:
-        self._add("disc", centre[None], region, radius, False)
+    def disc(self, center: Array, region: int, radius: float) -> None:
+        self._add("disc", center[None], region, radius, False)
 
     def _add(self, kind: str, points: Array, region: int, width: float, solid: bool) -> None:
         self.shapes.append((kind, region, width, solid))
         self.points.append(points)
 
     def render(self, scale: float, facing: int, supersample: int) -> tuple[Image.Image, Array]:
-        """Region numbers, cropped to the bird, and the corner [2] of the crop in those pixels."""
+        """Return region numbers, cropped to the bird, and the crop's corner [2] in those pixels."""
         counts = [len(points) for points in self.points]
         at = np.concatenate(self.points) * (facing * scale, scale)
         solid = at[np.repeat([shape[3] for shape in self.shapes], counts)]
@@ -215,13 +215,13 @@ class _Pen:
                 else:
                     (x, y), r = outline, breadth * scale
                     pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
-        # Patches are drawn generously and cut at the outline here.
+        # Patches are drawn too large and cut at the outline here.
         cut = np.where(np.asarray(silhouette), np.asarray(regions), np.uint8(0))
         return Image.fromarray(cut), low
 
 
 def draw_figure(pose: Pose, supersample: int) -> Figure:
-    """Draw the bird in `pose`: tail and legs first, then body, wing and head over them."""
+    """Draw the bird in ``pose``: tail and legs first, then body, wing and head over them."""
     pen = _Pen()
     turn = _rotation(pose.body_angle)
     plump = np.array([1.0, pose.plump])
@@ -264,7 +264,7 @@ def draw_figure(pose: Pose, supersample: int) -> Figure:
 
 
 def _legs(pen: _Pen, pose: Pose, body: Frame) -> Array:
-    """Two legs to what holds the bird; gives the feet [2, 2] in body units."""
+    """Draw two legs down to the perch; returns the feet [2, 2] in body units."""
     below = pose.support == "below"
     down = np.array([0.05, 1.0]) if below else np.array([0.95, 0.32])
     grip = np.array([1.0, 0.0]) if below else np.array([-0.1, -1.0])

@@ -1,29 +1,30 @@
 """Pictures of birds on cluttered backgrounds, with the masks that heat maps are scored on.
 
 A picture is a function of its label, a seed and an index. Two labels with the same seed and index
-give the same bird in the same place, and differ in the pixels of the species' own part alone;
-berries, flowers and leaves in the colours of the parts lie around it, so that a colour says
-nothing until one sees what it is on.
+give the same bird in the same place and differ only in the pixels of the species' own part.
+Berries, flowers and leaves around it have the colors of the parts: a color alone says nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
 
 from gcfast.demo import anatomy
 from gcfast.demo.brush import Array, noise
 from gcfast.demo.scenery import draw_place, paint
-from gcfast.demo.species import COLOURS, SPECIES
+from gcfast.demo.species import COLORS, SPECIES
 from gcfast.metrics import mask_box
 
 SIZE = 144
 _SUPERSAMPLE = 3
-# Plumage: back colours of small brown, grey and olive birds; low in saturation, so that no
-# plumage passes for a field mark.
+# Plumage: back colors of small brown, gray and olive birds; low in saturation, so that no
+# plumage can be taken for a field mark.
 _PLUMAGE = np.array(
     [(128, 100, 74), (112, 108, 104), (112, 110, 78), (146, 122, 96), (104, 84, 68),
      (98, 108, 118), (134, 108, 92), (126, 122, 100)],
@@ -38,9 +39,9 @@ class Picture:
 
     Attributes:
         image: uint8 [S, S, 3].
-        label: position in `species.SPECIES`.
+        label: position in ``species.SPECIES``.
         bird: bool [S, S], every pixel that shows some of the bird.
-        box: (x0, y0, x1, y1), half open, around `bird`.
+        box: (x0, y0, x1, y1), half open, around ``bird``.
         part: bool [S, S], every pixel that shows some of the part that tells the species.
     """
 
@@ -52,12 +53,12 @@ class Picture:
 
 
 def draw_bird(label: int, *, seed: int, index: int, size: int = SIZE) -> Picture:
-    """Draw one bird of the species `label`.
+    """Draw one bird of the species ``label``.
 
     Args:
-        label: position in `species.SPECIES`.
-        seed: not negative, as is
-        index: with `label` and `size` the two fix every pixel.
+        label: position in ``species.SPECIES``.
+        seed: not negative.
+        index: not negative; label, seed, index and size determine every pixel.
         size: pixels a side, at least 64.
 
     Returns:
@@ -72,12 +73,12 @@ def draw_bird(label: int, *, seed: int, index: int, size: int = SIZE) -> Picture
         raise ValueError(f"`seed` and `index` must not be negative, got {seed} and {index}")
     if size < 64:
         raise ValueError(f"`size` must be at least 64, got {size}")
-    # The label takes no part in the draws: it chooses among colours that were drawn for all.
+    # The label does not affect the draws: it chooses among colors that are drawn for all.
     rng = np.random.default_rng([seed, index])
     place = draw_place(rng)
     pose = anatomy.draw_pose(rng, size, place.support)
     figure = anatomy.draw_figure(pose, _SUPERSAMPLE)
-    table = _colour_table(rng, label)
+    table = _color_table(rng, label)
     x, y = _position(rng, figure, size)
 
     feet = figure.feet + np.array([x, y])
@@ -93,14 +94,20 @@ def draw_bird(label: int, *, seed: int, index: int, size: int = SIZE) -> Picture
     return Picture(_grade(rng, image), label, bird, mask_box(bird), part)
 
 
+def as_batch(pictures: Sequence[Picture]) -> torch.Tensor:
+    """Return the images of pictures as float32 [B, 3, S, S] in [0, 1]."""
+    images = np.stack([picture.image for picture in pictures])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).contiguous()
+
+
 def _position(rng: np.random.Generator, figure: anatomy.Figure, size: int) -> tuple[int, int]:
-    """The top left corner, in output pixels, of the figure: anywhere the whole bird fits."""
+    """Draw the figure's top left corner, in output pixels: anywhere the whole bird fits."""
     corner = []
     x0, y0, x1, y1 = mask_box(np.asarray(figure.regions) > 0)
     for low, high in ((x0, x1), (y0, y1)):
         first = math.ceil(3 - low / _SUPERSAMPLE)
         last = max(first, math.floor(size - 3 - high / _SUPERSAMPLE))
-        # Two draws averaged: more often near the middle than at the rim.
+        # The mean of two draws is more often near the middle than at the edge.
         corner.append(first + round((last - first) * float(rng.random(2).mean())))
     return corner[0], corner[1]
 
@@ -110,8 +117,8 @@ def _mix(a: Array, b: Array, share: float) -> Array:
     return out
 
 
-def _colour_table(rng: np.random.Generator, label: int) -> Array:
-    """Colours [N_REGIONS, 3] of one bird: plumage, and the field mark of its species."""
+def _color_table(rng: np.random.Generator, label: int) -> Array:
+    """Colors [N_REGIONS, 3] of one bird: plumage, and the field mark of its species."""
     u = rng.random(8)
     first, second = _PLUMAGE[rng.integers(len(_PLUMAGE), size=2)]
     plumage = _mix(first, second, 0.5 * u[0]) * (0.85 + 0.3 * u[1])
@@ -144,14 +151,14 @@ def _colour_table(rng: np.random.Generator, label: int) -> Array:
     }
     species = SPECIES[label]
     for part, (fill, line) in anatomy.REGIONS.items():
-        colour = np.array(COLOURS[species.look]) * tint if part == species.part else plain[part]
-        table[line] = colour * 0.80 + 4
-        table[fill] = colour
+        color = np.array(COLORS[species.look]) * tint if part == species.part else plain[part]
+        table[line] = color * 0.80 + 4
+        table[fill] = color
     return table.clip(0, 255)
 
 
 class _Crop:
-    """Where a figure of width w and height h, laid at (x, y), meets a picture of `size`."""
+    """The overlap of a figure of width w and height h at (x, y) with a picture of ``size``."""
 
     def __init__(self, x: int, y: int, w: int, h: int, size: int) -> None:
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, size), min(y + h, size)
@@ -163,7 +170,7 @@ _WING = (anatomy.WING, anatomy.PRIMARY, anatomy.WING_EDGE, anatomy.BAR, anatomy.
 
 
 def _reduced(regions: Image.Image, table: Array) -> Array:
-    """Look colours up in table [N_REGIONS, 3] and reduce: uint8 [h, w, 3]."""
+    """Look colors up in table [N_REGIONS, 3] and reduce: uint8 [h, w, 3]."""
     painted = regions.copy()
     painted.putpalette(table.astype(np.uint8).ravel().tolist())
     reduced: Array = np.asarray(painted.convert("RGB").reduce(_SUPERSAMPLE))
@@ -171,7 +178,7 @@ def _reduced(regions: Image.Image, table: Array) -> Array:
 
 
 def _masks(regions: Image.Image, part: str) -> Array:
-    """How much of each pixel is bird, wing, and the part, of 255: uint8 [h, w, 3]."""
+    """How much of each pixel, of 255, is bird, wing and the part: uint8 [h, w, 3]."""
     table = np.zeros((anatomy.N_REGIONS, 3))
     table[1:, 0] = 255
     table[list(_WING), 1] = 255
@@ -188,9 +195,9 @@ def _blurred(cover: Array, radius: float) -> Array:
 def _shade(rng: np.random.Generator, masks: Array, scale: float) -> Array:
     """Light on the bird, float32 [h, w], about 1.
 
-    The outline, blurred, stands in for the height of the body; its slope against the light gives
-    the shade. The wing is a second, flatter sheet that shades its own lower edge. The masks'
-    third plane, which the species decides, is not used.
+    The blurred outline approximates the height of the body; its slope against the light gives the
+    shade. The wing is a second, flatter sheet that shades its own lower edge. The masks' third
+    plane, which depends on the species, is not used.
     """
     h, w = masks.shape[:2]
     slant, strength = rng.random(2).tolist()
@@ -207,15 +214,15 @@ def _shade(rng: np.random.Generator, masks: Array, scale: float) -> Array:
 def _lay_over(
     image: Array, crop: _Crop, regions: Image.Image, table: Array, cover: Array, shade: Array
 ) -> None:
-    """Lay the lit bird over image [S, S, 3] float32, in place."""
-    # Region 0 is black, so what comes out of the reduction is colour times coverage.
-    coloured = _reduced(regions, table)[crop.out] * shade[crop.out][..., None]
+    """Draw the lit bird over image [S, S, 3] float32, in place."""
+    # Region 0 is black, so the reduction gives color times coverage.
+    colored = _reduced(regions, table)[crop.out] * shade[crop.out][..., None]
     clear = np.float32(1) - cover[crop.out][..., None] * np.float32(1 / 255)
-    image[crop.into] = image[crop.into] * clear + coloured
+    image[crop.into] = image[crop.into] * clear + colored
 
 
 def _grade(rng: np.random.Generator, image: Array) -> Array:
-    """Dapples, the colour of the light and grain, on bird and background alike; uint8."""
+    """Add dapples, the color of the light and grain to bird and background; returns uint8."""
     size = len(image)
     depth, warm, bright, grain = rng.random(4).tolist()
     warmth, gain = 0.12 * (warm - 0.45), 0.86 + 0.30 * bright

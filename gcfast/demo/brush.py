@@ -1,8 +1,7 @@
-"""What pictures are painted with: noise, leaves, blades, and the accents that mislead.
+"""Tools that paint pictures: noise, leaves, blades, and accents that distract.
 
-Accents are berries, flowers and turned leaves in the colours of `species.COLOURS`. They are drawn
-without knowledge of the species, so a colour in the picture is no evidence until one sees what
-it is on.
+Accents are berries, flowers and turned leaves in the colors of ``species.COLORS``. They are drawn
+independently of the species, so a color in the picture is no evidence of it.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from gcfast.demo.species import COLOURS
+from gcfast.demo.species import COLORS
 
 Array = np.ndarray
 Rgb = tuple[int, int, int]
 
-_ACCENTS = np.array(list(COLOURS.values()))
+_ACCENTS = np.array(list(COLORS.values()))
 
 
 def noise(
@@ -27,7 +26,7 @@ def noise(
     *,
     smooth: bool = False,
 ) -> Array:
-    """Noise float32, about [0, 1], of size (width, height) from `cells` or (rows, columns)."""
+    """Return noise float32, about [0, 1], of size (width, height) from ``cells`` a side."""
     shape = (cells, cells) if isinstance(cells, int) else cells
     grid = Image.fromarray(rng.random(shape, dtype=np.float32))
     method = Image.Resampling.BICUBIC if smooth else Image.Resampling.BILINEAR
@@ -35,14 +34,14 @@ def noise(
     return out
 
 
-def to_inks(colours: Array) -> list[Rgb]:
-    """Colours [n, 3] as Pillow takes them."""
-    return [(r, g, b) for r, g, b in np.minimum(colours, 255).astype(int).tolist()]
+def to_inks(colors: Array) -> list[Rgb]:
+    """Return colors [n, 3] as Pillow takes them."""
+    return [(r, g, b) for r, g, b in np.minimum(colors, 255).astype(int).tolist()]
 
 
-def rgb(colour: Array) -> Rgb:
-    """One colour [3] as Pillow takes it."""
-    r, g, b = colour.tolist()
+def rgb(color: Array) -> Rgb:
+    """Return one color [3] as Pillow takes it."""
+    r, g, b = color.tolist()
     return min(int(r), 255), min(int(g), 255), min(int(b), 255)
 
 
@@ -56,12 +55,12 @@ _LEAF = np.concatenate(
 
 
 class Brush:
-    """Draws elements; points and lengths are in pixels of the picture, times `scale` on the pen."""
+    """Draws elements; points and lengths are in pixels of the picture, times a ``scale``."""
 
     def __init__(self, rng: np.random.Generator, size: int, tones: Array) -> None:
         self.rng = rng
         self.size = size
-        self.tones = tones  # [4, 3]: top, bottom, light and dark of what grows between
+        self.tones = tones  # [4, 3]: top, bottom, and the light and dark of the plants between
 
     def leaves(
         self,
@@ -69,18 +68,18 @@ class Brush:
         at: Array,
         angles: Array,
         lengths: Array,
-        colours: Array,
+        colors: Array,
         *,
         scale: float = 1.0,
         width: float = 0.42,
     ) -> None:
-        """Leaves of two halves, the lower one darker; at [n, 2], the rest [n] and [n, 3]."""
+        """Draw leaves of two halves, the lower one darker; at [n, 2], the rest [n] and [n, 3]."""
         c, s = np.cos(angles), np.sin(angles)
         turn = np.stack([np.stack([c, s], -1), np.stack([-s, c], -1)], 1)  # [n, 2, 2]
         blade = _LEAF * (1, width)
         points = ((blade @ turn) * lengths[:, None, None] + at[:, None]) * scale
         flat = points.reshape(len(points), -1).tolist()
-        for outline, ink, dark in zip(flat, to_inks(colours), to_inks(colours * 0.82), strict=True):
+        for outline, ink, dark in zip(flat, to_inks(colors), to_inks(colors * 0.82), strict=True):
             pen.polygon(outline, fill=ink)
             pen.polygon(outline[:12], fill=dark)
 
@@ -90,12 +89,12 @@ class Brush:
         roots: Array,
         tips: Array,
         widths: Array,
-        colours: Array,
+        colors: Array,
         *,
         scale: float = 1.0,
         bend: float = 0.2,
     ) -> None:
-        """Curved blades of grass from roots to tips [n, 2]."""
+        """Draw curved blades of grass from roots to tips [n, 2]."""
         t = np.linspace(0, 1, 6)[None, :, None]
         run = tips - roots
         side = np.stack([-run[:, 1], run[:, 0]], -1)
@@ -105,7 +104,7 @@ class Brush:
         half = unit[:, None] * widths[:, None, None] * (1 - t) / 2
         points = np.concatenate([spine + half, (spine - half)[:, ::-1]], 1) * scale
         flat = points.reshape(len(points), -1).tolist()
-        for outline, ink in zip(flat, to_inks(colours), strict=True):
+        for outline, ink in zip(flat, to_inks(colors), strict=True):
             pen.polygon(outline, fill=ink)
 
     def accents(
@@ -117,24 +116,24 @@ class Brush:
         large: float = 1.0,
         faded: float = 0.0,
     ) -> None:
-        """Berries, flowers and turned leaves at [n, 2], in the colours of the parts."""
+        """Draw berries, flowers and turned leaves at [n, 2], in the colors of the parts."""
         rng, n = self.rng, len(at)
-        colours = self.accent_colours(n) * (0.8 + 0.35 * rng.random((n, 1)))
-        colours = colours + (self.tones[:2].mean(0) - colours) * faded
+        colors = self.accent_colors(n) * (0.8 + 0.35 * rng.random((n, 1)))
+        colors = colors + (self.tones[:2].mean(0) - colors) * faded
         kinds = rng.integers(4, size=n).tolist()
         radii = (scale * large * self.size / 144 * (2.2 + 3.4 * rng.random(n))).tolist()
         turns = (rng.random(n) * 2 * math.pi).tolist()
         draw = (self._berries, self._flower, self._turned_leaf, self._fruit)
-        for (x, y), colour, kind, r, turn in zip(
-            (at * scale).tolist(), colours, kinds, radii, turns, strict=True
+        for (x, y), color, kind, r, turn in zip(
+            (at * scale).tolist(), colors, kinds, radii, turns, strict=True
         ):
-            draw[kind](pen, x, y, r, turn, colour)
+            draw[kind](pen, x, y, r, turn, color)
 
     def _berries(
-        self, pen: ImageDraw.ImageDraw, x: float, y: float, r: float, turn: float, colour: Array
+        self, pen: ImageDraw.ImageDraw, x: float, y: float, r: float, turn: float, color: Array
     ) -> None:
         q = 0.85 * r
-        ink, dark, shine = rgb(colour), rgb(colour * 0.62), rgb(colour * 0.5 + 125)
+        ink, dark, shine = rgb(color), rgb(color * 0.62), rgb(color * 0.5 + 125)
         for k in range(3):
             bx = x + 1.25 * r * math.cos(turn + 2.1 * k)
             by = y + 1.25 * r * math.sin(turn + 2.1 * k)
@@ -143,10 +142,10 @@ class Brush:
             pen.ellipse((bx - 0.5 * q, by - 0.6 * q, bx - 0.1 * q, by - 0.2 * q), fill=shine)
 
     def _flower(
-        self, pen: ImageDraw.ImageDraw, x: float, y: float, r: float, turn: float, colour: Array
+        self, pen: ImageDraw.ImageDraw, x: float, y: float, r: float, turn: float, color: Array
     ) -> None:
         q = 0.72 * r
-        inks = rgb(colour), rgb(colour * 0.88)
+        inks = rgb(color), rgb(color * 0.88)
         for k in range(5):
             px = x + r * math.cos(turn + 1.2566 * k)
             py = y + r * math.sin(turn + 1.2566 * k)
@@ -155,28 +154,28 @@ class Brush:
         pen.ellipse((x - q, y - q, x + q, y + q), fill=(206, 176, 92))
 
     def _turned_leaf(
-        self, pen: ImageDraw.ImageDraw, x: float, y: float, r: float, turn: float, colour: Array
+        self, pen: ImageDraw.ImageDraw, x: float, y: float, r: float, turn: float, color: Array
     ) -> None:
         self.leaves(
-            pen, np.array([[x, y]]), np.array([turn]), np.array([4.0 * r]), colour[None], width=0.5
+            pen, np.array([[x, y]]), np.array([turn]), np.array([4.0 * r]), color[None], width=0.5
         )
 
     def _fruit(
-        self, pen: ImageDraw.ImageDraw, x: float, y: float, r: float, turn: float, colour: Array
+        self, pen: ImageDraw.ImageDraw, x: float, y: float, r: float, turn: float, color: Array
     ) -> None:
         wide, tall = 1.15 * r, (1.2 + 0.08 * turn) * r
         for shrink, gain in ((1.0, 0.66), (0.84, 0.88), (0.6, 1.08)):
             dx, dy = wide * shrink, tall * shrink
             cx, cy = x - 0.5 * (wide - dx), y - 0.5 * (tall - dy)
-            pen.ellipse((cx - dx, cy - dy, cx + dx, cy + dy), fill=rgb(colour * gain))
+            pen.ellipse((cx - dx, cy - dy, cx + dx, cy + dy), fill=rgb(color * gain))
         pen.ellipse(
-            (x - 0.6 * r, y - 0.9 * r, x - 0.25 * r, y - 0.5 * r), fill=rgb(colour * 0.5 + 125)
+            (x - 0.6 * r, y - 0.9 * r, x - 0.25 * r, y - 0.5 * r), fill=rgb(color * 0.5 + 125)
         )
 
     def twig(
         self, pen: ImageDraw.ImageDraw, scale: float, *, leafy: bool, thin: bool = False
     ) -> Array:
-        """A bowed twig from one side into the picture; gives points [9, 2] along it."""
+        """Draw a bent twig from one side into the picture; returns points [9, 2] along it."""
         rng, size = self.rng, self.size
         start = np.array([-0.05 if rng.random() < 0.5 else 1.05, rng.random()]) * size
         end = np.array([size * rng.random(), size * rng.random()])
@@ -207,18 +206,18 @@ class Brush:
     def stand(
         self, pen: ImageDraw.ImageDraw, n: int, tops: tuple[float, float], scale: float
     ) -> None:
-        """Upright stems from the lower edge; `tops` is the range of heights as share of S."""
+        """Draw upright stems from the lower edge; ``tops``: their heights as a share of S."""
         rng, size = self.rng, self.size
         light, dark = self.tones[2], self.tones[3]
         roots = np.stack([rng.random(n) * size * 1.1 - 0.05 * size, np.full(n, 1.02 * size)], 1)
         heights = size * (tops[0] + (tops[1] - tops[0]) * rng.random(n))
         lean = (rng.random(n) - 0.5) * 0.5 * heights
         tips = np.stack([roots[:, 0] + lean, roots[:, 1] - heights], 1)
-        colours = dark + (light - dark) * rng.random((n, 1)) * 1.15
-        self.blades(pen, roots, tips, size * (0.015 + 0.03 * rng.random(n)), colours, scale=scale)
+        colors = dark + (light - dark) * rng.random((n, 1)) * 1.15
+        self.blades(pen, roots, tips, size * (0.015 + 0.03 * rng.random(n)), colors, scale=scale)
 
-    def boulder(self, pen: ImageDraw.ImageDraw, centre: Array, radius: float, scale: float) -> None:
-        """An angular stone with a lit top and a dark foot; its upper edge is flat-ish."""
+    def boulder(self, pen: ImageDraw.ImageDraw, center: Array, radius: float, scale: float) -> None:
+        """Draw an angular stone with a lit, almost flat top and a dark foot."""
         rng = self.rng
         light, dark = self.tones[2], self.tones[3]
         tone = dark + (light - dark) * rng.random()
@@ -226,15 +225,15 @@ class Brush:
         ring = np.stack([np.cos(angle), np.sin(angle) * 0.62], 1)
         ring *= radius * (0.88 + 0.24 * rng.random((11, 1)))
         for shrink, lift, gain in ((1.0, 0.0, 0.74), (0.90, -0.10, 1.0), (0.66, -0.24, 1.16)):
-            facet = centre + ring * shrink + np.array([0, lift * radius])
+            facet = center + ring * shrink + np.array([0, lift * radius])
             pen.polygon((scale * facet).ravel().tolist(), fill=rgb(tone * gain))
-        specks = centre + (rng.random((18, 2)) - 0.5) * radius * (1.3, 0.8)
+        specks = center + (rng.random((18, 2)) - 0.5) * radius * (1.3, 0.8)
         for px, py in (specks * scale).tolist():
             r = scale * radius * 0.03 * (0.5 + rng.random())
             shade = tone * (0.7 + 0.6 * rng.random())
             pen.ellipse((px - r, py - r, px + r, py + r), fill=rgb(shade))
 
-    def accent_colours(self, n: int) -> Array:
-        """Colours [n, 3], drawn from those of the parts."""
-        colours: Array = _ACCENTS[self.rng.integers(len(_ACCENTS), size=n)]
-        return colours
+    def accent_colors(self, n: int) -> Array:
+        """Draw colors [n, 3] from those of the parts."""
+        colors: Array = _ACCENTS[self.rng.integers(len(_ACCENTS), size=n)]
+        return colors

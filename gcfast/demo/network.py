@@ -15,11 +15,11 @@ EMBEDDING_SIZE = 64
 
 
 class BirdNet(nn.Module):
-    """Images [B, 3, S, S] in [0, 1] to unit embeddings [B, 64].
+    """Images [B, 3, S, S] in [0, 1] → unit embeddings [B, 64].
 
-    Five convolutions at a stride of 4 in all, global average pooling, one linear layer. Each place
-    of the last map `features` [B, 128, S/4, S/4] sees 31 pixels a side: a part of a bird and what
-    it sits on, not the whole bird, so that a channel can only fire where the part is.
+    Five convolutions with a total stride of 4, global average pooling, one linear layer. The
+    receptive field of the last map ``features`` [B, 128, S/4, S/4] is 31 pixels: a part of a bird
+    and its surroundings, not the whole bird, so that a channel can only fire where the part is.
     """
 
     def __init__(self) -> None:
@@ -29,23 +29,23 @@ class BirdNet(nn.Module):
             _stage(32, 48, stride=2),
             _stage(48, 64),
             _stage(64, 96, dilation=2),
-            # No normalisation here: what the training puts the threshold of a channel at, stays.
+            # Not normalized, which would move the threshold that a channel was trained to.
             nn.Conv2d(96, CHANNELS, 1),
             nn.ReLU(),
         )
         self.embed = nn.Linear(CHANNELS, EMBEDDING_SIZE)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Embed images [B, 3, S, S] float in [0, 1]; gives [B, 64] of unit length."""
+        """Embed images [B, 3, S, S] float in [0, 1] as [B, 64] of unit length."""
         return F.normalize(self.embed(self.feature_maps(images).mean(dim=(2, 3))), dim=1)
 
     def feature_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """The last feature maps, [B, 128, S/4, S/4], not negative."""
+        """Return the last feature maps, [B, 128, S/4, S/4], not negative."""
         maps: torch.Tensor = self.features(_scaled(images))
         return maps
 
     def evidence(self, images: torch.Tensor) -> torch.Tensor:
-        """The last feature maps before their ReLU, [B, 128, S/4, S/4]."""
+        """Return the last feature maps before their ReLU, [B, 128, S/4, S/4]."""
         maps: torch.Tensor = self.features[:-1](_scaled(images))
         return maps
 
@@ -63,7 +63,7 @@ def _stage(width_in: int, width_out: int, *, stride: int = 1, dilation: int = 1)
 
 
 def load_network(path: Path = WEIGHTS) -> BirdNet:
-    """The trained network in eval mode, float32 (the file holds float16)."""
+    """Load the trained network in eval mode, float32 (the file holds float16)."""
     network = BirdNet()
     state = {
         name: value.float() if value.is_floating_point() else value

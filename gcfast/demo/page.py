@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 import gcfast
 from gcfast import ops
-from gcfast.demo.birds import SIZE, Picture
+from gcfast.demo.birds import SIZE, Picture, as_batch
 from gcfast.demo.network import BirdNet
 from gcfast.demo.species import SPECIES
 from gcfast.images.html import Panel, ReportRow, write_report
@@ -20,25 +20,25 @@ from gcfast.metrics import mask_score
 
 _TITLE = "Which part tells this bird apart?"
 _LEAD = """\
-All these birds are drawn, and all are alike but for the colour of one part: a crown, a bill, a \
-wing bar. A network learned half of the species. Every bird explained here is of the other half: \
-its part has a colour that the network never saw there. Plumage, pose, light and place vary, and \
-berries and flowers carry the same colours.
+All these birds are drawn, and the species differ only in the color of one part: a crown, a bill, \
+a wing bar. A network learned half of the species. Every bird explained here is of the other half: \
+its part has a color that the network never saw there. Plumage, pose, light and place vary, and \
+berries and flowers have the same colors.
 
 A map takes one forward pass. The bird is embedded, its nearest row in the database is found, and \
-the channel weights of that row are laid on the bird's own feature maps. No label, no second \
-picture and no backward pass take part.
+the channel weights of that row are applied to the bird's own feature maps. There is no label, no \
+second picture and no backward pass.
 
 The white outline is the answer: the part that tells the species. Neither the network nor the map \
-was ever shown where it is: the network learned from names alone, part and colour, of birds alike \
-in all else. The pictures are the first of each family, whatever came out.
+was given its position: the network learned only from names, part and color, of birds that are \
+otherwise alike. The pictures are the first of each family, not chosen by their result.
 """
 _CAPTION = (
     "Share of the heat inside the bird's box, inside its outline (mask), and inside the part that "
     "tells its species (part); means over all unseen pictures. The first four rows are controls, "
-    "the fifth is a rival; the default is Grad-CAM, for, top-50."
+    "the fifth is another method; the default is Grad-CAM, for, top-50."
 )
-_ZOOM = 2  # so that a screen does not blur a picture by its own means
+_ZOOM = 2  # or the browser enlarges the picture and blurs it
 _CLOSE_UP = 48  # pixels a side
 
 
@@ -67,7 +67,7 @@ def write_page(
         facts: (name, value) pairs for the tiles.
         seed: of the random rows that one of the controls takes its weights from.
     """
-    images = torch.stack([_tensor(picture) for picture in shown])
+    images = as_batch(shown)
     why = explainer.explain_batch(images, details=True)
     near = [rows[row] for row in why.neighbors[:, 0].tolist()]
     against_maps = against.explain_batch(images)
@@ -92,7 +92,7 @@ def write_page(
             )
         for i, picture in enumerate(shown):
             yield ReportRow(
-                title=f"{_words(picture).capitalize()}, beside other maps",
+                title=f"{_words(picture).capitalize()}, next to other maps",
                 panels=[
                     _heated(picture, why.maps[i], "evidence for the match, as above"),
                     _heated(picture, against_maps[i], "evidence against it"),
@@ -139,10 +139,6 @@ def _words(picture: Picture) -> str:
     return f"{SPECIES[picture.label].look} {_part(picture)}"
 
 
-def _tensor(picture: Picture) -> torch.Tensor:
-    return torch.from_numpy(picture.image).permute(2, 0, 1).float().div(255).contiguous()
-
-
 def _share(heat: torch.Tensor, part: np.ndarray) -> float:
     return float(mask_score(heat[None], torch.from_numpy(part)[None]))
 
@@ -154,10 +150,10 @@ def _enlarged(image: np.ndarray, zoom: int = _ZOOM) -> np.ndarray:
 
 
 def outlined(large: np.ndarray, mask: np.ndarray, width: int = 1) -> np.ndarray:
-    """A white line with a dark rim around mask [h, w], on `large`, a whole number of times it."""
+    """Draw a white line with a dark rim around mask [h, w] on ``large``, a multiple of its size."""
     size = (large.shape[1], large.shape[0])
     zoom = large.shape[1] // mask.shape[1]
-    # Blurred before it is cut again, so that the line is round and not a stair.
+    # Blurred and cut again, so that the line is smooth.
     cover = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
     inside = cover.filter(ImageFilter.GaussianBlur(0.6 * zoom)).point(lambda v: 255 * (v > 100))
     rings = [np.asarray(inside) > 0]
@@ -174,14 +170,14 @@ def _heated(picture: Picture, heat: torch.Tensor, caption: str) -> Panel:
     size = (large.shape[1], large.shape[0])
     values = heat.float().cpu().numpy()
     fine = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR))
-    # Heat lies on a few places of strong colour: it shows on a picture that is grey and dim.
-    grey = 0.6 * large.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    shown = overlay(grey.astype(np.uint8), fine.clip(0, 1), alpha=0.95)
+    # Heat is on a few places of strong color: it is visible on a dim, gray picture.
+    gray = 0.6 * large.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    shown = overlay(gray.astype(np.uint8), fine.clip(0, 1), alpha=0.95)
     return Panel(outlined(shown, picture.part), caption)
 
 
 def close_up(picture: Picture, heat: torch.Tensor) -> np.ndarray:
-    """The square about the hottest pixel of the map, as large as the other panels."""
+    """Cut out the square around the hottest pixel of the map, as large as the other panels."""
     y, x = divmod(int(heat.argmax()), heat.shape[1])
     y0, x0 = (min(max(v - _CLOSE_UP // 2, 0), len(heat) - _CLOSE_UP) for v in (y, x))
     cut = (slice(y0, y0 + _CLOSE_UP), slice(x0, x0 + _CLOSE_UP))

@@ -1,7 +1,7 @@
-"""The body of `gcfast demo`: draw, build, explain, measure, and write the page.
+"""The demonstration behind ``gcfast demo``: draw, build, explain, measure, and write the page.
 
-Nothing is fetched and nothing is tuned: the network is the one that ships, the settings are the
-defaults, and the pictures shown are the first of each family, whatever came out.
+Nothing is downloaded and nothing is tuned: the network ships with gcfast, the settings are the
+defaults, and the pictures shown are the first of each family, not chosen by their result.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import gcfast
-from gcfast.demo.birds import Picture, draw_bird
+from gcfast.demo.birds import Picture, as_batch, draw_bird
 from gcfast.demo.network import BirdNet, load_network
 from gcfast.demo.page import write_page
 from gcfast.demo.species import PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
@@ -34,14 +35,19 @@ class Speed:
     """Medians of paired runs on one batch.
 
     Attributes:
-        images_per_second: of `explain_batch`.
-        to_forward: its time over that of `model(x)` as a user writes it.
-        to_channels_last: its time over that of the forward pass with a channels-last input.
+        images_per_second: of ``explain_batch``.
+        to_forward: its time divided by that of ``model(x)`` as a user writes it.
+        to_channels_last: its time divided by that of the forward pass with channels-last input.
     """
 
     images_per_second: float
     to_forward: float
     to_channels_last: float
+
+
+def _batches(pictures: Sequence[Picture]) -> Iterator[Sequence[Picture]]:
+    for first in range(0, len(pictures), _BATCH):
+        yield pictures[first : first + _BATCH]
 
 
 class Pictures:
@@ -55,15 +61,15 @@ class Pictures:
         return -(-len(self.pictures) // _BATCH)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, list[str], list[str]]]:
-        for first in range(0, len(self.pictures), _BATCH):
-            part = self.pictures[first : first + _BATCH]
+        ids = iter(self.ids)
+        for part in _batches(self.pictures):
             names = [SPECIES[picture.label].name for picture in part]
-            yield as_batch(part), names, list(self.ids[first : first + _BATCH])
+            yield as_batch(part), names, list(islice(ids, len(part)))
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What the maps of a batch are scored on."""
+    """The regions that the maps of a batch are scored on."""
 
     boxes: torch.Tensor  # [B, 4]
     birds: torch.Tensor  # [B, S, S] bool
@@ -79,20 +85,17 @@ def run_demo(
     unseen_each: int = 8,
     speed_rounds: int = 9,
     echo: Callable[[str], None] = print,
-) -> int:
-    """Run the whole demonstration; prints its table and writes `out_dir`/index.html.
+) -> None:
+    """Run the whole demonstration; prints its table and writes ``out_dir``/index.html.
 
     Args:
         out_dir: folder for the page, made if missing.
         seed: of the pictures and of the triplets.
         progress: show progress bars.
-        training_each: pictures of each training species, at least 2; they fill the database.
+        training_each: pictures of each training species, at least 2; the database's rows.
         unseen_each: pictures of each unseen species, at least 1; they are explained and scored.
         speed_rounds: how often each timed call is run, at least 1.
         echo: takes the lines of the report.
-
-    Returns:
-        0, for the command line.
 
     Raises:
         ValueError: too few pictures asked for.
@@ -128,7 +131,7 @@ def run_demo(
         ("to build it, drawing not counted", f"{build_seconds:.1f} s"),
         ("unseen pictures explained", f"{len(unseen.pictures)}"),
         ("of the heat is on the telling part", f"{part_means[MAIN_ROW]:.1%}"),
-        ("with the weights of a random row", f"{part_means['random neighbour']:.1%}"),
+        ("with the weights of a random row", f"{part_means['random neighbor']:.1%}"),
         ("with a uniform map", f"{part_means['uniform']:.1%}"),
         ("have a nearest row told by the same part", f"{same_part:.0%}"),
         ("images explained a second", f"{speed.images_per_second:.0f}"),
@@ -158,19 +161,12 @@ def run_demo(
         seed=seed,
     )
     echo(f"page: {page} ({time.perf_counter() - start:.0f} s in all)")
-    return 0
-
-
-def as_batch(pictures: Sequence[Picture]) -> torch.Tensor:
-    """Images of pictures as float32 [B, 3, S, S] in [0, 1]."""
-    images = np.stack([picture.image for picture in pictures])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).contiguous()
 
 
 def measure_speed(
     explainer: gcfast.Explainer, network: BirdNet, pictures: Sequence[Picture], rounds: int
 ) -> Speed:
-    """Time `explain_batch` and the two forward passes, turn about, on one batch."""
+    """Time ``explain_batch`` and the two forward passes, alternating, on one batch."""
     images = as_batch([pictures[i % len(pictures)] for i in range(_SPEED_BATCH)])
     channels_last = images.contiguous(memory_format=torch.channels_last)
     runs: list[Callable[[], object]] = [
@@ -184,7 +180,7 @@ def measure_speed(
             run()
         for turn in range(rounds):
             taken = [0.0] * len(runs)
-            # Each takes every place in the order as often, so that drift of the clock cancels.
+            # Each takes every place in the order equally often, so that clock drift cancels.
             for place in range(len(runs)):
                 which = (place + turn) % len(runs)
                 begun = time.perf_counter()
@@ -201,9 +197,9 @@ def measure_speed(
 def draw_pictures(
     seed: int, training_each: int, unseen_each: int, *, progress: bool = False
 ) -> tuple[Pictures, Pictures]:
-    """The pictures of the database and the unseen ones, as loaders."""
+    """Draw the pictures of the database and the unseen ones, as loaders."""
     train = _draw(TRAINING_LABELS, training_each, seed, 0, "drawing training birds", progress)
-    # The second stream of the seed: no unseen picture shares its scene with a training one.
+    # Another stream of the seed: no unseen picture shares its scene with a training one.
     unseen = _draw(UNSEEN_LABELS, unseen_each, seed, 1, "drawing unseen birds", progress)
     return train, unseen
 
@@ -221,9 +217,8 @@ def _draw(
 
 
 def scored(pictures: Sequence[Picture]) -> Iterator[tuple[torch.Tensor, Truth]]:
-    """Batches of pictures with their truth, for `quality_table`."""
-    for first in range(0, len(pictures), _BATCH):
-        part = pictures[first : first + _BATCH]
+    """Iterate over batches of pictures with their truth, for ``quality_table``."""
+    for part in _batches(pictures):
         truth = Truth(
             boxes=torch.tensor([picture.box for picture in part]),
             birds=torch.from_numpy(np.stack([picture.bird for picture in part])),
@@ -233,24 +228,24 @@ def scored(pictures: Sequence[Picture]) -> Iterator[tuple[torch.Tensor, Truth]]:
 
 
 class Score:
-    """The share of the heat inside the box, the bird and the telling part."""
+    """Score the share of the heat inside the box, the bird and the telling part."""
 
     def regions(self, truth: Truth) -> torch.Tensor:
-        """Masks [B, 3, S, S] bool: box, bird, part."""
+        """Return masks [B, 3, S, S] bool: box, bird, part."""
         boxes = box_masks(truth.boxes, *truth.birds.shape[1:])
         return torch.stack([boxes, truth.birds, truth.parts], 1)
 
     def scores(
         self, sums: RegionSums, _truth: Truth, _neighbor_labels: list[str]
     ) -> dict[str, torch.Tensor]:
-        """The shares by name, [B] each."""
+        """Return the shares by name, [B, V] each."""
         return dict(zip(("box", "mask", "part"), sums.shares().unbind(2), strict=True))
 
 
 def share_of_same_part(
     explainer: gcfast.Explainer, names: Sequence[str], unseen: Pictures
 ) -> float:
-    """How often the nearest database row is of a species told by the same part."""
+    """Return how often the nearest row is of a species told by the same part."""
     part_of = {species.name: species.part for species in SPECIES}
     same = []
     for images, own, _ids in unseen:
@@ -261,7 +256,7 @@ def share_of_same_part(
 
 
 def _first_of_each_part(pictures: Sequence[Picture]) -> list[Picture]:
-    """The first picture of each family, in order: not chosen by how it came out."""
+    """The first picture of each family, in order: not chosen by its result."""
     first: dict[str, Picture] = {}
     for picture in pictures:
         first.setdefault(SPECIES[picture.label].part, picture)

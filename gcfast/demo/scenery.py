@@ -1,8 +1,8 @@
-"""Places for a bird: what lies far behind it, near it, and what it stands on.
+"""Places for a bird: the background, what is near it, and what it stands on.
 
-Distance is blur: the far layer is painted small and enlarged, the middle one blurred a little,
-the near one drawn sharp at twice the size and reduced. Every place scatters berries, petals and
-leaves in the colours of the parts, whatever the species.
+Distance is blur: the far layer is painted small and enlarged, the middle one blurred a little, the
+near one drawn sharp at twice the size and reduced. Every place has berries, petals and leaves in
+the colors of the parts, whatever the species.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from gcfast.demo.brush import Array, Brush, Rgb, noise, rgb, to_inks
 
-# Far colours: top, bottom and the two tones of what is scattered between.
+# Background colors: top, bottom and the two tones of what is scattered between them.
 _PALETTES: dict[str, list[tuple[Rgb, Rgb, Rgb, Rgb]]] = {
     "foliage": [
         ((120, 150, 80), (48, 72, 36), (96, 132, 58), (38, 58, 30)),
@@ -55,7 +55,7 @@ _CLUNG = ("bark", "reeds")
 
 @dataclass(frozen=True)
 class Place:
-    """A kind of place, one of its palettes, and where it holds the bird: below or ahead."""
+    """A kind of place, one of its palettes, and where it supports the bird: below or ahead."""
 
     kind: str
     tones: Array  # [4, 3]
@@ -63,7 +63,7 @@ class Place:
 
 
 def draw_place(rng: np.random.Generator) -> Place:
-    """A random place."""
+    """Draw a place."""
     kinds = list(_PALETTES)
     kind = kinds[int(rng.integers(len(kinds)))]
     palettes = _PALETTES[kind]
@@ -73,14 +73,14 @@ def draw_place(rng: np.random.Generator) -> Place:
 
 
 def paint(rng: np.random.Generator, place: Place, size: int, feet: Array, *, toward: int) -> Array:
-    """The place without its bird, float32 [size, size, 3] in [0, 255].
+    """Paint the place without its bird, float32 [size, size, 3] in [0, 255].
 
     Args:
         rng: source of all draws.
-        place: from `draw_place`.
+        place: from :func:`draw_place`.
         size: pixels a side.
-        feet: [2, 2], (x, y) of the feet in pixels; what holds the bird passes through them.
-        toward: 1 if the trunk that a bird clings to lies to the right of its feet, -1 if left.
+        feet: [2, 2], (x, y) of the feet in pixels; the perch passes through them.
+        toward: 1 if the trunk that a bird clings to is to the right of its feet, -1 if left.
     """
     brush = _Scene(rng, place, size, feet, toward)
     brush.far()
@@ -89,7 +89,7 @@ def paint(rng: np.random.Generator, place: Place, size: int, feet: Array, *, tow
 
 
 class _Scene(Brush):
-    """Paints one picture; the random source, the place and the sizes that all steps share."""
+    """Paints one picture; holds the generator, the place and the sizes that all steps share."""
 
     def __init__(
         self, rng: np.random.Generator, place: Place, size: int, feet: Array, toward: int
@@ -103,7 +103,7 @@ class _Scene(Brush):
     # Layers.
 
     def far(self) -> None:
-        """Light and large shapes, far out of focus, painted at third size."""
+        """Paint light and large shapes, far out of focus, at a third of the size."""
         rng, third = self.rng, self.size // 3
         top, bottom, light, dark = self.tones
         ramp = np.linspace(0, 1, third)[:, None, None] ** (0.7 + 0.8 * rng.random())
@@ -127,27 +127,27 @@ class _Scene(Brush):
             self._discs()
 
     def _discs(self) -> None:
-        """Points of light out of focus: see-through discs with a brighter rim."""
+        """Paint points of light out of focus: transparent discs with a brighter rim."""
         rng, size = self.rng, self.size
         n = 16
-        colours = self.tones[2] * (0.7 + 0.6 * rng.random((n, 1)))
+        colors = self.tones[2] * (0.7 + 0.6 * rng.random((n, 1)))
         accent = rng.random(n) < 0.35
-        colours[accent] = self.accent_colours(int(accent.sum()))
+        colors[accent] = self.accent_colors(int(accent.sum()))
         pen = ImageDraw.Draw(self.canvas, "RGBA")
-        for (x, y), r, colour in zip(
+        for (x, y), r, color in zip(
             (rng.random((n, 2)) * size).tolist(),
             (size * (0.03 + 0.05 * rng.random(n))).tolist(),
-            colours,
+            colors,
             strict=True,
         ):
             pen.ellipse(
                 (x - r, y - r, x + r, y + r),
-                fill=(*rgb(colour), 110),
-                outline=(*rgb(colour * 1.2 + 10), 150),
+                fill=(*rgb(color), 110),
+                outline=(*rgb(color * 1.2 + 10), 150),
             )
 
     def middle(self) -> None:
-        """Twigs, stems and leaves a little out of focus."""
+        """Paint twigs, stems and leaves a little out of focus."""
         rng, size, kind = self.rng, self.size, self.place.kind
         _, _, light, dark = self.tones
         pen = ImageDraw.Draw(self.canvas)
@@ -177,7 +177,7 @@ class _Scene(Brush):
         )
 
     def near(self) -> Array:
-        """What holds the bird and its surroundings, in focus."""
+        """Paint the perch and its surroundings, in focus."""
         size, kind = self.size, self.place.kind
         sheet = self.canvas.resize((2 * size, 2 * size), Image.Resampling.NEAREST)
         pen = ImageDraw.Draw(sheet)
@@ -195,10 +195,10 @@ class _Scene(Brush):
         out: Array = np.asarray(sheet.reduce(2), dtype=np.float32)
         return out
 
-    # What the layers are made of.
+    # Parts of the layers.
 
     def _garnish(self, pen: ImageDraw.ImageDraw) -> None:
-        """The near accents: on stalks where things grow from the ground, else on thin twigs."""
+        """Paint the near accents: on stalks if plants grow from the ground, else on thin twigs."""
         rng, size = self.rng, self.size
         if self.place.kind in ("grass", "rocks", "reeds"):
             n = int(rng.integers(4, 9))
@@ -222,7 +222,7 @@ class _Scene(Brush):
         (fx, fy), slope = self.feet.mean(0).tolist(), 0.30 * (rng.random() - 0.5)
         thick = size * (0.035 + 0.035 * rng.random())
         x = np.linspace(-0.05, 1.05, 12) * size
-        # The bend vanishes at the feet, so that they always stand on wood.
+        # No bend at the feet, so that they always stand on wood.
         bend = size * 0.05 * np.sin((x - fx) / size * 5) * (rng.random() - 0.5) * 2
         y = fy + slope * (x - fx) + bend + 0.5 * thick
         half = 0.5 * thick * (1 + 0.25 * (rng.random(12) - 0.5))
@@ -254,13 +254,13 @@ class _Scene(Brush):
                 n = 4
                 t = rng.random((n, 1))
                 light, dark = self.tones[2], self.tones[3]
-                colours = dark * 1.3 + (light * 1.1 - dark) * rng.random((n, 1))
+                colors = dark * 1.3 + (light * 1.1 - dark) * rng.random((n, 1))
                 self.leaves(
                     pen,
                     root + (tip - root) * t,
                     rng.random(n) * 6.28,
                     size * (0.07 + 0.08 * rng.random(n)),
-                    colours,
+                    colors,
                     scale=2.0,
                 )
 
@@ -283,8 +283,8 @@ class _Scene(Brush):
         away = np.abs(roots[:, 0] - self.feet[:, 0].mean()) > 0.2 * size
         heights = np.where(away, size * (0.06 + 0.2 * rng.random(n)), 0.8 * (roots[:, 1] - fy))
         tips = roots + np.stack([(rng.random(n) - 0.5) * 0.15 * size, -heights], 1)
-        colours = dark + (light * 1.1 - dark) * rng.random((n, 1))
-        self.blades(pen, roots, tips, size * (0.012 + 0.02 * rng.random(n)), colours, scale=2.0)
+        colors = dark + (light * 1.1 - dark) * rng.random((n, 1))
+        self.blades(pen, roots, tips, size * (0.012 + 0.02 * rng.random(n)), colors, scale=2.0)
         pen.ellipse(
             [
                 2 * float(v)
@@ -301,11 +301,11 @@ class _Scene(Brush):
     def _stones(self, pen: ImageDraw.ImageDraw, n: int, horizon: float) -> None:
         rng, size = self.rng, self.size
         for k in range(n):
-            centre = np.array([rng.random(), horizon + 0.12 * k + 0.1 * rng.random()]) * size
-            self.boulder(pen, centre, size * (0.18 + 0.16 * rng.random()), 1.0)
+            center = np.array([rng.random(), horizon + 0.12 * k + 0.1 * rng.random()]) * size
+            self.boulder(pen, center, size * (0.18 + 0.16 * rng.random()), 1.0)
 
     def _rock(self, pen: ImageDraw.ImageDraw) -> None:
-        """A ledge under the feet and stones about it."""
+        """Paint a ledge under the feet and stones around it."""
         rng, size = self.rng, self.size
         fx, fy = self.feet.mean(0).tolist()
         light, dark = self.tones[2], self.tones[3]
@@ -332,7 +332,7 @@ class _Scene(Brush):
             )
 
     def _trunk(self, sheet: Image.Image) -> None:
-        """A trunk that the bird clings to; it lies on the side that the feet point to."""
+        """Paint a trunk that the bird clings to, on the side that its feet point to."""
         rng, size = self.rng, self.size
         (x0, y0), (x1, y1) = self.feet.tolist()
         side = self.toward

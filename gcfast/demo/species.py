@@ -1,19 +1,19 @@
 """The species of the demonstration: one part of the bird, and how it looks.
 
-All birds share one body. A species is told by the colour of a single part; every other part takes
-its colour from the plumage, which varies from bird to bird. Each family (all species told by the
-same part) is cut in two, so that a network trained on one half meets known parts in unknown
-looks in the other.
+All birds share one body. The color of a single part tells a species; every other part takes its
+color from the plumage, which varies from bird to bird. Each family (all species told by the same
+part) is split in two, so that a network trained on one half meets known parts in unknown colors in
+the other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
-# Field marks seen in real birds, far enough apart to stay apart under warm and cool light.
-COLOURS: dict[str, Colour] = {
+# Field marks of real birds, different enough to be told apart under warm and cool light.
+COLORS: dict[str, Color] = {
     "red": (205, 32, 28),
     "yellow": (245, 205, 30),
     "blue": (35, 95, 215),
@@ -24,8 +24,8 @@ COLOURS: dict[str, Colour] = {
     "orange": (240, 120, 20),
 }
 
-# Six looks a family, training half first. Every colour is in the training half of some families
-# and in the other half of others, so that no colour is new to the network, only its place.
+# Six looks for each family, training half first. Every color is in the training half of some
+# families and in the other half of others: no color is new to the network, only its place.
 _LOOKS: dict[str, tuple[tuple[str, str, str], tuple[str, str, str]]] = {
     "crown": (("red", "white", "teal"), ("yellow", "blue", "black")),
     "bill": (("yellow", "blue", "violet"), ("red", "white", "teal")),
@@ -43,14 +43,14 @@ PARTS: tuple[str, ...] = tuple(_LOOKS)
 
 @dataclass(frozen=True)
 class Species:
-    """One species: `part` is what tells it apart, `look` the colour of that part."""
+    """One species: ``part`` tells it, ``look`` is the color of that part."""
 
     part: str
     look: str
 
     @property
     def name(self) -> str:
-        """For example "yellow-crown"."""
+        """Return for example "yellow-crown"."""
         return f"{self.look}-{self.part}"
 
 

@@ -252,7 +252,7 @@ class _Watch:
                     self.best.setdefault(name, []).append(best_box_iou(large, found[0]).cpu())
         labels = self.labels(truth)
         if labels is not None:
-            control = maps[0][:, names.index("random neighbour")]
+            control = maps[0][:, names.index("random neighbor")]
             self.sample.add(query, labels, main, control, self.images, self.step)
         self.images += len(images)
 

@@ -213,7 +213,7 @@ def table_ways(trained: Trained, query: Query, first: int, seed: int) -> Iterato
     chosen = torch.zeros((B, C)).scatter_(1, channels, 1.0)
     yield Way("random channels", chosen.to(device))
     rows = random_rows(images, len(trained.database), seed)
-    yield Way("random neighbour", from_database(trained.database, rows, C, device))
+    yield Way("random neighbor", from_database(trained.database, rows, C, device))
     yield Way("EmbeddingCAM", _embedding_cam(trained, query))
 
     # Images of a batch often share their nearest row.

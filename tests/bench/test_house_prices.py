@@ -256,9 +256,7 @@ def test_the_whole_application_in_small_twice(
     ]  # fmt: skip
     rows = list(saved["maps"])
     assert rows[:3] == ["uniform", "channel sum", "random channels"]
-    assert {"all pairs, top-50", "lower pairs, top-50", "higher pairs, random neighbour"} < set(
-        rows
-    )
+    assert {"all pairs, top-50", "lower pairs, top-50", "higher pairs, random neighbor"} < set(rows)
     assert all(0 <= v <= 1 for row in saved["maps"].values() for v in row.values())
     with Image.open(one / "house_prices.png") as picture:
         assert picture.size[0] > 1000

@@ -20,7 +20,7 @@ ROWS = [
     "uniform",
     "channel sum",
     "random channels",
-    "random neighbour",
+    "random neighbor",
     "EmbeddingCAM",
     *(
         f"{method}, {evidence}, {what}"
