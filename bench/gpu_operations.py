@@ -18,8 +18,7 @@ from cases import CASES, IMAGE, Case, copies, selected
 from gpu_runner import Context, Row, failed, importable, measured
 from torch import Tensor
 
-from gcfast import reference
-from gcfast.ops import dispatch
+from gcfast import ops, reference
 
 USABLE = 0.9  # of a card's memory: the context and the allocator's gaps take the rest
 FAISS_BYTES = 6 * 10**9  # a larger table takes longer to copy to the host and back than to search
@@ -222,7 +221,7 @@ def _head(run: Callable[..., Tensor], s: Inputs) -> Tensor:
 
 
 def _head_kernel(s: Inputs) -> Tensor:
-    return dispatch.head_grad_weights(**s)
+    return ops.head_grad_weights.trusted(**s)
 
 
 def _top_inputs(case: Case, device: torch.device) -> Inputs:
@@ -346,7 +345,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _three(call: Callable[[Callable[..., Any], Inputs], Any], name: str) -> list[Side]:
     """The kernel, the reference, and the reference compiled, for the operation's first case."""
-    kernel, plain = getattr(dispatch, name), getattr(reference, name)
+    kernel, plain = getattr(ops, name).trusted, getattr(reference, name)
     return [
         Side("gcfast", functools.partial(call, kernel)),
         Side("reference", functools.partial(call, plain), when=_short),
@@ -410,10 +409,10 @@ OPERATIONS = {
         _triplet_inputs,
         _draw,
         [
-            Side("gcfast", functools.partial(_draw, dispatch.sample_triplets)),
+            Side("gcfast", functools.partial(_draw, ops.sample_triplets.trusted)),
             Side(
                 "C++ on the CPU",
-                functools.partial(_draw, dispatch.sample_triplets),
+                functools.partial(_draw, ops.sample_triplets.trusted),
                 False,
                 prepare=_on_cpu,
             ),

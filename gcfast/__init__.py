@@ -29,7 +29,6 @@ from gcfast.method.objectives import (
 )
 from gcfast.method.settings import PAPER
 from gcfast.model.tokens import TokenGrid
-from gcfast.ops import library as library  # registers torch.ops.gcfast
 
 __version__ = version("gcfast")
 

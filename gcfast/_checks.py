@@ -83,6 +83,40 @@ def require_same_device(**tensors: Tensor | None) -> torch.device:
     return first
 
 
+class Dimensions(dict[str, int]):
+    """The sizes of the dimension letters in the tensors of one call, all on one device."""
+
+    _first: tuple[str, Tensor] | None = None
+
+    def require(
+        self, name: str, value: object, dtypes: Collection[torch.dtype], letters: str
+    ) -> None:
+        """Check a tensor's kind, dtype, shape and device, and take the sizes of new letters.
+
+        Args:
+            name: the argument's name.
+            value: the argument.
+            dtypes: those that are allowed.
+            letters: as for :func:`require_shape`.
+
+        Raises:
+            TypeError: not a tensor, or another dtype.
+            ValueError: another shape, or not on the device of the first tensor.
+        """
+        tensor = require_tensor(name, value)
+        require_dtype(name, tensor, dtypes)
+        expected, shape = letters.split(), tensor.shape
+        is_right = len(expected) == len(shape)
+        for letter, size in zip(expected, shape, strict=False):
+            is_right = is_right and self.setdefault(letter, size) == size
+        if not is_right:
+            require_shape(name, tensor, letters, self)  # says what is wrong
+        if self._first is None:
+            self._first = (name, tensor)
+        elif tensor.device != self._first[1].device:
+            require_same_device(**{self._first[0]: self._first[1], name: tensor})
+
+
 def require_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise ValueError, listing the choices, unless the value is one of them."""
     if value not in choices:

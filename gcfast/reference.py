@@ -11,6 +11,7 @@ is Chattopadhay et al., arXiv:1710.11063.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Triplets(NamedTuple):
     hardest: Tensor  # [B, 2] int64: farthest positive, nearest negative; -1 where there is none
 
 
-def _accumulator(*tensors: Tensor) -> torch.dtype:
+def accumulator(*tensors: Tensor) -> torch.dtype:
     """float32, or float64 where an input already is."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -61,7 +62,7 @@ def grad_weights(
     with ``g <= 0`` is zero, and S is clamped because activations that can be negative would
     otherwise bring the denominator to zero.
     """
-    dtype = _accumulator(gradients)
+    dtype = accumulator(gradients)
     gradients = gradients.to(dtype)  # [B, T, C, H, W]
     if valid is None:
         valid = gradients.new_ones(gradients.shape[:2], dtype=torch.bool)
@@ -85,14 +86,17 @@ def head_grad_weights(
     norms: Tensor | None = None,
     activation_sums: Tensor | None = None,
     method: str = "gradcam",
+    precision: str = "ieee",
 ) -> Tensor:
     r"""Channel weights of a network whose head is affine in the spatially averaged activations.
 
     With ``u = W mean(A) + b``, ``f = u / |u|`` and a cotangent c on f, back-propagation gives
     ``c' = (c - f <f, c>) / |u|`` and ``dL/dA[k,i,j] = g_k = (W^T c')_k / P``, the same at every
     pixel. Grad-CAM is its mean over t, Grad-CAM++ ``mean_t P relu(g_k) / (2 + S_k g_k)``.
+    ``precision`` allows rounding and obliges to none: nothing is rounded here.
     """
-    dtype = _accumulator(cotangents)
+    del precision
+    dtype = accumulator(cotangents)
     cotangents = cotangents.to(dtype)  # [B, T, D]
     if valid is None:
         valid = cotangents.new_ones(cotangents.shape[:2], dtype=torch.bool)
@@ -140,20 +144,22 @@ def sparse_cam(
         assert grid is not None
         activations = activations.transpose(1, 2).reshape(len(activations), -1, *grid)
     B, _, H, W = activations.shape
-    accumulator = _accumulator(activations, weights)
+    if 0 in (B, len(channels), neighbors.shape[1], channels.shape[1]):
+        return activations.new_zeros((B, *size), dtype=dtype)
+    summed = accumulator(activations, weights)
 
     found = neighbors >= 0  # [B, K]
     if mixing is None:
         mixing = found / found.sum(1, keepdim=True).clamp(min=1)
-    mixing = torch.where(found, mixing.to(accumulator), 0.0)
+    mixing = torch.where(found, mixing.to(summed), 0.0)
     rows = neighbors.clamp(min=0)
     kept = channels[rows].flatten(1)  # [B, K*M]
-    kept_weights = (weights[rows].to(accumulator) * mixing[..., None]).flatten(1)
+    kept_weights = (weights[rows].to(summed) * mixing[..., None]).flatten(1)
     # The kept channels are gathered, not the others multiplied by zero: 0 * inf would be NaN.
-    picked = activations.gather(1, kept[..., None, None].expand(-1, -1, H, W)).to(accumulator)
+    picked = activations.gather(1, kept[..., None, None].expand(-1, -1, H, W)).to(summed)
     cam = torch.bmm(kept_weights[:, None], picked.flatten(2)).view(B, H, W)
     if offsets is not None and center != 0:
-        cam = cam - center * (offsets[rows].to(accumulator) * mixing).sum(1)[:, None, None]
+        cam = cam - center * (offsets[rows].to(summed) * mixing).sum(1)[:, None, None]
     if relu:
         cam = cam.clamp(min=0)
     if normalize == "minmax":
@@ -172,11 +178,12 @@ def knn(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest table rows of each query, nearest first, ties to the lower id.
 
+    Where the table has fewer than k rows, the rest is row -1 at the worst distance.
     The table is read in tiles, so memory does not grow with N. Candidates are found by
     ``|q|^2 + |t|^2 - 2 <q, t>``, whose rounding can reorder rows closer together than about 1e-7,
     and so the best ``k + KNN_SPARE`` are measured again by the difference and ordered by that.
     """
-    dtype = _accumulator(queries, table)
+    dtype = accumulator(queries, table)
     queries = queries.to(dtype)
     B, N = len(queries), len(table)
     spare = min(N, k + KNN_SPARE)
@@ -205,7 +212,19 @@ def knn(
         distances = -(candidates * queries[:, None]).sum(-1)
     distances, order = distances.sort(dim=1, stable=True)
     distances, ids = distances[:, :k], ids.gather(1, order)[:, :k]
-    return (distances if metric == "l2" else -distances), ids
+    return filled_neighbors(distances if metric == "l2" else -distances, ids, k, metric)
+
+
+def filled_neighbors(distances: Tensor, ids: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    """Distances and ids [B, k], contiguous: where fewer are given, the rest is row -1."""
+    missing = k - ids.shape[1]
+    if missing:
+        worst = math.inf if metric == "l2" else -math.inf
+        distances, ids = (
+            F.pad(distances, (0, missing), value=worst),
+            F.pad(ids, (0, missing), value=-1),
+        )
+    return distances.contiguous(), ids.contiguous()
 
 
 def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

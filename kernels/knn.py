@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gcfast import reference
 from gcfast.kernels.launch import (
     KnnConfig,
     fitting_warps,
@@ -31,6 +32,8 @@ from gcfast.kernels.launch import (
     multiprocessors,
 )
 from gcfast.kernels.row_squares import row_squares
+
+MAX_K, MAX_D = 32, 2048  # beyond them the reference runs
 
 # Scores are held as float32 in the upper half of an int64 and the row's id in the lower: integers
 # in the order of (score, id). No score that is held reaches infinity, so the upper half of an empty
@@ -257,7 +260,7 @@ def launch_knn(
     squares: Tensor | None = None,
     config: KnnConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest rows, as :func:`gcfast.ops.knn`, which checks: k <= 32 and D <= 2,048.
+    """The k nearest rows, as :func:`gcfast.ops.knn`, which checks the arguments.
 
     Nothing waits for the device and every size follows from the shapes, so the launches can be
     captured in a CUDA graph. A row whose distance is NaN comes after all others, equals by id: a
@@ -274,6 +277,11 @@ def launch_knn(
     """
     B, N = len(queries), len(table)
     D, device = queries.shape[1], queries.device
+    if k > MAX_K or D > MAX_D:
+        return reference.knn(queries, table, k, metric=metric, squares=squares)
+    if k > max(N, 1):
+        found = launch_knn(queries, table, max(N, 1), metric=metric, squares=squares, config=config)
+        return reference.filled_neighbors(*found, k, metric)
     distances = torch.empty((B, k), dtype=torch.float32, device=device)
     ids = torch.empty((B, k), dtype=torch.int64, device=device)
     if B == 0:

@@ -271,7 +271,7 @@ def launch_sparse_cam(
     dtype: torch.dtype = torch.float32,
     config: SparseCamConfig | None = None,
 ) -> Tensor:
-    """See :func:`gcfast.ops.sparse_cam`, which checks the arguments; nothing here is empty."""
+    """See :func:`gcfast.ops.sparse_cam`, which checks the arguments."""
     if activations.ndim == 3:  # tokens [B, P, C]
         assert grid is not None
         B, _, C = activations.shape
@@ -282,6 +282,8 @@ def launch_sparse_cam(
         B, C, H, W = activations.shape
         strides = activations.stride()
     K, (N, M), (OH, OW) = neighbors.shape[1], channels.shape, size
+    if 0 in (B, K, N, M):
+        return torch.zeros((B, OH, OW), dtype=dtype, device=activations.device)
     config = config or sparse_cam_config(H, W, OW)
     tile_h, tile_w = config.tile(H, OH, W, OW)
     slices = sparse_cam_slices(B, triton.cdiv(OH, tile_h))

@@ -21,7 +21,6 @@ from gcfast.method.head import normalized
 from gcfast.model.capture import Captured
 from gcfast.model.fingerprint import difference, fingerprint
 from gcfast.model.network import Network
-from gcfast.ops import dispatch
 from gcfast.ops.precision import full_precision
 
 
@@ -146,7 +145,7 @@ def _maps(
         embeddings,
         found,
         finish,
-        sparse_cam=ops.sparse_cam if waits else dispatch.sparse_cam,
+        sparse_cam=ops.sparse_cam if waits else ops.sparse_cam.trusted,
         marks=not waits,
     )
 

@@ -15,8 +15,6 @@ from gcfast import ops
 from gcfast._extras import import_faiss
 from gcfast.database.index import as_array, made, spread, spread_rows
 from gcfast.database.shards import Shard
-from gcfast.ops import dispatch
-from gcfast.ops.knn import check_knn
 
 TEMPERATURE_ROWS = 1024  # rows that the mixing temperature is averaged over, evenly spread
 NORM_ROWS = 1024  # rows whose norm is looked at, evenly spread
@@ -34,15 +32,15 @@ class ExactSearch:
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(squared L2 distances [B, K] float32, rows [B, K] int64; +inf and -1 where none).
 
-        As :mod:`gcfast.ops.dispatch`: the caller has turned gradients and autocast off.
+        The caller has turned gradients and autocast off.
 
         Raises:
             ValueError: queries of another width than the table's.
         """
         # The table was looked at when it was brought here; what may change is the model's output.
-        if queries.ndim != 2 or queries.shape[1] != self.table.shape[1]:
-            check_knn(queries, self.table, k, metric="l2", squares=self.squares)
-        return dispatch.knn(queries, self.table, k, squares=self.squares)
+        fits = queries.ndim == 2 and queries.shape[1] == self.table.shape[1]
+        search = ops.knn.trusted if fits else ops.knn
+        return search(queries, self.table, k, squares=self.squares)
 
 
 def open_index(index: Any, shards: list[Shard], device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""The six operations: checked, documented, and sent to the backend that runs them.
+"""The operations: checked, documented, and sent to the backend that runs them.
 
 ``backend="auto"`` runs Triton's kernels (:mod:`gcfast.kernels`) for tensors on a GPU where Triton
 is installed, the C++ twin of ``sample_triplets`` and ``mean_cotangents`` for tensors on the CPU,
@@ -6,16 +6,18 @@ and the PyTorch reference for everything else, float64 included. ``"triton"`` in
 ``MissingExtraError`` where Triton is not installed, ``ValueError`` for tensors they cannot take.
 ``"reference"`` always runs the reference (:mod:`gcfast.reference`), which is the specification.
 
-Each is also ``torch.ops.gcfast.<name>`` (:mod:`gcfast.ops.library`), and becomes that under
-``torch.compile``.
+Each has a file here that declares it; :mod:`gcfast.ops._operation` says what follows from a
+declaration: the checked call, ``.trusted`` and ``torch.ops.gcfast.<name>``.
 
 None of them is differentiable. Inputs may have any strides and are not changed.
 """
 
+from gcfast.ops.grad_weights import METHODS, grad_weights
+from gcfast.ops.head_grad_weights import head_grad_weights
 from gcfast.ops.knn import knn
 from gcfast.ops.sample_triplets import mean_cotangents, sample_triplets
 from gcfast.ops.sparse_cam import sparse_cam
-from gcfast.ops.weights import METHODS, grad_weights, head_grad_weights, top_m
+from gcfast.ops.top_m import top_m
 from gcfast.reference import Triplets
 
 __all__ = [

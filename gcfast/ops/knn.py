@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from gcfast._checks import (
-    FLOATS,
-    require_choice,
-    require_dtype,
-    require_int,
-    require_same_device,
-    require_shape,
-    require_tensor,
-)
-from gcfast.ops import dispatch
-from gcfast.ops.backend import BACKENDS
-from gcfast.ops.precision import operation
+from gcfast._checks import FLOATS, Dimensions, require_choice, require_int
+from gcfast.ops._operation import BACKENDS, Outputs, operation
+from gcfast.reference import accumulator
 
 
-@operation
+@operation()
 def knn(
     queries: Tensor,
     table: Tensor,
@@ -27,8 +19,8 @@ def knn(
     metric: str = "l2",
     squares: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The exact k nearest rows of a table, nearest first, ties to the lower row.
+) -> Outputs[tuple[Tensor, Tensor]]:
+    """Return the exact k nearest rows of a table, nearest first, ties to the lower row.
 
     The table is read in tiles of bounded memory; the distances returned are measured by the
     difference and so are exactly 0 for equal rows.
@@ -53,20 +45,12 @@ def knn(
     Source: paper, section 3.3 (weight transfer by nearest neighbour).
     """
     require_choice("backend", backend, BACKENDS)
-    check_knn(queries, table, k, metric=metric, squares=squares)
-    return dispatch.knn(queries, table, k, metric=metric, squares=squares, backend=backend)
-
-
-def check_knn(
-    queries: Tensor, table: Tensor, k: int, *, metric: str, squares: Tensor | None
-) -> None:
-    """Raise unless all is as :func:`knn` says."""
-    for name, tensor in (("queries", queries), ("table", table)):
-        require_dtype(name, require_tensor(name, tensor), FLOATS)
-    sizes = require_shape("queries", queries, "B D")
-    sizes = require_shape("table", table, "N D", sizes)
     require_int("k", k, 1)
     require_choice("metric", metric, ("l2", "ip"))
+    sizes = Dimensions()
+    sizes.require("queries", queries, FLOATS, "B D")
+    sizes.require("table", table, FLOATS, "N D")
     if squares is not None:
-        require_shape("squares", squares, "N", sizes)
-    require_same_device(queries=queries, table=table, squares=squares)
+        sizes.require("squares", squares, FLOATS, "N")
+    shape = (sizes["B"], k)
+    return Outputs(queries, (shape, accumulator(queries, table)), (shape, torch.int64))

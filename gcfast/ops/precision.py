@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,11 +26,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def sheltered(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function outside the graph, and outside autocast on its first tensor's device."""
+    """Run the function without gradients, and without autocast on its first tensor's device."""
 
     @functools.wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        first = first_tensor((*args, *kwargs.values()))
         device = torch.device("cpu") if first is None else first.device
         if not torch.amp.is_autocast_available(device.type):  # "meta", say: a check will speak
             device = torch.device("cpu")
@@ -40,21 +40,8 @@ def sheltered(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return wrapped
 
 
-def operation(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A public operation: sheltered, and while torch.compile traces it one node of the graph.
-
-    That node is ``torch.ops.gcfast.<name>``, which checks shapes and dtypes and not values: those
-    are not known before the graph runs.
-    """
-    eager = sheltered(function)
-    name = function.__name__
-
-    @functools.wraps(function)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch.compiler.is_compiling():
-            node: Any = getattr(torch.ops.gcfast, name)
-            out: _R = node(*args, **kwargs)
-            return out
-        return eager(*args, **kwargs)
-
-    return wrapped
+def first_tensor(arguments: Sequence[object]) -> Tensor | None:
+    """Return the first argument that is a tensor, which decides the device of a call."""
+    if arguments and isinstance(arguments[0], Tensor):
+        return arguments[0]
+    return next((a for a in arguments if isinstance(a, Tensor)), None)

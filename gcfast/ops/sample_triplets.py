@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gcfast._checks import (
-    MAX_SEED,
-    require_choice,
-    require_dtype,
-    require_int,
-    require_same_device,
-    require_shape,
-    require_tensor,
-)
-from gcfast.ops import dispatch
-from gcfast.ops.backend import BACKENDS
-from gcfast.ops.precision import operation
+from gcfast._checks import MAX_SEED, Dimensions, require_choice, require_int
+from gcfast.ops._operation import BACKENDS, Outputs, operation
 from gcfast.reference import Triplets
 
 
-@operation
+def _sample_in_cpp(
+    *tensors: Tensor, triplets: int, margin: float, seed: int = 0, first: int | None = None
+) -> Triplets:
+    from gcfast import _core
+
+    positives, negatives, counts, hardest = _tensors(
+        _core.sample_triplets(
+            *_arrays(tensors),
+            triplets=triplets,
+            margin=margin,
+            seed=seed,
+            first=-1 if first is None else first,
+            threads=torch.get_num_threads(),
+        )
+    )
+    return Triplets(positives, negatives, positives >= 0, counts, hardest)
+
+
+def _mean_in_cpp(*tensors: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+    from gcfast import _core
+
+    cotangents, counts, hardest = _tensors(
+        _core.mean_cotangents(*_arrays(tensors), margin=margin, threads=torch.get_num_threads())
+    )
+    return cotangents, counts, hardest
+
+
+def _arrays(tensors: Iterable[Tensor]) -> Any:
+    return (tensor.contiguous().numpy() for tensor in tensors)
+
+
+def _tensors(arrays: Iterable[NDArray[Any]]) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(array) for array in arrays)
+
+
+@operation(cpp=_sample_in_cpp)
 def sample_triplets(
     anchors: Tensor,
     anchor_labels: Tensor,
@@ -35,8 +63,8 @@ def sample_triplets(
     seed: int = 0,
     first: int | None = None,
     backend: str = "auto",
-) -> Triplets:
-    """Draws (positive, negative) pairs uniformly from those that are valid with each anchor.
+) -> Outputs[Triplets]:
+    """Draw (positive, negative) pairs uniformly from those that are valid with each anchor.
 
     A pair is valid when ``D(a, p) + margin > D(a, n)``, with p of the anchor's label and another
     row, n of another label, D the squared Euclidean distance in float64 (summed in the order of the
@@ -70,32 +98,19 @@ def sample_triplets(
     Source: paper, section 3.1 (triplets with non-zero loss).
     """
     require_choice("backend", backend, BACKENDS)
-    check_sample_triplets(
-        anchors,
-        anchor_labels,
-        anchor_rows,
-        embeddings,
-        labels,
-        triplets=triplets,
-        margin=margin,
-        seed=seed,
-        first=first,
-    )
-    return dispatch.sample_triplets(
-        anchors,
-        anchor_labels,
-        anchor_rows,
-        embeddings,
-        labels,
-        triplets=triplets,
-        margin=margin,
-        seed=seed,
-        first=first,
-        backend=backend,
+    require_int("triplets", triplets, 1)
+    require_int("seed", seed, 0, MAX_SEED)
+    if first is not None:
+        require_int("first", first, 0)
+    B = _checked_rows(anchors, anchor_labels, anchor_rows, embeddings, labels, margin)
+    ids = torch.int64
+    drawn = (B, triplets)
+    return Outputs(
+        labels, (drawn, ids), (drawn, ids), (drawn, torch.bool), ((B,), ids), ((B, 2), ids)
     )
 
 
-@operation
+@operation(cpp=_mean_in_cpp)
 def mean_cotangents(
     anchors: Tensor,
     anchor_labels: Tensor,
@@ -105,8 +120,8 @@ def mean_cotangents(
     *,
     margin: float,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean of dL/df_a = 2 (f_n - f_p) over every valid pair of each anchor.
+) -> Outputs[tuple[Tensor, Tensor, Tensor]]:
+    """Return the mean of dL/df_a = 2 (f_n - f_p) over every valid pair of each anchor.
 
     ``2 / V (sum_n m_n f_n - sum_p n_p f_p)``: n_p counts the negatives that p is valid with, m_n
     the positives that n is valid with, V all pairs. Nothing is drawn; nothing N x N is held.
@@ -131,59 +146,27 @@ def mean_cotangents(
     Source: the mean over triplets of the paper's section 3.1 in the limit of all of them.
     """
     require_choice("backend", backend, BACKENDS)
-    check_mean_cotangents(anchors, anchor_labels, anchor_rows, embeddings, labels, margin=margin)
-    return dispatch.mean_cotangents(
-        anchors, anchor_labels, anchor_rows, embeddings, labels, margin=margin, backend=backend
+    B = _checked_rows(anchors, anchor_labels, anchor_rows, embeddings, labels, margin)
+    return Outputs(
+        anchors, (anchors.shape, torch.float32), ((B,), torch.int64), ((B, 2), torch.int64)
     )
 
 
-def check_sample_triplets(
+def _checked_rows(
     anchors: Tensor,
     anchor_labels: Tensor,
     anchor_rows: Tensor,
     embeddings: Tensor,
     labels: Tensor,
-    *,
-    triplets: int,
     margin: float,
-    seed: int,
-    first: int | None,
-) -> None:
-    """Raise unless all is as :func:`sample_triplets` says."""
-    check_mean_cotangents(anchors, anchor_labels, anchor_rows, embeddings, labels, margin=margin)
-    require_int("triplets", triplets, 1)
-    require_int("seed", seed, 0, MAX_SEED)
-    if first is not None:
-        require_int("first", first, 0)
-
-
-def check_mean_cotangents(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    anchor_rows: Tensor,
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    margin: float,
-) -> None:
-    """Raise unless all is as :func:`mean_cotangents` says."""
-    for name, tensor in (("anchors", anchors), ("embeddings", embeddings)):
-        require_dtype(name, require_tensor(name, tensor), (torch.float32,))
-    sizes = require_shape("anchors", anchors, "B D")
-    sizes = require_shape("embeddings", embeddings, "N D", sizes)
-    for name, ids, letter in (
-        ("anchor_labels", anchor_labels, "B"),
-        ("anchor_rows", anchor_rows, "B"),
-        ("labels", labels, "N"),
-    ):
-        require_dtype(name, require_tensor(name, ids), (torch.int64,))
-        require_shape(name, ids, letter, sizes)
-    require_same_device(
-        anchors=anchors,
-        anchor_labels=anchor_labels,
-        anchor_rows=anchor_rows,
-        embeddings=embeddings,
-        labels=labels,
-    )
+) -> int:
+    """Check what both operations take; returns B."""
+    sizes = Dimensions()
+    sizes.require("anchors", anchors, (torch.float32,), "B D")
+    sizes.require("embeddings", embeddings, (torch.float32,), "N D")
+    sizes.require("anchor_labels", anchor_labels, (torch.int64,), "B")
+    sizes.require("anchor_rows", anchor_rows, (torch.int64,), "B")
+    sizes.require("labels", labels, (torch.int64,), "N")
     if math.isnan(margin):
         raise ValueError("`margin` must be a number, got nan")
+    return sizes["B"]

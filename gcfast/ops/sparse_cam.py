@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gcfast._checks import (
-    FLOATS,
-    require_choice,
-    require_dtype,
-    require_ids,
-    require_same_device,
-    require_shape,
-    require_tensor,
-)
-from gcfast.ops import dispatch
-from gcfast.ops.backend import BACKENDS
-from gcfast.ops.precision import operation
+from gcfast._checks import FLOATS, Dimensions, require_choice, require_ids
+from gcfast.ops._operation import BACKENDS, Outputs, operation
 
 MAP_DTYPES = (torch.float32, torch.float16, torch.uint8)
 
 
-@operation
+@operation()
 def sparse_cam(
     activations: Tensor,
     neighbors: Tensor,
@@ -40,8 +29,8 @@ def sparse_cam(
     grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
-) -> Tensor:
-    r"""Heat maps from the channel weights of each image's neighbours in the database.
+) -> Outputs[Tensor]:
+    r"""Return heat maps from the channel weights of each image's neighbours in the database.
 
     ``relu(sum_k x_k (sum_m w[n_k,m] A[ch[n_k,m]] - center o[n_k]))``, normalised at low resolution,
     then resized bilinearly as ``F.interpolate(mode="bilinear", align_corners=False)``.
@@ -73,94 +62,37 @@ def sparse_cam(
     Source: paper, Eq. 6 and section 3.3.
     """
     require_choice("backend", backend, BACKENDS)
-    sizes = check_sparse_cam(
-        activations,
-        neighbors,
-        channels,
-        weights,
-        size=size,
-        mixing=mixing,
-        offsets=offsets,
-        center=center,
-        relu=relu,
-        normalize=normalize,
-        grid=grid,
-        dtype=dtype,
-    )
-    require_ids("neighbors", neighbors, -1, sizes["N"])
-    if sizes["N"]:
-        # Only the rows that are read: the table may be a memory-mapped file of millions of rows.
-        require_ids("channels", channels[neighbors.clamp(min=0)], 0, sizes["C"])
-    return dispatch.sparse_cam(
-        activations,
-        neighbors,
-        channels,
-        weights,
-        size=size,
-        mixing=mixing,
-        offsets=offsets,
-        center=center,
-        relu=relu,
-        normalize=normalize,
-        grid=grid,
-        dtype=dtype,
-        backend=backend,
-    )
-
-
-def check_sparse_cam(
-    activations: Tensor,
-    neighbors: Tensor,
-    channels: Tensor,
-    weights: Tensor,
-    *,
-    size: Sequence[int],
-    mixing: Tensor | None,
-    offsets: Tensor | None,
-    center: float,
-    relu: bool,
-    normalize: str | None,
-    grid: Sequence[int] | None,
-    dtype: torch.dtype,
-) -> dict[str, int]:
-    """The sizes by letter, once all is as it must be but the ids, which are not looked at."""
-    require_dtype("activations", require_tensor("activations", activations), FLOATS)
-    if activations.ndim == 3:
-        sizes = require_shape("activations", activations, "B P C")
+    require_choice("normalize", normalize, ("max", "minmax", None))
+    require_choice("dtype", dtype, MAP_DTYPES)
+    sizes = Dimensions()
+    if isinstance(activations, Tensor) and activations.ndim == 3:
+        sizes.require("activations", activations, FLOATS, "B P C")
         if grid is None or grid[0] * grid[1] != sizes["P"]:
             raise ValueError(f"`grid` must be (H, W) with H W = P = {sizes['P']}, got {grid}")
     else:
-        sizes = require_shape("activations", activations, "B C H W")
+        sizes.require("activations", activations, FLOATS, "B C H W")
         if sizes["H"] * sizes["W"] == 0:
             raise ValueError(f"`activations` must have pixels, got {list(activations.shape)}")
-    for name, ids in (("neighbors", neighbors), ("channels", channels)):
-        require_dtype(name, require_tensor(name, ids), (torch.int64,))
-    sizes = require_shape("neighbors", neighbors, "B K", sizes)
-    sizes = require_shape("channels", channels, "N M", sizes)
-    require_dtype("weights", require_tensor("weights", weights), FLOATS)
-    require_shape("weights", weights, "N M", sizes)
+    sizes.require("neighbors", neighbors, (torch.int64,), "B K")
+    sizes.require("channels", channels, (torch.int64,), "N M")
+    sizes.require("weights", weights, FLOATS, "N M")
     if mixing is not None:
-        require_dtype("mixing", require_tensor("mixing", mixing), FLOATS)
-        require_shape("mixing", mixing, "B K", sizes)
+        sizes.require("mixing", mixing, FLOATS, "B K")
     if offsets is not None:
-        require_dtype("offsets", require_tensor("offsets", offsets), FLOATS)
-        require_shape("offsets", offsets, "N", sizes)
+        sizes.require("offsets", offsets, FLOATS, "N")
     elif center != 0:
         raise ValueError(f"`offsets` must be given when `center` is {center}, got None")
     if not math.isfinite(center):
         raise ValueError(f"`center` must be finite, got {center}")
-    require_choice("normalize", normalize, ("max", "minmax", None))
-    require_choice("dtype", dtype, MAP_DTYPES)
     if dtype == torch.uint8 and (normalize is None or (not relu and normalize == "max")):
         raise ValueError("`dtype` must be a float for maps outside [0, 1], got torch.uint8")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"`size` must be (OH, OW), both at least 1, got {size}")
-    require_same_device(
-        activations=activations,
-        neighbors=neighbors,
-        channels=channels,
-        weights=weights,
-        mixing=mixing,
-        offsets=offsets,
-    )
-    return sizes
+
+    def check_ids() -> None:
+        require_ids("neighbors", neighbors, -1, sizes["N"])
+        if sizes["N"]:
+            # Only the rows that are read: the table may be a mapped file of millions of rows.
+            require_ids("channels", channels[neighbors.clamp(min=0)], 0, sizes["C"])
+
+    return Outputs(activations, ((sizes["B"], *size), dtype), check_values=check_ids)

@@ -11,7 +11,7 @@ from gcfast import Explainer
 from gcfast.explain.cuda_graphs import GRAPHS_KEPT, Graphs
 from gcfast.explain.maps import Explained
 from gcfast.explain.result import Finish
-from gcfast.ops import dispatch
+from gcfast.ops import _operation
 
 
 class Recorder:
@@ -215,7 +215,7 @@ def test_threads_take_turns():
 
 def test_explain_batch_goes_through_the_graphs(monkeypatch):
     # What claims to be on a GPU would take kernels.
-    monkeypatch.setattr(dispatch, "uses_triton", lambda *_: False)
+    monkeypatch.setattr(_operation, "uses_triton", lambda *_: False)
     case = Case()
     images = pictures(3)[0]
     wanted = case.explainer.explain_batch(images, details=True)

@@ -7,10 +7,10 @@ import torch
 from networks import CHANNELS, OTHER_HEADS, Net, common, loader, pictures
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcfast import Explainer, reference
+from gcfast import Explainer, ops, reference
 from gcfast.explain import attached
 from gcfast.explain.result import Finish
-from gcfast.ops import dispatch
+from gcfast.ops import _operation
 
 # What must see values, and so waits for a device: the size of a result, a number for Python, or a
 # copy to the host.
@@ -66,7 +66,7 @@ def test_the_kernels_give_what_the_reference_gives(monkeypatch):
     images = pictures(2)[0]
     wanted = _run(explainer, images, size=(5, 5), center=1.0)
     launched = []
-    monkeypatch.setattr(dispatch, "uses_triton", lambda *_: launched.append(1) or True)
+    monkeypatch.setattr(_operation, "uses_triton", lambda *_: launched.append(1) or True)
     got = _run(explainer, images, size=(5, 5), center=1.0)
     assert launched
     for one, two in zip(got, wanted, strict=True):
@@ -102,7 +102,7 @@ def test_nothing_waits_on_a_gpu(k, device):
 def test_a_cuda_tensor_takes_this_path(monkeypatch):
     seen = []
     # What claims to be on a GPU would take kernels.
-    monkeypatch.setattr(dispatch, "uses_triton", lambda *_: False)
+    monkeypatch.setattr(_operation, "uses_triton", lambda *_: False)
     monkeypatch.setattr(attached, "explained", lambda *args, **kwargs: seen.append(kwargs) or args)
     explainer = _explainer_without_a_pass()
     explainer._attach().explain(pictures(1)[0], finish=None)
@@ -114,7 +114,7 @@ def test_a_cuda_tensor_takes_this_path(monkeypatch):
     images = pictures(1)[0].as_subclass(OnGpu)
     explainer._attach().explain(images, finish=None)
     assert seen[-1]["marks"]
-    assert seen[-1]["sparse_cam"] is dispatch.sparse_cam
+    assert seen[-1]["sparse_cam"] is ops.sparse_cam.trusted
 
 
 def _explainer_without_a_pass():
@@ -149,8 +149,8 @@ def test_few_launches_beside_the_model_and_the_kernels(k, most, monkeypatch):
     found = explainer._attach().transfer.search(torch.randn(4, explainer.database.dim), k)
     maps = _run(explainer, images).maps
     # Two kernels and one, on a GPU.
-    monkeypatch.setattr(dispatch, "knn", lambda *_, **__: found)
-    monkeypatch.setattr(dispatch, "sparse_cam", lambda *_, **__: maps)
+    monkeypatch.setattr(ops.knn, "trusted", lambda *_, **__: found)
+    monkeypatch.setattr(ops.sparse_cam, "trusted", lambda *_, **__: maps)
     with Launches() as whole:
         _run(explainer, images)
     assert len(whole.made) - len(model.made) <= most, whole.made
@@ -162,9 +162,9 @@ def test_the_kernel_under_explain_batch(head, k, monkeypatch, device):
     model = common() if head == "conv" else Net(OTHER_HEADS["gem"](CHANNELS))
     explainer = _explainer(model, device, k=k)
     images = pictures(3)[0].to(device)
-    chosen, maps = dispatch.sparse_cam, {}
+    chosen, maps = ops.sparse_cam.trusted, {}
     for backend in ("reference", "triton"):
-        monkeypatch.setattr(dispatch, "sparse_cam", functools.partial(chosen, backend=backend))
+        monkeypatch.setattr(ops.sparse_cam, "trusted", functools.partial(chosen, backend=backend))
         maps[backend] = _run(explainer, images).maps
     torch.testing.assert_close(maps["triton"], maps["reference"], atol=2e-6, rtol=2e-6)
 
@@ -178,8 +178,8 @@ def test_an_image_that_is_not_finite_gets_a_map_of_nan(k, value, backend, monkey
     images = pictures(3)[0].to(device)
     wanted = explainer.explain_batch(images, size=(9, 7))
     images[1] = value
-    kernel = functools.partial(dispatch.sparse_cam, backend=backend)
-    monkeypatch.setattr(dispatch, "sparse_cam", kernel)
+    kernel = functools.partial(ops.sparse_cam.trusted, backend=backend)
+    monkeypatch.setattr(ops.sparse_cam, "trusted", kernel)
     maps = _run(explainer, images).maps
     assert maps[1].isnan().all()
     torch.testing.assert_close(maps[::2], wanted[::2], atol=2e-6, rtol=2e-6)

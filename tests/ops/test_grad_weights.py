@@ -224,12 +224,6 @@ def test_beyond_2_31_elements(layout, method):
     assert torch.equal(got, torch.tensor([[0.0], [wanted]]).expand(2, C))
 
 
-def test_registered_as_torch_says():
-    args = (torch.randn(2, 3, 4, 2, 2), torch.rand(2, 3) > 0.3, torch.rand(2, 4, 2, 2))
-    options = {"method": "gradcam++", "backend": "triton"}
-    torch.library.opcheck(torch.ops.gcfast.grad_weights.default, args, options)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

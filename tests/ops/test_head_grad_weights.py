@@ -216,16 +216,6 @@ def test_beyond_2_31_elements():
         assert torch.equal(got, torch.tensor([[0.0], [wanted]]).expand(2, 5))
 
 
-def test_registered_as_torch_says():
-    args, rest = _arguments(B=2, T=3, C=5, D=4, valid=1)
-    tensors = [rest[name] for name in ("embeddings", "norms", "activation_sums")]
-    torch.library.opcheck(
-        torch.ops.gcfast.head_grad_weights.default,
-        (*args, *tensors),
-        {"pixels": 4, "method": "gradcam++", "precision": "tf32", "backend": "triton"},
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
