@@ -21,7 +21,7 @@ from subjects import CONVOLUTIONAL, loader, network
 import gcfast
 from gcfast.cli.evaluate import compressor
 from gcfast.evaluation.datasets import Truth
-from gcfast.evaluation.evaluate import AnnotationScore, evaluate
+from gcfast.evaluation.measure import AnnotationScore, evaluate
 
 
 def truths(count: int, side: int, seed: int) -> Truth:

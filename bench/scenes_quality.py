@@ -16,7 +16,7 @@ from torch import Tensor
 
 import gcfast
 from gcfast.cli.evaluate import compressor
-from gcfast.evaluation.evaluate import PAPER_ROW, Evaluation, evaluate
+from gcfast.evaluation.measure import PAPER_ROW, Evaluation, evaluate
 from gcfast.evaluation.table import MAIN_ROW, statistics
 from gcfast.metrics import RegionSums, box_masks, localisation_accuracy
 from gcfast.metrics.scores import two_object_shares

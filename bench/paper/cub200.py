@@ -37,7 +37,7 @@ from gcfast import ops
 from gcfast.builder.build import assemble
 from gcfast.builder.rows import rows_from_spool
 from gcfast.cli.evaluate import compressor
-from gcfast.evaluation.evaluate import PAPER_ROW, AnnotationScore, Evaluation, evaluate
+from gcfast.evaluation.measure import PAPER_ROW, AnnotationScore, Evaluation, evaluate
 from gcfast.evaluation.report import draw, write_tables
 from gcfast.evaluation.table import MAIN_ROW
 from gcfast.evaluation.ways import Trained

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 import time
@@ -18,9 +17,9 @@ from gcfast.cli.inputs import open_database, reading
 from gcfast.cli.outputs import check_folder, tell_left_out
 from gcfast.database.database import Database
 from gcfast.evaluation.datasets import ScoredLoader, Truth, labelled_loader, open_dataset
-from gcfast.evaluation.evaluate import AnnotationScore, Compress, evaluate
 from gcfast.evaluation.examples import FILES, draw_examples
-from gcfast.evaluation.report import OUTPUTS, draw, write_tables
+from gcfast.evaluation.measure import AnnotationScore, Compress, evaluate
+from gcfast.evaluation.report import OUTPUTS, draw, write_csv, write_tables
 from gcfast.evaluation.ways import Trained
 from gcfast.images.folder import ImageLoader
 from gcfast.images.preprocessing import Preprocessing
@@ -71,10 +70,7 @@ def evaluate_database(options: argparse.Namespace) -> None:
             )
     seconds = time.perf_counter() - started
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "skipped.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "reason"])
-        table.writerows(loader.skipped)
+    write_csv(options.out / "skipped.csv", ["image", "reason"], loader.skipped)
     title = f"{test.name}, {measured.images} images"
     text = write_tables(measured, options.out, title, seed=options.seed)
     print(text)

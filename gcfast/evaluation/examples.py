@@ -1,4 +1,4 @@
-"""Some of the images that `gcfast evaluate` scored, with their maps: the paper's Figures 4, 5."""
+"""Examples of what ``gcfast evaluate`` scored, with their maps: the paper's Figures 4 and 5."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FILES = ("examples.png", "pairs.png")
 def draw_examples(
     explainer: Explainer, loader: ScoredLoader, neighbors: Path | None, out: Path
 ) -> Iterator[str]:
-    """Draw images spread evenly over the set, whatever came out; gives the names of the files.
+    """Draw images spread evenly over the set; yields the names of the files.
 
     Args:
         explainer: with the database whose maps are shown.
         loader: of the test images.
-        neighbors: where the database's pictures are; None draws no pairs.
+        neighbors: the folder of the database's pictures; None draws no pairs.
         out: the folder.
     """
     samples = loader.dataset.samples
@@ -39,7 +39,7 @@ def draw_examples(
     )
     try:
         ((images, truth),) = list(few)
-    except AnnotationError:  # the pictures have gone since they were scored
+    except AnnotationError:  # the pictures were removed after they were scored
         return
     images = images.to(explainer.network.device(images.device))
     why = explainer.explain_batch(images, details=True)

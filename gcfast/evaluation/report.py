@@ -1,17 +1,17 @@
-"""What `gcfast evaluate` leaves: the table as text and CSV, the sweeps as CSV, all of it drawn."""
+"""What ``gcfast evaluate`` writes: the table as text and CSV, the sweeps as CSV, and figures."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gcfast.evaluation import figures
-from gcfast.evaluation.evaluate import LOCALISED, Evaluation
+from gcfast.evaluation.measure import LOCALISED, Evaluation
 from gcfast.evaluation.table import (
     INTERVAL,
     MAIN_ROW,
@@ -42,7 +42,7 @@ _FIELDS = ("images", "mean", "deviation", "low", "high")
 
 
 def table_text(tables: dict[float, QualityTable], *, seed: int = 0) -> str:
-    """The tables side by side: mean ± standard deviation [95 % interval of the mean]."""
+    """Return the tables side by side: mean ± standard deviation [95 % interval of the mean]."""
     found = {center: table.statistics(seed=seed) for center, table in tables.items()}
     first = next(iter(tables.values()))
     header = [""]
@@ -58,14 +58,14 @@ def table_text(tables: dict[float, QualityTable], *, seed: int = 0) -> str:
 
 
 def told(one: Statistic) -> str:
-    """A statistic as tables print it."""
+    """Return a statistic as tables print it."""
     return f"{one.mean:.3f} ±{one.deviation:.3f} [{one.low:.3f}, {one.high:.3f}]"
 
 
 def max_box_acc_statistic(best: Tensor, seed: int = 0) -> Statistic:
-    """MaxBoxAccV2 of [B, K], its interval by choosing the best threshold anew in each draw.
+    """Return MaxBoxAccV2 of [B, K]; each draw of its interval chooses its own best threshold.
 
-    It is of the whole set, so that there is no deviation of the images: NaN.
+    It is a measure of the whole set, so the deviation of the images is NaN.
     """
     B = len(best)
     hits = torch.stack([(best >= at).double() for at in V2_IOUS])  # [3, B, K]
@@ -75,7 +75,7 @@ def max_box_acc_statistic(best: Tensor, seed: int = 0) -> Statistic:
 
 
 def write_tables(measured: Evaluation, out: Path, title: str, *, seed: int = 0) -> str:
-    """Write every number to ``out``; returns the text of the table."""
+    """Write every number to ``out`` and return the text of the table."""
     text = f"{title}\nmean ± standard deviation of the images [95 % interval of the mean]\n\n"
     text += table_text(measured.tables, seed=seed)
     found = measured.localisation
@@ -84,37 +84,44 @@ def write_tables(measured: Evaluation, out: Path, title: str, *, seed: int = 0) 
         text += f"\nMaxBoxAccV2, {name}: {one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]"
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
     for file, extra in (("table.csv", False), ("sweeps.csv", True)):
-        with (out / file).open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["row", "center", "column", *_FIELDS])
-            for center, table in measured.tables.items():
-                for name, columns in table.statistics(extra=extra, seed=seed).items():
-                    for column, one in columns.items():
-                        writer.writerow([name, f"{center:g}", column, *_numbers(one)])
-    with (out / "localisation.csv").open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["row", "measure", "threshold", *_FIELDS])
-        for name, iou in found.iou.items():
-            hits = (iou >= 0.5).double()
-            for threshold, one in zip(found.thresholds, statistics(hits, seed), strict=True):
-                writer.writerow([name, "accuracy at IoU 0.5", f"{threshold:g}", *_numbers(one)])
-            (one,) = statistics(found.pointing[name][:, None].double(), seed)
-            writer.writerow([name, "pointing game", "", *_numbers(one)])
-        for name, one in boxes.items():
-            writer.writerow([name, "MaxBoxAccV2", "", *_numbers(one)])
-    with (out / "fidelity.csv").open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["distance", "cosine", "spearman", "cosine of a random row"])
-        if measured.fidelity is not None:
-            points = measured.fidelity
-            assert points.control is not None
-            parts = (points.distances, points.cosine, points.spearman, points.control)
-            writer.writerows(zip(*(_texts(part) for part in parts), strict=True))
+        rows = [
+            [name, f"{center:g}", column, *_numbers(one)]
+            for center, table in measured.tables.items()
+            for name, columns in table.statistics(extra=extra, seed=seed).items()
+            for column, one in columns.items()
+        ]
+        write_csv(out / file, ["row", "center", "column", *_FIELDS], rows)
+    rows = []
+    for name, iou in found.iou.items():
+        hits = (iou >= 0.5).double()
+        for threshold, one in zip(found.thresholds, statistics(hits, seed), strict=True):
+            rows.append([name, "accuracy at IoU 0.5", f"{threshold:g}", *_numbers(one)])
+        (one,) = statistics(found.pointing[name][:, None].double(), seed)
+        rows.append([name, "pointing game", "", *_numbers(one)])
+    rows += [[name, "MaxBoxAccV2", "", *_numbers(one)] for name, one in boxes.items()]
+    write_csv(out / "localisation.csv", ["row", "measure", "threshold", *_FIELDS], rows)
+    points = measured.fidelity
+    parts: tuple[Tensor, ...] = ()
+    if points is not None and points.control is not None:
+        parts = (points.distances, points.cosine, points.spearman, points.control)
+    write_csv(
+        out / "fidelity.csv",
+        ["distance", "cosine", "spearman", "cosine of a random row"],
+        zip(*([f"{v:.6f}" for v in part.tolist()] for part in parts), strict=True),
+    )
     return text
 
 
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write one CSV file in UTF-8."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
 def draw(measured: Evaluation, out: Path, title: str, *, seed: int = 0) -> Iterator[str]:
-    """Draw every curve that there is; gives the names of the files as they are written."""
+    """Draw every curve; yields the names of the files as they are written."""
     plain = measured.tables[0.0]
     extra = plain.statistics(extra=True, seed=seed)
     rows = plain.statistics(seed=seed)
@@ -142,7 +149,7 @@ def draw(measured: Evaluation, out: Path, title: str, *, seed: int = 0) -> Itera
         (
             "centers.png",
             measured.center_counts,
-            "k-means centres",
+            "k-means centers",
             {"top-50": sweep([f"K={n}" for n in measured.center_counts])},
         ),
     ):
@@ -180,7 +187,3 @@ def draw(measured: Evaluation, out: Path, title: str, *, seed: int = 0) -> Itera
 
 def _numbers(one: Statistic) -> list[str]:
     return [str(one.images), *(f"{value:.6f}" for value in one[1:])]
-
-
-def _texts(values: Tensor) -> list[str]:
-    return [f"{value:.6f}" for value in values.tolist()]

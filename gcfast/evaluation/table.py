@@ -44,17 +44,17 @@ INTERVAL = (0.025, 0.975)
 
 @runtime_checkable
 class RegionScore(Protocol):
-    """A score that needs no more than sums over regions, and so no map at full size."""
+    """A score that needs only sums over regions, and so no map at full size."""
 
     def regions(self, truth: Any) -> Tensor:
-        """What is summed over, [B, n, h, w] bool."""
+        """Return the regions to sum over, [B, n, h, w] bool."""
 
     def scores(self, sums: RegionSums, truth: Any, names: list[str]) -> dict[str, Tensor]:
-        """Scores by name, [B, V] each for the V maps of each image; NaN where there is none."""
+        """Return scores by name, [B, V] each for the V maps of each image; NaN for none."""
 
 
 class Statistic(NamedTuple):
-    """A score over the images that have it."""
+    """A score's statistics over the images that have it."""
 
     images: int
     mean: float
@@ -71,7 +71,7 @@ class QualityTable:
         columns: names of the scores.
         scores: row name → column → scores of all test images, [B] float32.
         database: of the row "Grad-CAM, for, top-50".
-        extra: the same for further ways, which are no rows of the table.
+        extra: the same for further ways, which are not rows of the table.
     """
 
     columns: list[str] = field(default_factory=list)
@@ -81,25 +81,25 @@ class QualityTable:
 
     @property
     def rows(self) -> list[tuple[str, dict[str, float]]]:
-        """(name, mean of each score over the images that have it, NaN being "has not")."""
+        """(name, mean of each score over the images that have it, not NaN)."""
         return [
             (name, {column: float(values.nanmean()) for column, values in columns.items()})
             for name, columns in self.scores.items()
         ]
 
     def cells(self) -> list[list[str]]:
-        """Header and rows as text."""
+        """Return header and rows as text."""
         return [
             ["", *self.columns],
             *([name, *(f"{means[c]:.3f}" for c in self.columns)] for name, means in self.rows),
         ]
 
     def statistics(self, *, extra: bool = False, seed: int = 0) -> dict[str, dict[str, Statistic]]:
-        """Row → column → mean, standard deviation and bootstrap interval.
+        """Return row → column → mean, standard deviation and bootstrap interval.
 
         Args:
-            extra: of the further ways in place of the rows.
-            seed: of the bootstrap; all rows are drawn alike, so that they can be compared.
+            extra: of the further ways instead of the rows.
+            seed: of the bootstrap; all rows share the draws, so that they can be compared.
         """
         source = self.extra if extra else self.scores
         names = list(source)
@@ -118,7 +118,7 @@ class QualityTable:
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns, the first to the left and the others to the right."""
+    """Align rows of text in columns, the first to the left and the others to the right."""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = []
     for name, *values in cells:
@@ -129,7 +129,7 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
 
 
 def statistics(values: Tensor, seed: int = 0) -> list[Statistic]:
-    """Of each column of [B, V], over the images that have it, NaN being "has not"."""
+    """Return the statistics of each column of [B, V], over the images where it is not NaN."""
     kept = values[~values.isnan().all(1)]
     if bool(kept.isnan().any()):  # columns of other images: one by one
         return [statistics(column[:, None], seed)[0] for column in values.unbind(1)]
@@ -144,7 +144,7 @@ def statistics(values: Tensor, seed: int = 0) -> list[Statistic]:
 
 
 def resampled(images: int, seed: int) -> Iterator[Tensor]:
-    """How often each image is in each draw of the bootstrap, [100, B] float64, until all are."""
+    """Yield how often each image is in each draw of the bootstrap, [100, B] float64 at a time."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(0, BOOTSTRAP_DRAWS, 100):  # a hundred draws at once: 100 B numbers
         drawn = torch.randint(images, (100, images), generator=generator)
@@ -162,7 +162,7 @@ def quality_table(
     seed: int = 0,
     progress: bool = False,
 ) -> QualityTable:
-    """The table of one ``center``; see :func:`quality_tables`."""
+    """Make the table of one ``center``; see :func:`quality_tables`."""
     (table,) = quality_tables(
         explainer,
         train_loader,
@@ -188,22 +188,22 @@ def quality_tables(
     """Score the controls, EmbeddingCAM, and every variant of the method.
 
     The 17 rows: a uniform map; the sum over all channels; 50 random channels; the weights of a
-    random row in place of the nearest; EmbeddingCAM (arXiv:2402.00909) with the mean embedding of
+    random row instead of the nearest; EmbeddingCAM (arXiv:2402.00909) with the mean embedding of
     the nearest row's class as the proxy, all channels; then Grad-CAM and Grad-CAM++, evidence for
     and against, each with one triplet and all channels, 50 triplets and all channels, 50 triplets
     and the top 50 channels, by transfer from the nearest row.
 
     Args:
-        explainer: gives the network, the objective, the margin and the seed; its other settings are
-            what the rows vary. The head must be the common one.
+        explainer: gives the network, the objective, the margin and the seed; the rows vary the
+            other settings. The head must be an affine map of the averaged activations.
         train_loader: as for :meth:`Explainer.build`.
         test_batches: (images [B, 3, h, w] on the model's device, truth) pairs; truth is passed on.
         score: (maps [B, h, w] in [0, 1], truth, class name of each image's nearest row) → scores
-            by name, [B] each; NaN where an image has none. Or a :class:`RegionScore`, which is
+            by name, [B] each; NaN for an image without one. Or a :class:`RegionScore`, which is
             several times cheaper.
         centers: how much of the offsets to subtract from every map, the controls' included: one
             table for each.
-        seed: of the random controls, whose draws depend on it and on an image's place among the
+        seed: of the random controls, whose draws depend on it and on an image's number among the
             test images, not on the batches.
         progress: show bars on stderr.
 
@@ -234,7 +234,7 @@ def tables_from(
     further: Sequence[Ways] = (),
     watch: Watch | None = None,
 ) -> list[QualityTable]:
-    """The tables from one pass over the test images.
+    """Make the tables from one pass over the test images.
 
     Args:
         trained: the training images after their pass.
@@ -244,7 +244,8 @@ def tables_from(
         seed: as for :func:`quality_tables`.
         progress: as for :func:`quality_tables`.
         further: more ways to score besides the rows; they become ``extra``.
-        watch: called with each batch's images, truth, query, ways and maps [B, V, H, W] a centre.
+        watch: called with each batch's images, truth, query, ways and maps [B, V, H, W], one for
+            each center.
     """
     seen = 0
     collected = [_Collected() for _ in centers]
@@ -276,18 +277,18 @@ def tables_from(
 
 
 def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [B, V, H, W] at the size (h, w) of the images."""
+    """Return maps [B, V, H, W] at the size (h, w) of the images."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 class _Collected:
-    """Scores as they come, batch by batch."""
+    """Collects scores batch by batch."""
 
     def __init__(self) -> None:
         self.parts: dict[str, dict[str, list[Tensor]]] = {}
 
     def add(self, names: Sequence[str], scores: dict[str, Tensor]) -> None:
-        """Scores [B, V] by column, of V ways."""
+        """Add scores [B, V] by column, of V ways."""
         for column, values in scores.items():
             for name, one in zip(names, values.cpu().unbind(1), strict=True):
                 self.parts.setdefault(name, {}).setdefault(column, []).append(one)

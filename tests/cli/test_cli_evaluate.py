@@ -15,7 +15,7 @@ from PIL import Image
 import gcfast
 from gcfast.cli import main
 from gcfast.cli.evaluate import compressor
-from gcfast.evaluation.evaluate import CHANNEL_COUNTS, LOCALISED
+from gcfast.evaluation.measure import CHANNEL_COUNTS, LOCALISED
 from gcfast.evaluation.table import MAIN_ROW
 from gcfast.metrics import mask_score
 

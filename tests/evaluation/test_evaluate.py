@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gcfast
 from gcfast.evaluation.datasets import Truth
-from gcfast.evaluation.evaluate import AnnotationScore, Evaluation, evaluate
+from gcfast.evaluation.measure import AnnotationScore, Evaluation, evaluate
 from gcfast.evaluation.table import MAIN_ROW
 from gcfast.metrics import cosine, flat_maps, pointing_game, spearman
 from gcfast.metrics.controls import random_rows

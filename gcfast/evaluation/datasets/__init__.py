@@ -1,4 +1,4 @@
-"""Data sets with boxes and masks, read in the layouts in which they are published."""
+"""Data sets with boxes and masks, read in their published layouts."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _READERS: dict[str, Callable[[Path, str], ScoredSet]] = {
 
 
 def open_dataset(spec: str, half: str = "test") -> ScoredSet:
-    """The images of a data set.
+    """Open a data set.
 
     Args:
         spec: ``cub:ROOT``, ``coco:ROOT`` or ``folder:ROOT``.
-        half: "train" or "test"; a folder has one half only and gives it either way.
+        half: "train" or "test"; a folder has one half and gives it for both.
 
     Raises:
-        ValueError: another kind of data set, or files that are not as the layout says.
+        ValueError: another kind of data set, or files that do not follow the layout.
         FileNotFoundError: a file of the layout is missing.
     """
     kind, colon, root = spec.partition(":")

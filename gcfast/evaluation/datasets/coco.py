@@ -24,14 +24,14 @@ SPLITS = {"test": ("val2017", "val2014"), "train": ("train2017", "train2014")}
 
 @dataclass(frozen=True)
 class Regions:
-    """The union of segmentations as the JSON has them: polygons, counts, or compressed counts."""
+    """The union of segmentations as in the JSON: polygons, counts, or compressed counts."""
 
     segmentations: tuple[Any, ...]
     height: int
     width: int
 
     def read(self) -> NDArray[np.bool_]:
-        """The mask [h, w]."""
+        """Decode the mask [h, w]."""
         mask = np.zeros((self.height, self.width), bool)
         for one in self.segmentations:
             mask |= decode_segmentation(one, self.height, self.width)
@@ -41,18 +41,18 @@ class Regions:
 def read_coco(
     root: Path, *, half: str = "test", category: str = "bird", split: str | None = None
 ) -> ScoredSet:
-    """The images on which a category is, with its boxes and masks.
+    """Read the images that show a category, with its boxes and masks.
 
     An image's mask is the union of the category's instances, crowds included; its boxes are those
-    of the instances that are no crowd. Images without such a box are skipped and counted, and so
+    of the instances that are not crowds. Images without such a box are skipped and counted, and so
     are those with an instance that lacks its box or its segmentation: heat on it would count as
     misplaced.
 
     Args:
         root: the folder with ``annotations/instances_<split>.json`` and ``<split>/`` (or
             ``images/<split>/``).
-        half: "test" takes the split val2017 or val2014, "train" train2017 or train2014, whichever
-            is there.
+        half: "test" uses the split val2017 or val2014, "train" train2017 or train2014, whichever
+            exists.
         category: its name in the JSON.
         split: another split by its name.
 
@@ -78,7 +78,7 @@ def read_coco(
         numbers = {c["name"]: c["id"] for c in content["categories"]}
         if not all(isinstance(n, str) for _, n, _, _ in images):
             raise TypeError("a file_name that is no text")
-        # An id that cannot be looked up is told here, not where it is.
+        # An id that cannot be hashed fails here, with the file's name.
         hash((tuple(i for i, _, _, _ in images), tuple(i for i, _, _ in annotations)))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -123,7 +123,7 @@ def read_coco(
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """The mask [h, w] of one annotation's ``segmentation``.
+    """Decode the mask [h, w] of one annotation's ``segmentation``.
 
     Raises:
         ValueError: neither polygons nor a run-length encoding, or one of another size.
@@ -148,16 +148,16 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> NDArray[n
         counts = decompress_counts(counts)
     if any(c < 0 for c in counts) or sum(counts) != height * width:
         raise ValueError(f"the counts must add up to {height * width}, got {sum(counts)}")
-    values = np.arange(len(counts)) % 2 == 1  # from outside on, in turn
+    values = np.arange(len(counts)) % 2 == 1  # alternating, outside first
     return np.repeat(values, counts).reshape(width, height).T  # column by column
 
 
 def decompress_counts(text: str) -> list[int]:
-    """The run lengths behind COCO's compressed string.
+    """Decode the run lengths in COCO's compressed string.
 
-    Each number is cut into 5-bit digits, lowest first, in characters from "0" on; bit 5 of a digit
-    says that another follows, bit 4 of the last is the sign. From the fourth number on, what is
-    written is the difference from the number two places before.
+    Each number is split into 5-bit digits, lowest first, in characters from "0" on; bit 5 of a
+    digit says that another follows, bit 4 of the last is the sign. From the fourth number on, the
+    string has the difference from the number two places before.
 
     Source: ``rleToString`` in cocoapi's ``common/maskApi.c``.
     """
@@ -183,14 +183,14 @@ def decompress_counts(text: str) -> list[int]:
 
 
 def fill_polygon(points: NDArray[np.float64], height: int, width: int) -> NDArray[np.bool_]:
-    """Pixels [h, w] whose centre lies inside a polygon [n, 2] of (x, y), by the even-odd rule.
+    """Return the pixels [h, w] whose center is in a polygon [n, 2] of (x, y), by the even-odd rule.
 
-    pycocotools rounds outlines on a finer grid instead; the two differ along the outline alone.
+    pycocotools rounds outlines on a finer grid instead; the two differ only along the outline.
     """
     edges = np.zeros((height, width + 1), np.int64)
     for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, 0), strict=True):
         low, high = min(y0, y1), max(y0, y1)
-        # Rows whose centre y + 0.5 lies in [low, high): a shared vertex is counted once.
+        # Rows whose center y + 0.5 is in [low, high): a shared vertex is counted once.
         first, last = max(0, int(np.ceil(low - 0.5))), min(height, int(np.ceil(high - 0.5)))
         if last <= first:
             continue

@@ -1,8 +1,8 @@
-"""Caltech-UCSD Birds-200-2011, as its two archives unpack.
+"""Caltech-UCSD Birds-200-2011, as unpacked from its two archives.
 
 ``CUB_200_2011.tgz`` holds ``images.txt``, ``image_class_labels.txt``, ``classes.txt``,
-``bounding_boxes.txt``, ``train_test_split.txt`` and ``images/``; ``segmentations.tgz`` the folder
-``segmentations/``, looked for inside the first's folder and beside it.
+``bounding_boxes.txt``, ``train_test_split.txt`` and ``images/``; ``segmentations.tgz`` holds the
+folder ``segmentations/``, expected inside the first's folder or next to it.
 
 Source: Wah et al., "The Caltech-UCSD Birds-200-2011 dataset", CNS-TR-2011-001.
 """
@@ -24,20 +24,20 @@ _FILES = (
 
 
 def read_cub(root: Path, half: str, *, zero_shot: bool = True) -> ScoredSet:
-    """One half of the birds.
+    """Read one half of the birds.
 
     Args:
         root: the folder with ``images.txt``, or the one that holds it as ``CUB_200_2011``.
         half: "train" or "test".
         zero_shot: split by species, as metric learning does: the first half of the classes (1 to
-            100) trains, the others test. False takes ``train_test_split.txt``.
+            100) trains, the others test. False uses ``train_test_split.txt``.
 
     Returns:
-        The samples in the order of ``images.txt``; with masks where ``segmentations/`` is there.
+        The samples in the order of ``images.txt``; with masks if ``segmentations/`` exists.
 
     Raises:
         FileNotFoundError: an annotation file or a picture is missing.
-        ValueError: a line that is not as published, an image that a file does not know.
+        ValueError: a line that does not follow the format, an image that a file lacks.
 
     Source: the split by species: Song et al., "Deep metric learning via lifted structured feature
         embedding", CVPR 2016, section 5.

@@ -1,4 +1,4 @@
-"""Anyone's pictures: class folders, with masks or boxes beside them."""
+"""A user's own pictures: class folders, with masks or boxes next to them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ _COLUMNS = ("path", "x0", "y0", "x1", "y1")
 
 
 def read_folder(root: Path) -> ScoredSet:
-    """Pictures of ``root/images/<class>/…``, masks of ``root/masks``, boxes of ``root/boxes.csv``.
+    """Read ``root/images/<class>/…``, masks of ``root/masks`` and boxes of ``root/boxes.csv``.
 
-    Either of masks and boxes may be missing. A mask lies where its picture does, its name ending in
-    ``.png`` (``images/a/1.jpg``, ``masks/a/1.png``), and is the object where its value is at least
-    128. ``boxes.csv`` has the columns path (relative to ``images``), x0, y0, x1, y1 in pixels, the
-    end exclusive; a picture with several objects has several lines. Without boxes a mask's extent
-    is taken. A picture without its mask (where there are masks), or without either, is skipped.
+    Masks or boxes may be missing. A mask has its picture's path with the extension ``.png``
+    (``images/a/1.jpg``, ``masks/a/1.png``), and is the object where its value is at least 128.
+    ``boxes.csv`` has the columns path (relative to ``images``), x0, y0, x1, y1 in pixels, the end
+    exclusive; a picture with several objects has several lines. Without boxes, the box of the mask
+    is used. A picture without its mask (if there are masks), or without either, is skipped.
 
     Raises:
-        FileNotFoundError: neither masks nor boxes, or a box of a picture that is not there.
+        FileNotFoundError: neither masks nor boxes, or a box of a picture that does not exist.
         ValueError: as :class:`gcfast.images.folder.ImageFolder`; a line of ``boxes.csv`` that is
-            no box;
-            pictures that differ in their endings alone, so that one mask would be of both.
+            not a box; pictures that differ only in their extensions, and would share a mask.
     """
     root = Path(root)
     images = ImageFolder(root / "images")

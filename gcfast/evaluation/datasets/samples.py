@@ -1,4 +1,4 @@
-"""Images with their annotations, brought to the view that the network sees."""
+"""Images with their annotations, as the network sees them."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the pictu
 
 
 class AnnotationError(GcfastError):
-    """An annotation does not fit its picture, and it was asked that none be skipped."""
+    """An annotation does not fit its picture and none may be skipped, or no image can be used."""
 
 
 class MaskSource(Protocol):
-    """Where the mask of a picture comes from; picklable, for the worker processes."""
+    """The source of a picture's mask; picklable, for the worker processes."""
 
     def read(self) -> NDArray[np.bool_]:
-        """The mask [h, w] at the picture's size."""
+        """Read the mask [h, w] at the picture's size."""
 
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A picture whose values of at least 128 of 255 are the object."""
+    """An image file whose values of at least 128 of 255 are the object."""
 
     path: Path
 
     def read(self) -> NDArray[np.bool_]:
-        """The mask [h, w].
+        """Read the mask [h, w].
 
         Raises:
-            ValueError: there is something in it, but nothing of at least 128.
+            ValueError: it has values above 0, but none of at least 128.
         """
         with Image.open(self.path) as picture:
             values = np.asarray(picture.convert("L"))
@@ -57,13 +57,13 @@ class MaskFile:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what is on it.
+    """One picture and the objects on it.
 
     Attributes:
         path: the file.
         id: its name in reports and databases.
         label: its class.
-        boxes: of its objects, in pixels of the picture; without any the mask's extent is taken.
+        boxes: of its objects, in pixels of the picture; without any, the box of the mask is used.
         mask: of its objects together, or None.
     """
 
@@ -76,13 +76,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """What a reader found.
+    """The annotated pictures that a reader found.
 
     Attributes:
         name: of the data set, for reports.
         samples: in the order of the annotation files.
         skipped: (id, reason) of what cannot be used and was left out.
-        has_masks: whether the samples have masks; they have boxes in any case.
+        has_masks: whether the samples have masks; they always have boxes.
     """
 
     name: str
@@ -97,23 +97,23 @@ class ScoredSet:
 
     @property
     def single(self) -> list[str]:
-        """Classes of one sample only, which has no positive partner; sorted."""
+        """Classes of one sample, which has no positive partner; sorted."""
         labels = [sample.label for sample in self.samples]
         return [name for name in self.class_names if labels.count(name) == 1]
 
 
 class Truth(NamedTuple):
-    """What a batch of B views of S x S pixels shows."""
+    """The annotations of a batch of B views of S x S pixels."""
 
     ids: list[str]
     labels: list[str]
     boxes: list[Tensor]  # B of [n, 4] int64, whole pixels of the view, the end exclusive
     box_mask: Tensor  # [B, S, S] bool: inside any of the boxes
-    masks: Tensor | None  # [B, S, S] bool; None where the set has none
+    masks: Tensor | None  # [B, S, S] bool; None if the set has none
 
     @property
     def localised(self) -> tuple[list[Tensor], Tensor]:
-        """Boxes, and where pointing is a hit: on the mask, or in a box where there is none."""
+        """Boxes, and where pointing is a hit: on the mask, or in a box without one."""
         return self.boxes, self.box_mask if self.masks is None else self.masks
 
 
@@ -125,7 +125,7 @@ class _Item(NamedTuple):
 
 
 class _Items(Dataset[_Item]):
-    """Views with their annotations; what cannot be used comes as its reason."""
+    """Views with their annotations, or the reason why a sample cannot be used."""
 
     def __init__(
         self, samples: Sequence[Sample], preprocessing: Preprocessing, masks: bool
@@ -199,9 +199,9 @@ class ScoredLoader:
     """Batches (images, Truth), the same in every pass; what cannot be used is counted.
 
     Args:
-        dataset: what a reader found.
+        dataset: the annotated pictures.
         preprocessing: gives the view.
-        batch_size: images a batch; smaller where some are skipped.
+        batch_size: images in a batch; fewer where some are skipped.
         workers: processes that decode; 0 decodes in this one.
         strict: raise at the first image that cannot be used instead of skipping it.
     """
@@ -231,7 +231,7 @@ class ScoredLoader:
         return [*self.dataset.skipped, *self._reasons.items()]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Truth]]:
-        """One pass: images float32 [B, 3, S, S], and what they show.
+        """Make one pass: images float32 [B, 3, S, S], and their annotations.
 
         Raises:
             AnnotationError: an image cannot be used and ``strict`` is set, or none can be used.
@@ -281,7 +281,7 @@ def labelled_loader(
     workers: int = 0,
     strict: bool = False,
 ) -> ImageLoader:
-    """Batches (images, labels, ids) of all samples, for :meth:`gcfast.Explainer.build`."""
+    """Return batches (images, labels, ids) of all samples, for :meth:`gcfast.Explainer.build`."""
     samples = dataset.samples
     return ImageLoader(
         [sample.path for sample in samples],
@@ -295,7 +295,7 @@ def labelled_loader(
 
 
 def text_of(path: Path) -> str:
-    """An annotation file, line ends as they are.
+    """Read an annotation file, with its own line ends.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -307,7 +307,7 @@ def text_of(path: Path) -> str:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """(w, h) of a picture the way up it is meant to be seen; reads the header alone."""
+    """(w, h) of a picture the right way up; reads only the header."""
     with Image.open(path) as picture:
         turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         width, height = picture.size
