@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from torch import Tensor, nn
 
 from gcfast.database.database import Database
 from gcfast.errors import NoDatabaseError
 from gcfast.explain.explainer import Explainer
+from gcfast.explain.result import Explanation, MapOptions
 from gcfast.method.objectives import objective_from
 
 _default: Explainer | None = None
@@ -51,12 +52,32 @@ def load(
     return explainer
 
 
-def explain_batch(images: Tensor, **options: Any) -> Any:
-    """:meth:`Explainer.explain_batch` of the Explainer that :func:`load` opened last.
+@overload
+def explain_batch(
+    images: Tensor, *, details: Literal[False] = ..., **options: Unpack[MapOptions]
+) -> Tensor: ...
+
+
+@overload
+def explain_batch(
+    images: Tensor, *, details: Literal[True], **options: Unpack[MapOptions]
+) -> Explanation: ...
+
+
+@overload
+def explain_batch(
+    images: Tensor, *, details: bool, **options: Unpack[MapOptions]
+) -> Tensor | Explanation: ...
+
+
+def explain_batch(
+    images: Tensor, *, details: bool = False, **options: Unpack[MapOptions]
+) -> Tensor | Explanation:
+    """Call :meth:`Explainer.explain_batch` of the Explainer that :func:`load` opened last.
 
     Raises:
         NoDatabaseError: :func:`load` has not been called.
     """
     if _default is None:
         raise NoDatabaseError("there is no database to explain from: call gcfast.load first")
-    return _default.explain_batch(images, **options)
+    return _default.explain_batch(images, details=details, **options)

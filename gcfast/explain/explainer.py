@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from gcfast.explain.calibration import KEY, Fidelity, calibrated, transfer_fidel
 from gcfast.explain.cuda_graphs import Graphs
 from gcfast.explain.export import ExportedExplainer
 from gcfast.explain.own_maps import labelled_maps, triplet_maps
-from gcfast.explain.result import Explanation, MapOptions, Size, TripletMaps
+from gcfast.explain.result import Explanation, Finish, MapOptions, TripletMaps
 from gcfast.explain.stream import overlapped
 from gcfast.explain.transfer import ExactTransfer
 from gcfast.method.objectives import LossFunction, Objective, TripletLoss
@@ -300,11 +300,8 @@ class Explainer:
         self,
         images: Tensor,
         *,
-        size: Size | None = ...,
-        normalize: str | None = ...,
-        relu: bool = ...,
-        center: float = ...,
         details: Literal[False] = ...,
+        **options: Unpack[MapOptions],
     ) -> Tensor: ...
 
     @overload
@@ -312,11 +309,8 @@ class Explainer:
         self,
         images: Tensor,
         *,
-        size: Size | None = ...,
-        normalize: str | None = ...,
-        relu: bool = ...,
-        center: float = ...,
         details: Literal[True],
+        **options: Unpack[MapOptions],
     ) -> Explanation: ...
 
     @overload
@@ -324,34 +318,24 @@ class Explainer:
         self,
         images: Tensor,
         *,
-        size: Size | None = ...,
-        normalize: str | None = ...,
-        relu: bool = ...,
-        center: float = ...,
         details: bool,
+        **options: Unpack[MapOptions],
     ) -> Tensor | Explanation: ...
 
     def explain_batch(
         self,
         images: Tensor,
         *,
-        size: Size | None = None,
-        normalize: str | None = "max",
-        relu: bool = True,
-        center: float = 0.0,
         details: bool = False,
+        **options: Unpack[MapOptions],
     ) -> Tensor | Explanation:
         """Return heat maps of images, from one forward pass and their nearest rows' grad-weights.
 
         Args:
             images: [B, 3, h, w] on the model's device and in its dtype, as the model expects them.
-            size: (OH, OW) or one number for both; None is the images' own.
-            normalize: "max" (the largest magnitude becomes 1) or "minmax", before upsampling; None
-                is raw.
-            relu: keep what is positive (the paper); False keeps signed maps.
-            center: how much of the rows' offsets to subtract: the response that the row's channels
-                have on average over the training images. 0 is the paper; 1 sharpens most maps.
             details: return an :class:`Explanation` instead of the maps alone.
+            **options: ``size``, ``normalize``, ``relu`` and ``center``, see
+                :class:`gcfast.explain.result.MapOptions`.
 
         Returns:
             [B, OH, OW] float32 on the images' device, in [0, 1] by default; zeros where the map
@@ -365,9 +349,8 @@ class Explainer:
 
         Source: paper, section 3.3.
         """
-        options = MapOptions(size, normalize, relu, center)
         images = self.network.checked("images", images)
-        finish = options.checked(images)
+        finish = Finish.checked(images, **options)
         attached = self._attach()
         if len(images) == 0:
             return attached.result(attached.empty(finish.size), details)
@@ -390,11 +373,8 @@ class Explainer:
         self,
         batches: Iterable[Tensor],
         *,
-        size: Size | None = ...,
-        normalize: str | None = ...,
-        relu: bool = ...,
-        center: float = ...,
         details: Literal[False] = ...,
+        **options: Unpack[MapOptions],
     ) -> Iterator[Tensor]: ...
 
     @overload
@@ -402,22 +382,16 @@ class Explainer:
         self,
         batches: Iterable[Tensor],
         *,
-        size: Size | None = ...,
-        normalize: str | None = ...,
-        relu: bool = ...,
-        center: float = ...,
         details: Literal[True],
+        **options: Unpack[MapOptions],
     ) -> Iterator[Explanation]: ...
 
     def explain_stream(
         self,
         batches: Iterable[Tensor],
         *,
-        size: Size | None = None,
-        normalize: str | None = "max",
-        relu: bool = True,
-        center: float = 0.0,
         details: bool = False,
+        **options: Unpack[MapOptions],
     ) -> Iterator[Tensor] | Iterator[Explanation]:
         """Explain one batch after another; with an index, search while the model runs.
 
@@ -429,11 +403,8 @@ class Explainer:
         Args:
             batches: any iterable of images as for :meth:`explain_batch`; read STREAM_DEPTH batches
                 ahead of what is yielded.
-            size: as for :meth:`explain_batch`.
-            normalize: as for :meth:`explain_batch`.
-            relu: as for :meth:`explain_batch`.
-            center: as for :meth:`explain_batch`.
             details: as for :meth:`explain_batch`.
+            **options: as for :meth:`explain_batch`.
 
         Yields:
             Maps or explanations, one for each batch. An exception, of the iterable or of a batch,
@@ -443,15 +414,15 @@ class Explainer:
             NoDatabaseError: there is no database yet; at once.
             TypeError, ValueError: as :meth:`explain_batch`.
         """
-        options = MapOptions(size, normalize, relu, center)
+        Finish.checked(torch.empty(0, 3, 1, 1), **options)
         self._attach()
 
         def begin(images: Tensor) -> Callable[[], Tensor | Explanation]:
             images = self.network.checked("images", images)
             if self._graphs is not None or len(images) == 0:
-                explained = self.explain_batch(images, **vars(options), details=details)
+                explained = self.explain_batch(images, details=details, **options)
                 return lambda: explained
-            finish = options.checked(images)
+            finish = Finish.checked(images, **options)
             attached = self._attach()
             finished = attached.begin(images, finish)
             return lambda: attached.result(finished(), details)
@@ -462,11 +433,7 @@ class Explainer:
         self,
         images: Tensor,
         labels: Any,
-        *,
-        size: Size | None = None,
-        normalize: str | None = "max",
-        relu: bool = True,
-        center: float = 0.0,
+        **options: Unpack[MapOptions],
     ) -> Tensor:
         """Return maps from the images' own triplets against the database, which transfer estimates.
 
@@ -474,10 +441,7 @@ class Explainer:
             images: as for :meth:`explain_batch`.
             labels: [B] whole numbers or names, of the database's classes; real numbers for a
                 ``RankLoss``.
-            size: as for :meth:`explain_batch`.
-            normalize: as for :meth:`explain_batch`.
-            relu: as for :meth:`explain_batch`.
-            center: as for :meth:`explain_batch`.
+            **options: as for :meth:`explain_batch`.
 
         Returns:
             [B, OH, OW] float32; zeros for a label that no row of the database has.
@@ -489,9 +453,8 @@ class Explainer:
 
         Source: paper, section 3.2 and its Figure 3.
         """
-        options = MapOptions(size, normalize, relu, center)
         images = self.network.checked("images", images)
-        finish = options.checked(images)
+        finish = Finish.checked(images, **options)
         database = self._attach().database
         return labelled_maps(self.network, self.settings, database, images, labels, finish)
 
@@ -500,11 +463,7 @@ class Explainer:
         anchor: Tensor,
         positive: Tensor,
         negative: Tensor,
-        *,
-        size: Size | None = None,
-        normalize: str | None = "max",
-        relu: bool = True,
-        center: float = 0.0,
+        **options: Unpack[MapOptions],
     ) -> TripletMaps:
         """Return maps of given triplets: Grad-CAM on the objective itself, no database needed.
 
@@ -515,10 +474,7 @@ class Explainer:
             anchor: [B, 3, h, w], as for :meth:`explain_batch`.
             positive: [B, 3, h, w], of the anchors' labels.
             negative: [B, 3, h, w], of other labels.
-            size: as for :meth:`explain_batch`.
-            normalize: as for :meth:`explain_batch`.
-            relu: as for :meth:`explain_batch`.
-            center: as for :meth:`explain_batch`; other than 0 needs a database.
+            **options: as for :meth:`explain_batch`; ``center`` other than 0 needs a database.
 
         Returns:
             Maps of the anchors, positives and negatives, [B, OH, OW] float32 each.
@@ -529,7 +485,6 @@ class Explainer:
 
         Source: paper, section 3.1.
         """
-        options = MapOptions(size, normalize, relu, center)
         images = [
             self.network.checked(name, value)
             for name, value in (("anchor", anchor), ("positive", positive), ("negative", negative))
@@ -539,18 +494,15 @@ class Explainer:
                 "`anchor`, `positive` and `negative` must have the same B, got "
                 + ", ".join(str(len(i)) for i in images)
             )
-        finishes = [options.checked(i) for i in images]
-        mean = self._attach().database.mean_activation if center != 0 else None
+        finishes = [Finish.checked(i, **options) for i in images]
+        mean = self._attach().database.mean_activation if finishes[0].center != 0 else None
         return triplet_maps(self.network, self.settings, images, finishes, mean)
 
     def export(
         self,
         *,
-        size: Size | None = None,
-        normalize: str | None = "max",
-        relu: bool = True,
-        center: float = 0.0,
         details: bool = False,
+        **options: Unpack[MapOptions],
     ) -> ExportedExplainer:
         """Return the explainer as one module without hooks, for torch.compile and torch.export.
 
@@ -561,11 +513,8 @@ class Explainer:
         layer writes over them.
 
         Args:
-            size: as for :meth:`explain_batch`, and fixed from now on, as are the others.
-            normalize: as for :meth:`explain_batch`.
-            relu: as for :meth:`explain_batch`.
-            center: as for :meth:`explain_batch`.
             details: give (maps, embeddings, neighbors, distances, labels) instead of the maps.
+            **options: as for :meth:`explain_batch`, and fixed from now on.
 
         Raises:
             NoDatabaseError: there is no database yet.
@@ -573,7 +522,7 @@ class Explainer:
             TypeError, ValueError: an argument of the wrong kind or out of range; an ``index`` that
                 is not exact, since FAISS cannot be part of a graph.
         """
-        finish = MapOptions(size, normalize, relu, center).checked(torch.empty(0, 3, 1, 1))
+        finish = Finish.checked(torch.empty(0, 3, 1, 1), **options)
         if not self._exact:
             raise ValueError(f"`index` must be 'exact' to be exported, got {self.index!r}")
         transfer = self._attach().transfer
@@ -581,7 +530,7 @@ class Explainer:
         return ExportedExplainer(
             self.network,
             transfer,
-            finish._replace(size=(0, 0)) if size is None else finish,
+            finish._replace(size=(0, 0)) if options.get("size") is None else finish,
             l2_normalize=self.settings.l2_normalize,
             details=details,
         )

@@ -147,9 +147,6 @@ def explained(
         found.weights,
         mixing=mixing,
         offsets=found.offsets,
-        size=finish.size,
-        center=finish.center,
-        relu=finish.relu,
-        normalize=finish.normalize,
+        **finish._asdict(),
     )
     return Explained(maps, embeddings, found.neighbors, found.distances, found.labels)

@@ -147,9 +147,6 @@ def _maps(
         torch.arange(B, device=kept.device)[:, None],
         channels,
         kept,
-        size=finish.size,
         offsets=offsets,
-        center=finish.center,
-        relu=finish.relu,
-        normalize=finish.normalize,
+        **finish._asdict(),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -37,32 +37,54 @@ class TripletMaps(NamedTuple):
     negative: Tensor
 
 
-class Finish(NamedTuple):
-    """How maps are finished, checked: the keywords of ``sparse_cam`` that are not tensors."""
+class MapOptions(TypedDict, total=False):
+    """How maps are made: keywords of :meth:`gcfast.Explainer.explain_batch` and its siblings.
 
-    size: tuple[int, int]
-    center: float
-    relu: bool
-    normalize: str | None
-
-
-@dataclass(frozen=True)
-class MapOptions:
-    """How maps are to be finished; :meth:`gcfast.Explainer.explain_batch` says what each means."""
+    Attributes:
+        size: (OH, OW) or one number for both; None (the default) is the images' own.
+        normalize: "max" (the default: the largest magnitude becomes 1) or "minmax", before
+            upsampling; None is raw.
+        relu: keep what is positive (the default and the paper); False keeps signed maps.
+        center: how much of the rows' offsets to subtract: the response that the row's channels have
+            on average over the training images. 0 (the default) is the paper; 1 sharpens most maps.
+    """
 
     size: Size | None
     normalize: str | None
     relu: bool
     center: float
 
-    def checked(self, images: Tensor) -> Finish:
-        """Check everything, and take the size from the images where none is given."""
-        require_choice("normalize", self.normalize, ("max", "minmax", None))
-        if isinstance(self.center, bool) or not isinstance(self.center, int | float):
-            raise TypeError(f"`center` must be a number, got {self.center!r}")
-        if not math.isfinite(self.center):
-            raise ValueError(f"`center` must be finite, got {self.center}")
-        size = tuple(images.shape[-2:]) if self.size is None else self.size
+
+class Finish(NamedTuple):
+    """The map options, checked: the keywords of ``sparse_cam`` that are not tensors."""
+
+    size: tuple[int, int]
+    normalize: str | None
+    relu: bool
+    center: float
+
+    @classmethod
+    def checked(
+        cls,
+        images: Tensor,
+        *,
+        size: Size | None = None,
+        normalize: str | None = "max",
+        relu: bool = True,
+        center: float = 0.0,
+    ) -> Finish:
+        """Check :class:`MapOptions`, and take the size from images [B, 3, h, w] if none is given.
+
+        Raises:
+            TypeError, ValueError: an option of the wrong kind or out of range.
+        """
+        require_choice("normalize", normalize, ("max", "minmax", None))
+        if isinstance(center, bool) or not isinstance(center, int | float):
+            raise TypeError(f"`center` must be a number, got {center!r}")
+        if not math.isfinite(center):
+            raise ValueError(f"`center` must be finite, got {center}")
+        if size is None:
+            size = (images.shape[-2], images.shape[-1])
         if not isinstance(size, int | tuple | list) or (
             not isinstance(size, int) and len(size) != 2
         ):
@@ -70,4 +92,4 @@ class MapOptions:
         height, width = (size, size) if isinstance(size, int) else size
         require_int("size", height, 1)
         require_int("size", width, 1)
-        return Finish((height, width), self.center, self.relu, self.normalize)
+        return cls((height, width), normalize, relu, center)
