@@ -26,7 +26,7 @@ from networks import common, loader, other, pictures
 import gcfast
 from gcfast.builder import resumable
 from gcfast.database import shards
-from gcfast.database.manifest import partial_folder
+from gcfast.database.manifest import MANIFEST, STATE
 
 POINTS = 8  # kills at a counted operation
 MOMENTS = 2  # kills at a moment
@@ -103,17 +103,20 @@ def content(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
+def done(folder: Path) -> bool:
+    return (folder / MANIFEST).exists()
+
+
 def stage(folder: Path) -> str:
     """How far the killed build had come."""
-    partial = partial_folder(folder)
-    if folder.exists():
+    if done(folder):
         return "done"
-    if (partial / "manifest.json").exists():
-        return "finishing"
     try:
-        state = json.loads((partial / resumable.STATE).read_bytes())
+        state = json.loads((folder / STATE).read_bytes())
     except OSError:
         return "begun"
+    if state["format"] != resumable.STATE_FORMAT:
+        return "finishing"
     if state["totals"] is None:
         return "begun"
     if state["stage"] == "embedding":
@@ -142,18 +145,19 @@ def main(root: Path, head: str) -> None:
         again = status
         if number % 2 and facts["stage"] != "done":
             again, _ = built(folder, head, resume=True, kill_at=dice.randrange(2, 12))
-        if not folder.exists():
+        if not done(folder):
             resumed, left = built(folder, head, resume=True)
             assert resumed == 0
             facts["operations_left"] = left
-        rest = sorted(p.name for p in root.iterdir() if p.name.startswith(f".{folder.name}"))
+        rest = [p.name for p in folder.iterdir() if not p.name.startswith(("manifest", "rows-"))]
+        rest += [p.name for p in root.iterdir() if p.name.startswith(f".{folder.name}")]
         print(
             json.dumps(
                 facts
                 | {
                     "killed": [os.WIFSIGNALED(s) for s in (status, again)],
                     "same": content(folder) == wanted,
-                    "clean": not partial_folder(folder).exists() and not rest,
+                    "clean": not rest,
                 }
             ),
             flush=True,

@@ -34,8 +34,7 @@ from torch import Tensor
 
 import gcfast
 from gcfast import ops
-from gcfast.builder.build import assemble
-from gcfast.builder.rows import rows_from_spool
+from gcfast.builder.build import in_memory
 from gcfast.cli.evaluate import compressor
 from gcfast.evaluation.measure import PAPER_ROW, AnnotationScore, Evaluation, evaluate
 from gcfast.evaluation.report import draw, write_tables
@@ -94,8 +93,8 @@ def measure(
     databases = []
 
     def build(trained: Trained) -> None:
-        rows = rows_from_spool(trained.embedded, explainer.settings, progress=False)
-        databases.append(assemble(trained.network, trained.embedded, rows, rows.settings, None))
+        settings, embedded = explainer.settings, trained.embedded
+        databases.append(in_memory(trained.network, subject.train, embedded, settings)[0])
 
     measured = evaluate(
         explainer,

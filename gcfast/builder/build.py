@@ -1,24 +1,31 @@
 """Building a database: one forward pass over the images, then the rows.
 
-Stage 1 runs the model once over the loader and spools each image's embedding and label (and, for
-the closed form, its norm and pooled activations). Stage 2 draws each row's triplets from the whole
-spool and turns their cotangents into grad-weights: from the spool alone where the head allows the
-closed form, with a second pass over the loader where it does not.
+Stage 1 (:mod:`gcfast.builder.embed`) runs the model once over the loader and spools each image's
+embedding and label (and, for the closed form, its norm and pooled activations). Stage 2
+(:mod:`gcfast.builder.rows`) draws each row's triplets from the whole spool and turns their
+cotangents into grad-weights: from the spool alone where the head allows the closed form, with a
+second pass over the loader where it does not.
+
+The rows go to memory (here), to a folder as they are made (:mod:`gcfast.builder.resumable`) or to a
+database that has some already (:mod:`gcfast.builder.append`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gcfast._checks import require_choice
 from gcfast.builder.describe import describe, identity, report_of
-from gcfast.builder.embed import Embedded, embed_all
+from gcfast.builder.embed import Embedded, embed
 from gcfast.builder.resumable import build_into
-from gcfast.builder.rows import Rows, rows_from_second_pass, rows_from_spool
+from gcfast.builder.rows import Rows
+from gcfast.builder.spool import Spool
 from gcfast.database.database import Database
 from gcfast.database.manifest import STORAGES
 from gcfast.method.settings import Settings
@@ -38,7 +45,7 @@ def build(
     overwrite: bool = False,
     storage: str = "float32",
 ) -> Database:
-    """Both stages; see :meth:`gcfast.Explainer.build`."""
+    """Build a database; see :meth:`gcfast.Explainer.build`."""
     require_choice("storage", storage, STORAGES)
     try:
         json.dumps(preprocessing)
@@ -58,40 +65,40 @@ def build(
     for name, value in (("resume", resume), ("overwrite", overwrite)):
         if value:
             raise ValueError(f"`{name}` must be False without `out`, got {value!r}")
-    embedded = embed_all(
-        network,
-        loader,
-        l2_normalize=settings.l2_normalize,
-        keep_pooled=settings.method == "gradcam++",
-        progress=progress,
-        channels=settings.channels,
-        one_pass=isinstance(loader, Iterator),
-        spool_bytes=spool_bytes,
-        real_labels=settings.objective.real_labels,
-    )
-    if embedded.head is not None:
-        rows = rows_from_spool(embedded, settings, progress=progress)
-    else:
-        rows = rows_from_second_pass(network, loader, embedded, settings, progress=progress)
-    return assemble(network, embedded, rows, settings, preprocessing).in_storage(storage)
+    embedded = embed(network, loader, settings, progress=progress, spool=Spool(spool_bytes))
+    database, _ = in_memory(network, loader, embedded, settings, preprocessing, progress=progress)
+    return database.in_storage(storage)
 
 
-def assemble(
+def in_memory(
     network: Network,
+    loader: Iterable[Any],
     embedded: Embedded,
-    rows: Rows,
     settings: Settings,
-    preprocessing: dict[str, Any] | None,
-) -> Database:
-    """The database of the rows made, with its manifest.
+    preprocessing: dict[str, Any] | None = None,
+    *,
+    progress: bool = False,
+) -> tuple[Database, Tensor]:
+    """Make the rows of a database in memory.
+
+    Args:
+        network: the model and its layer.
+        loader: as for :meth:`gcfast.builder.rows.Rows.made`.
+        embedded: the results of stage 1.
+        settings: of the rows.
+        preprocessing: for the manifest.
+        progress: show a bar on stderr.
+
+    Returns:
+        (the database, [N] int64: the number of each row's image).
 
     Raises:
-        ValueError: no row has a triplet.
+        ValueError: no row has a triplet; as :meth:`gcfast.builder.rows.Rows.made`.
     """
-    tensors, kept = rows.tensors()
-    hardest = int((tensors["triplet_counts"] == 0).sum())
-    report = report_of(embedded.labels, len(kept), hardest, settings)
+    parts = list(Rows(network, embedded, settings).made(loader, progress=progress))
+    hardest = sum(int((part.rows.triplet_counts == 0).sum()) for part in parts)
+    report = report_of(embedded.labels, sum(len(part.ids) for part in parts), hardest, settings)
+    (made,) = parts
     same = identity(network, settings, preprocessing, "float32")
-    everything = len(kept) == len(embedded.ids)
-    ids = list(embedded.ids) if everything else [embedded.ids[i] for i in kept.tolist()]
-    return Database(tensors, ids, describe(network, embedded, same, report))
+    manifest = describe(network, embedded, same, report)
+    return Database(made.rows._asdict(), made.ids, manifest), made.images

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ CLOSED_FORM = ("norms", "pixels", "pooled")  # columns that only the closed form
 
 
 class Embedded(NamedTuple):
-    """What stage 1 found out."""
+    """The results of stage 1."""
 
     embeddings: Tensor  # [N, D] float32
     labels: Tensor  # [N] int64; float64 where they are real numbers
@@ -40,7 +40,7 @@ class Embedded(NamedTuple):
     head: AffineHead | None
 
     def source(self, settings: Settings, device: torch.device) -> PairSource:
-        """The valid pairs of any anchor among these rows, found on the device if there is room."""
+        """Return the valid pairs of any anchor among these rows, found on the device if it fits."""
         table = resident(self.embeddings, device)
         return PairSource(
             settings.objective,
@@ -50,7 +50,7 @@ class Embedded(NamedTuple):
         )
 
     def check_same(self, batch: Batch, start: int, before: str) -> int:
-        """Refuse a batch of labels or ids other than these rows', from ``start`` on.
+        """Check that a batch has the labels and ids of these rows, from ``start`` on.
 
         Args:
             batch: what the loader gave.
@@ -58,7 +58,7 @@ class Embedded(NamedTuple):
             before: when the rows were made, for the error: "the first time", …
 
         Returns:
-            The number behind its last image.
+            The number after that of its last image.
 
         Raises:
             ValueError: it is another batch.
@@ -75,7 +75,7 @@ class Embedded(NamedTuple):
         return stop
 
     def check_embeddings(self, embeddings: Tensor, start: int) -> None:
-        """Refuse embeddings [B, D] that moved from these rows', from ``start`` on."""
+        """Raise ValueError where embeddings [B, D] differ from these rows', from ``start`` on."""
         before = self.embeddings[start : start + len(embeddings)]
         moved = (embeddings.detach().cpu() - before).norm(dim=1)
         if bool((moved > SAME_IMAGE_TOLERANCE * before.norm(dim=1).clamp(min=1e-12)).any()):
@@ -83,7 +83,7 @@ class Embedded(NamedTuple):
 
 
 def other_images(how: str) -> ValueError:
-    """The error of a loader that gives other images than it gave before."""
+    """Return the error for a loader that gives other images than it gave before."""
     return ValueError(
         "`loader` must give the same images in the same order each time "
         f"(shuffling and random augmentation off): {how}"
@@ -92,7 +92,7 @@ def other_images(how: str) -> ValueError:
 
 @dataclass
 class Totals:
-    """What stage 1 carries from batch to batch, besides the spool."""
+    """What stage 1 keeps from batch to batch, in addition to the spool."""
 
     rows: int = 0
     first: int = 0  # the number of the first image, where a database has some already
@@ -103,7 +103,7 @@ class Totals:
     labels: Labels | Values = field(default_factory=Labels)
 
     def embedded(self, spool: Spool) -> Embedded:
-        """The spooled rows so far."""
+        """Return the results so far."""
 
         def column(name: str) -> Tensor | None:
             return spool.column(name) if self.head is not None and spool.has(name) else None
@@ -121,93 +121,75 @@ class Totals:
         )
 
 
-def embed_all(
+def embed(
     network: Network,
     loader: Iterable[Any],
+    settings: Settings,
     *,
-    l2_normalize: bool,
-    keep_pooled: bool,
-    progress: bool,
-    channels: int | str = "all",
-    one_pass: bool = False,
-    spool_bytes: int | None = None,
-    real_labels: bool = False,
+    progress: bool = False,
+    spool: Spool | None = None,
+    totals: Totals | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Embedded:
     """Stage 1: one forward pass over the loader.
+
+    Batches that the spool already holds are compared with it, without a forward pass but for the
+    last of them.
 
     Args:
         network: the model and its layer.
         loader: as for :meth:`gcfast.Explainer.build`.
-        l2_normalize: whether the embedding is normalised after the model.
-        keep_pooled: spool the pooled activations too, for Grad-CAM++.
+        settings: of the build; pooled activations are spooled for Grad-CAM++ alone.
         progress: show a bar on stderr.
-        channels: how many channels a row will keep.
-        one_pass: the loader cannot be gone through again; stop where a head needs that.
-        spool_bytes: what is held in memory; None for gcfast.builder.spool.SPOOL_MEMORY_BYTES.
-        real_labels: labels are real numbers instead of classes.
+        spool: what the results go to; None for one in memory. Closed at the end.
+        totals: what belongs to the spool so far; None for the beginning.
+        after_batch: called when a batch is in the spool, which may store both.
 
     Raises:
         ValueError: no images, no labels, one class only, or NaN in an embedding, with its row;
-            more channels than the layer has; one pass only, and a head that needs two.
+            more channels than the layer has; a loader that can be gone through once, and a head
+            that needs two passes; other images than are spooled.
     """
-    spool = Spool(spool_bytes)
-    totals = Totals(labels=labels.column(real_labels))
-    stage = EmbeddingStage(
-        network, l2_normalize=l2_normalize, keep_pooled=keep_pooled, channels=channels
-    )
+    spool = Spool() if spool is None else spool
+    if totals is None:
+        totals = Totals(labels=labels.column(settings.objective.real_labels))
     try:
-        stage.run(loader, spool, totals, progress=progress, one_pass=one_pass)
-        totals.labels.require_two()
+        _Stage(network, settings, spool, totals).run(loader, progress, after_batch)
+        if not totals.first:
+            totals.labels.require_two()
         return totals.embedded(spool)
     finally:
         spool.close()
 
 
 class _Launched(NamedTuple):
-    """What is known of a batch while its columns are on their way to the host."""
+    """A batch whose columns are being copied to the host."""
 
     batch: Batch
     images: Tensor  # on the device, to be looked at where an embedding is not finite
     pixels: int
 
 
-class EmbeddingStage:
-    """Stage 1 with its settings; arguments as for :func:`embed_all`."""
+class _Stage:
+    """Stage 1; arguments as for :func:`embed`."""
 
-    def __init__(
-        self, network: Network, *, l2_normalize: bool, keep_pooled: bool, channels: int | str
-    ) -> None:
+    def __init__(self, network: Network, settings: Settings, spool: Spool, totals: Totals) -> None:
         self.network = network
-        self.l2_normalize = l2_normalize
-        self.keep_pooled = keep_pooled
-        self.channels = channels
+        self.settings = settings
+        self.spool = spool
+        self.totals = totals
 
-    def run(
-        self,
-        loader: Iterable[Any],
-        spool: Spool,
-        totals: Totals,
-        *,
-        progress: bool,
-        one_pass: bool,
-        after_batch: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Go through the loader from where the totals are; ``after_batch`` may store them.
-
-        Batches that the spool holds already are compared with it, without a forward pass but for
-        the last of them.
-
-        Raises:
-            ValueError: as :func:`embed_all`; a loader that gives other images than are spooled.
-        """
+    def run(self, loader: Iterable[Any], progress: bool, after_batch: Callable[[], None]) -> None:
+        """Go through the loader from where the totals are; raises as :func:`embed`."""
+        totals, l2_normalize = self.totals, self.settings.l2_normalize
         done = totals.rows
-        before = totals.embedded(spool) if done else None
+        before = totals.embedded(self.spool) if done else None
         offload: Offload[_Launched] | None = None
         row = 0
 
         def take(columns: Columns, launched: _Launched) -> None:
-            self._take(columns, launched, spool, totals)
-            if totals.head is None and one_pass:
+            self._take(columns, launched)
+            if totals.head is None and isinstance(loader, Iterator):
                 raise ValueError(
                     "`loader` must be one that can be gone through twice, got a one-shot iterator "
                     f"({type(loader).__name__}): this model's head needs a second pass over the "
@@ -216,8 +198,7 @@ class EmbeddingStage:
             after_batch()
 
         bar = tqdm(desc="embedding", unit=" images", disable=not progress, leave=False)
-        real = isinstance(totals.labels, Values)
-        for batch in batches(loader, real_labels=real):
+        for batch in batches(loader, real_labels=self.settings.objective.real_labels):
             if before is not None and row < done:
                 self._compare(batch, before, row)
             else:
@@ -225,8 +206,8 @@ class EmbeddingStage:
                 if offload is None:
                     offload = Offload(images.device)
                     if not done:
-                        totals.head = probe(self.network, images, self.l2_normalize)
-                for taken in offload.put(*self._launch(batch, images, totals)):
+                        totals.head = probe(self.network, images, l2_normalize)
+                for taken in offload.put(*self._launch(batch, images)):
                     take(*taken)
             row += len(batch.images)
             bar.update(len(batch.images))
@@ -246,29 +227,30 @@ class EmbeddingStage:
         before.check_same(batch, row, "before")
         if stop == done:
             captured = self.network.embed(on_device(batch.images, self.network))
-            before.check_embeddings(normalized(captured.output, self.l2_normalize), row)
+            embeddings = normalized(captured.output, self.settings.l2_normalize)
+            before.check_embeddings(embeddings, row)
 
-    def _launch(self, batch: Batch, images: Tensor, totals: Totals) -> tuple[Columns, _Launched]:
-        """What the device makes of a batch; nothing here waits for it."""
+    def _launch(self, batch: Batch, images: Tensor) -> tuple[Columns, _Launched]:
+        """Start a batch on the device; nothing here waits for it."""
         captured = self.network.embed(images)
-        embeddings = normalized(captured.output, self.l2_normalize)
-        C = captured.activations.shape[1]
-        if self.channels != "all" and int(self.channels) > C:
-            raise ValueError(f"`channels` must be at most the layer's C = {C}, got {self.channels}")
+        embeddings = normalized(captured.output, self.settings.l2_normalize)
+        C, channels, head = captured.activations.shape[1], self.settings.channels, self.totals.head
+        if channels != "all" and channels > C:
+            raise ValueError(f"`channels` must be at most the layer's C = {C}, got {channels}")
         pooled = captured.activations.float().mean((2, 3))  # [B, C]
         columns = {"embeddings": embeddings, "sums": pooled.sum(0, dtype=torch.float64)}
-        if totals.head is not None:
-            columns["norms"], columns["agreed"] = totals.head.norms_and_agreement(
+        if head is not None:
+            columns["norms"], columns["agreed"] = head.norms_and_agreement(
                 pooled, embeddings, captured.output.dtype
             )
-            if self.keep_pooled:
+            if self.settings.method == "gradcam++":
                 columns["pooled"] = pooled
         pixels = math.prod(captured.activations.shape[2:])
         return columns, _Launched(batch, images, pixels)
 
-    def _take(self, columns: Columns, launched: _Launched, spool: Spool, totals: Totals) -> None:
+    def _take(self, columns: Columns, launched: _Launched) -> None:
         """Check and spool a batch whose columns are on the host."""
-        batch, images, pixels = launched
+        totals, (batch, images, pixels) = self.totals, launched
         B, start = len(images), totals.first + totals.rows
         embeddings = columns["embeddings"]
         check_embeddings(embeddings, images, first=start)
@@ -278,13 +260,13 @@ class EmbeddingStage:
         kept = {"embeddings": embeddings}
         if totals.head is not None and bool(columns["agreed"]):
             kept |= {"norms": columns["norms"], "pixels": torch.full((B,), pixels)}
-            if self.keep_pooled:
+            if "pooled" in columns:
                 kept["pooled"] = columns["pooled"]
         else:
             totals.head = None  # affine as far as the probe saw; autograd takes all the rows
-            spool.drop(*CLOSED_FORM)
+            self.spool.drop(*CLOSED_FORM)
         ids = IdTable.encoded(batch.ids or [str(start + i) for i in range(B)])
-        spool.add(
+        self.spool.add(
             **kept,
             labels=totals.labels.add(batch.labels),
             id_ends=ids.ends + totals.id_bytes,

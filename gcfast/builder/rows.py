@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ def averaged(part: Cotangents) -> Cotangents:
     return Cotangents(mean.float()[:, None], part.valid.any(1)[:, None], part.counts)
 
 
+class Made(NamedTuple):
+    """Consecutive rows of a database."""
+
+    rows: Shard
+    ids: list[str]
+    images: Tensor  # [n] int64, the number of each row's image
+
+
 class RowTable:
     """Kept rows in columns made at once.
 
@@ -53,28 +61,32 @@ class RowTable:
     """
 
     def __init__(self, capacity: int, m: int) -> None:
-        self.rows = torch.empty(capacity, dtype=torch.int64)  # numbers of the spool
+        self.images = torch.empty(capacity, dtype=torch.int64)
         self.channels = torch.empty((capacity, m), dtype=torch.int64)
         self.weights = torch.empty((capacity, m))
         self.offsets = torch.empty(capacity)
         self.counts = torch.empty(capacity, dtype=torch.int64)
         self.filled = 0
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another row."""
+        return self.filled == len(self.images)
+
     def put(self, *columns: Tensor) -> int:
         """Append rows of all the columns, as many as there is room for; returns how many."""
-        into = (self.rows, self.channels, self.weights, self.offsets, self.counts)
-        taken = min(len(columns[0]), len(self.rows) - self.filled)
+        into = (self.images, self.channels, self.weights, self.offsets, self.counts)
+        taken = min(len(columns[0]), len(self.images) - self.filled)
         for column, values in zip(into, columns, strict=True):
             column[self.filled : self.filled + taken] = values[:taken]
         self.filled += taken
         return taken
 
-    def shard(self, embedded: Embedded) -> tuple[Shard, Tensor]:
-        """(the rows as the database has them, their numbers of the spool)."""
-        kept = self.rows[: self.filled]
-        N = len(embedded.ids)
-        everything = len(kept) == N
-        shard = Shard(
+    def take(self, embedded: Embedded) -> Made:
+        """Empty the table; returns its rows, as views that hold until it is filled again."""
+        kept = self.images[: self.filled]
+        everything = len(kept) == len(embedded.ids)
+        rows = Shard(
             embeddings=embedded.embeddings if everything else embedded.embeddings[kept],
             channels=self.channels[: self.filled],
             weights=self.weights[: self.filled],
@@ -82,57 +94,90 @@ class RowTable:
             labels=embedded.labels[kept],
             triplet_counts=self.counts[: self.filled],
         )
-        return shard, kept
+        self.filled = 0
+        # Ids are decoded together where they are, as they mostly are, those of consecutive images.
+        first, last = int(kept[0]), int(kept[-1])
+        ids = embedded.ids[first : last + 1]
+        if len(ids) > len(kept):
+            ids = [ids[number - first] for number in kept.tolist()]
+        return Made(rows, list(ids), kept)
 
 
 class Rows:
-    """Database rows as stage 2 makes them.
+    """Stage 2: the rows of a database.
 
     Args:
-        embedded: what stage 1 found out about the images that rows are made for.
+        network: the model and its layer.
+        embedded: the results of stage 1 for the images that rows are made for; offsets are made
+            with its mean activation.
         settings: of the build.
-        device: of the model, where the rows are made.
-        everyone: embeddings [R, D] float32 and labels [R] of all the rows that lend partners, those
-            of the images last; None for theirs alone.
-        mean: [C] float64, the mean activation of the offsets; None is that of the images.
+        everyone: embeddings [R, D] float32 and labels [R] of all the images that triplets are drawn
+            from; None for those that rows are made for.
+        first: the number among them of the first image that a row is made for. What a row draws
+            depends on its image's number; None where those images come last.
         start: the first image that a row is made for; those before it have theirs.
-        capacity: rows that are held; None for all.
-        flush: takes the rows when so many are there, and at the end.
     """
 
     def __init__(
         self,
+        network: Network,
         embedded: Embedded,
         settings: Settings,
-        device: torch.device,
         *,
         everyone: tuple[Tensor, Tensor] | None = None,
-        mean: Tensor | None = None,
+        first: int | None = None,
         start: int = 0,
-        capacity: int | None = None,
-        flush: Callable[[RowTable], None] | None = None,
     ) -> None:
+        self.network = network
         self.embedded = embedded
         self.settings = settings
+        self.device = network.device(torch.device("cpu"))
         lending = embedded
         if everyone is not None:
             lending = embedded._replace(embeddings=everyone[0], labels=everyone[1])
-        self.first = len(lending.labels) - len(embedded.labels)
-        self.source = lending.source(settings, device)
+        self.first = len(lending.labels) - len(embedded.labels) if first is None else first
+        self.source = lending.source(settings, self.device)
+        self.start = start
+        C = len(embedded.mean_activation)
+        self.m = C if settings.channels == "all" else settings.channels
+
+    def made(
+        self, loader: Iterable[Any], *, capacity: int | None = None, progress: bool = False
+    ) -> Iterator[Made]:
+        """Make the rows; those of an image without a triplet are left out.
+
+        Args:
+            loader: gone through once more where the head does not allow the closed form.
+            capacity: how many rows are given at once, which hold until the next ones are asked for;
+                None for all.
+            progress: show a bar on stderr.
+
+        Raises:
+            ValueError: the loader gives other images, labels, ids or another number of them; NaN in
+                the weights, with the row; more pairs than can be listed.
+        """
+        if self.settings.triplets == "all" and self.settings.method == "gradcam++":
+            self._check_enumeration()
+        N = len(self.embedded.ids)
+        table = RowTable(N if capacity is None else capacity, self.m)
         # What still waits for a GPU, once for each batch of rows: whether any anchor is without a
         # valid pair (its hardest is then put in), how many pairs there are when all are listed, and
         # in a second pass whether these are the images of the first, before the backward pass.
-        self.offload: Offload[int] = Offload(device)
-        self.mean = embedded.mean_activation if mean is None else mean
-        self.start = start
-        self.flush = flush
-        C = len(embedded.mean_activation)
-        m = C if settings.channels == "all" else settings.channels
-        self.m = m
-        self.table = RowTable(len(embedded.ids) if capacity is None else capacity, m)
+        offload: Offload[int] = Offload(self.device)
+        closed = self.embedded.head is not None
+        batches = self._closed_form() if closed else self._second_pass(loader)
+        with tqdm(total=N, desc="rows", unit=" rows", disable=not progress, leave=False) as bar:
+            for start, stop, weights, first in batches:
+                for taken in offload.put(self._columns(weights, first), start):
+                    yield from self._kept(table, *taken)
+                bar.update(stop - bar.n)
+        for taken in offload.drain():
+            yield from self._kept(table, *taken)
+        if table.filled:
+            yield table.take(self.embedded)
 
     def anchors(self, start: int, stop: int) -> Anchors:
-        """Rows start to stop of the spool as anchors."""
+        """Return the images start to stop as anchors."""
         where = self.source.embeddings.device
         return Anchors(
             self.embedded.embeddings[start:stop].to(where),
@@ -143,160 +188,96 @@ class Rows:
     def parts(
         self, start: int, stop: int, device: torch.device, seen: list[Cotangents]
     ) -> Iterator[Cotangents]:
-        """The signed cotangents of these rows on a device; the first part also in ``seen``."""
+        """Yield the signed cotangents of these images; the first part is also put in ``seen``."""
         for part in signed_parts(self.source, self.anchors(start, stop), self.settings):
             # It tells which rows have a triplet: later ones only add to rows that have some.
             if not seen:
                 seen.append(part)
             yield Cotangents(part.values.to(device), part.valid.to(device), part.counts)
 
-    def add(self, start: int, weights: Tensor, first: Cotangents) -> None:
-        """Keep the rows that have a triplet; weights [B, C], taken up one batch behind on a GPU."""
+    def _closed_form(self) -> Iterator[tuple[int, int, Tensor, Cotangents]]:
+        """Yield (first image, image after the last, weights [B, C], first part of cotangents)."""
+        embedded, device = self.embedded, self.device
+        assert embedded.head is not None
+        assert embedded.norms is not None
+        assert embedded.pixels is not None
+        N = len(embedded.ids)
+        for start in range(self.start - self.start % ROWS_AT_ONCE, N, ROWS_AT_ONCE):
+            stop = min(N, start + ROWS_AT_ONCE)
+            seen: list[Cotangents] = []
+            weights = embedded.head.grad_weights(
+                self.parts(start, stop, device, seen),
+                self.settings.method,
+                embeddings=embedded.embeddings[start:stop].to(device),
+                norms=embedded.norms[start:stop].to(device),
+                pixels=embedded.pixels[start:stop].to(device),
+                pooled=None if embedded.pooled is None else embedded.pooled[start:stop].to(device),
+            )
+            yield start, stop, weights, seen[0]
+
+    def _second_pass(self, loader: Iterable[Any]) -> Iterator[tuple[int, int, Tensor, Cotangents]]:
+        """Yield the same by autograd: the loader once more, checked to give the same images."""
+        embedded, settings, network, start = self.embedded, self.settings, self.network, 0
+        for batch in batches(loader, real_labels=settings.objective.real_labels):
+            stop = embedded.check_same(batch, start, "first")
+            if stop > self.start:
+                images = on_device(batch.images, network)
+                with network.differentiable(images) as captured:
+                    embeddings = normalized(captured.output, settings.l2_normalize)
+                    embedded.check_embeddings(embeddings, start)
+                    seen: list[Cotangents] = []
+                    weights = vjp_grad_weights(
+                        captured,
+                        embeddings,
+                        self.parts(start, stop, embeddings.device, seen),
+                        settings.method,
+                        network,
+                    )
+                yield start, stop, weights, seen[0]
+            start = stop
+        if start != len(embedded.ids):
+            raise other_images(f"it gave {len(embedded.ids)} images first and {start} now")
+
+    def _columns(self, weights: Tensor, first: Cotangents) -> Columns:
         channels, values = ops.top_m(weights, self.m)
-        columns = {
+        return {
             "found": first.valid.any(1),
             "finite": torch.isfinite(weights).all(1),
             "counts": first.counts,
             "channels": channels,
             "values": values,
         }
-        for taken in self.offload.put(columns, start):
-            self._keep(*taken)
 
-    def _keep(self, columns: Columns, start: int) -> None:
+    def _kept(self, table: RowTable, columns: Columns, start: int) -> Iterator[Made]:
+        """Put the rows that have a triplet into the table, and yield it when it is full."""
         found = columns["found"]
         require_finite_rows(
             "grad-weights", torch.where(columns["finite"], 0.0, torch.nan)[:, None], first=start
         )
         channels, values = columns["channels"][found], columns["values"][found]
-        offsets = (values * self.mean[channels]).sum(1).float()
-        rows = found.nonzero().flatten() + start
+        offsets = (values * self.embedded.mean_activation[channels]).sum(1).float()
+        images = found.nonzero().flatten() + start
         # Rows that exist are computed once more with their neighbours and dropped: a matrix product
         # of other sizes may round otherwise.
-        skip = int((rows < self.start).sum())
-        kept = [c[skip:] for c in (rows, channels, values, offsets, columns["counts"][found])]
+        skip = int((images < self.start).sum())
+        kept = [c[skip:] for c in (images, channels, values, offsets, columns["counts"][found])]
         while len(kept[0]):
-            taken = self.table.put(*kept)
+            taken = table.put(*kept)
             kept = [column[taken:] for column in kept]
-            if self.flush is not None and self.table.filled == len(self.table.rows):
-                self._flush()
+            if table.full:
+                yield table.take(self.embedded)
 
-    def finish(self) -> None:
-        """Take up what is under way, and flush what is left."""
-        for taken in self.offload.drain():
-            self._keep(*taken)
-        if self.flush is not None and self.table.filled:
-            self._flush()
-
-    def _flush(self) -> None:
-        assert self.flush is not None
-        self.flush(self.table)
-        self.table.filled = 0
-
-    def tensors(self) -> tuple[dict[str, Tensor], Tensor]:
-        """(columns of the database, kept row numbers of the spool)."""
-        shard, kept = self.table.shard(self.embedded)
-        return shard._asdict(), kept
-
-
-def rows_from_spool(embedded: Embedded, settings: Settings, *, progress: bool) -> Rows:
-    """Stage 2 in closed form: from the spool alone."""
-    assert embedded.head is not None
-    rows = Rows(embedded, settings, embedded.head.weight.device)
-    fill_from_spool(rows, progress=progress)
-    return rows
-
-
-def fill_from_spool(rows: Rows, *, progress: bool) -> None:
-    """Make the rows in closed form."""
-    embedded, settings = rows.embedded, rows.settings
-    assert embedded.head is not None
-    assert embedded.norms is not None
-    assert embedded.pixels is not None
-    if settings.triplets == "all" and settings.method == "gradcam++":
-        _check_enumeration(rows, embedded.head.weight.numel())
-    head, device = embedded.head, embedded.head.weight.device
-    N = len(embedded.ids)
-    bar = tqdm(total=N, desc="rows", unit=" rows", disable=not progress, leave=False)
-    for start in range(rows.start - rows.start % ROWS_AT_ONCE, N, ROWS_AT_ONCE):
-        stop = min(N, start + ROWS_AT_ONCE)
-        seen: list[Cotangents] = []
-        weights = head.grad_weights(
-            rows.parts(start, stop, device, seen),
-            settings.method,
-            embeddings=embedded.embeddings[start:stop].to(device),
-            norms=embedded.norms[start:stop].to(device),
-            pixels=embedded.pixels[start:stop].to(device),
-            pooled=None if embedded.pooled is None else embedded.pooled[start:stop].to(device),
+    def _check_enumeration(self) -> None:
+        """Refuse to list more pairs than anyone would wait for."""
+        N, D = self.embedded.embeddings.shape
+        pairs = sum(
+            int(self.source.count(self.anchors(start, min(N, start + ROWS_AT_ONCE))).sum())
+            for start in range(0, N, ROWS_AT_ONCE)
         )
-        rows.add(start, weights, seen[0])
-        bar.update(stop - bar.n)
-    bar.close()
-    rows.finish()
-
-
-def rows_from_second_pass(
-    network: Network,
-    loader: Iterable[Any],
-    embedded: Embedded,
-    settings: Settings,
-    *,
-    progress: bool,
-) -> Rows:
-    """Stage 2 by autograd; raises as :func:`fill_from_second_pass`."""
-    rows = Rows(embedded, settings, network.device(torch.device("cpu")))
-    fill_from_second_pass(network, loader, rows, progress=progress)
-    return rows
-
-
-def fill_from_second_pass(
-    network: Network, loader: Iterable[Any], rows: Rows, *, progress: bool
-) -> None:
-    """Make the rows by autograd: the loader once more, checked to give the same images.
-
-    Raises:
-        ValueError: the loader gives other images, labels, ids or another number of them.
-    """
-    embedded, settings = rows.embedded, rows.settings
-    if settings.triplets == "all" and settings.method == "gradcam++":
-        _check_enumeration(rows, embedded.embeddings.shape[1] * len(embedded.mean_activation))
-    N, start = len(embedded.ids), 0
-    bar = tqdm(total=N, desc="rows", unit=" rows", disable=not progress, leave=False)
-    for batch in batches(loader, real_labels=settings.objective.real_labels):
-        stop = embedded.check_same(batch, start, "first")
-        if stop > rows.start:
-            images = on_device(batch.images, network)
-            with network.differentiable(images) as captured:
-                embeddings = normalized(captured.output, settings.l2_normalize)
-                embedded.check_embeddings(embeddings, start)
-                seen: list[Cotangents] = []
-                weights = vjp_grad_weights(
-                    captured,
-                    embeddings,
-                    rows.parts(start, stop, embeddings.device, seen),
-                    settings.method,
-                    network,
-                )
-            rows.add(start, weights, seen[0])
-        bar.update(stop - start)
-        start = stop
-    bar.close()
-    if start != N:
-        raise other_images(f"it gave {N} images first and {start} now")
-    rows.finish()
-
-
-def _check_enumeration(rows: Rows, cost_per_pair: int) -> None:
-    """Refuse to list more pairs than anyone would wait for."""
-    N = len(rows.embedded.ids)
-    pairs = sum(
-        int(rows.source.count(rows.anchors(start, min(N, start + ROWS_AT_ONCE))).sum())
-        for start in range(0, N, ROWS_AT_ONCE)
-    )
-    cost = pairs * cost_per_pair
-    if cost > ENUMERATION_LIMIT:
-        raise ValueError(
-            f"`triplets` must be a number for gradcam++ on these images: 'all' would list "
-            f"{pairs:,} pairs, about {cost:.1e} multiply-adds, above the limit of "
-            f"{ENUMERATION_LIMIT:.0e} (gcfast.builder.rows.ENUMERATION_LIMIT)"
-        )
+        cost = pairs * D * len(self.embedded.mean_activation)
+        if cost > ENUMERATION_LIMIT:
+            raise ValueError(
+                f"`triplets` must be a number for gradcam++ on these images: 'all' would list "
+                f"{pairs:,} pairs, about {cost:.1e} multiply-adds, above the limit of "
+                f"{ENUMERATION_LIMIT:.0e} (gcfast.builder.rows.ENUMERATION_LIMIT)"
+            )

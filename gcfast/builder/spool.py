@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcfast.database.write import SPOOL
 from gcfast.errors import DamagedDatabaseError
 
 SPOOL_MEMORY_BYTES = 2 * 2**30
 
 
 class Spool:
-    """What the forward pass leaves for the rows: named columns.
+    """Results of the forward pass that the rows are made from: named columns.
 
     Args:
         memory_bytes: how much is held in memory, None for SPOOL_MEMORY_BYTES; what comes after goes
             to a temporary folder, and the finished columns are then memory-mapped from there.
-        folder: where to make the temporary folder; None for the system's place.
+        folder: where to make the temporary folder; None for the system's default.
     """
 
     def __init__(self, memory_bytes: int | None = None, folder: str | Path | None = None) -> None:
@@ -74,7 +75,7 @@ class Spool:
         for name in names:
             self.held -= sum(part.nbytes for part in self._parts.pop(name, []))
             if self.spilled and name in self._rows:
-                self._file(name).unlink(missing_ok=True)
+                self._delete(name)
             self._rows.pop(name, None)
             self._shapes.pop(name, None)
 
@@ -110,13 +111,16 @@ class Spool:
             parts.clear()
         self.held = 0
 
+    def _delete(self, name: str) -> None:
+        self._file(name).unlink(missing_ok=True)
+
     def _file(self, name: str) -> Path:
         assert self._directory is not None
         return Path(self._directory.name) / name
 
 
 def one_table(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors [·, D] of any precision one after another, as float32, in one copy.
+    """Join tensors [·, D] of any precision to one of float32, in one copy.
 
     Args:
         parts: on the CPU, memory-mapped or not.
@@ -152,14 +156,12 @@ class KeptSpool(Spool):
     killed process wrote after that is cut off when the spool is opened again.
 
     Args:
-        folder: where the files are, one a column.
+        folder: where the files are, one for each column.
         columns: what ``commit`` returned last; None where nothing was committed.
 
     Raises:
         DamagedDatabaseError: a file is missing, or shorter than was committed.
     """
-
-    PREFIX = "spool-"
 
     def __init__(self, folder: Path, columns: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -167,8 +169,8 @@ class KeptSpool(Spool):
         for name, column in (columns or {}).items():
             dtype, shape = getattr(torch, column["dtype"]), torch.Size(column["shape"])
             self._shapes[name], self._rows[name] = (dtype, shape), column["rows"]
-        for file in folder.glob(f"{self.PREFIX}*"):
-            if file.name.removeprefix(self.PREFIX) not in self._rows:
+        for file in folder.glob(f"{SPOOL}*"):
+            if file.name.removeprefix(SPOOL) not in self._rows:
                 file.unlink()
         for name, (dtype, shape) in self._shapes.items():
             size = self._rows[name] * shape.numel() * dtype.itemsize
@@ -183,11 +185,11 @@ class KeptSpool(Spool):
 
     @property
     def spilled(self) -> bool:
-        """Always: nothing is held beyond a commit."""
+        """Always: nothing is held after a commit."""
         return True
 
     def commit(self) -> dict[str, Any]:
-        """Flush everything to the disk; returns what a later process needs to go on from here."""
+        """Flush everything to the disk; returns what a later process continues from."""
         self._append()
         for name in self._shapes:
             with self._file(name).open("ab") as file:
@@ -201,19 +203,11 @@ class KeptSpool(Spool):
             for name, (dtype, shape) in self._shapes.items()
         }
 
-    def drop(self, *names: str) -> None:
-        """Forget columns; their files go when the spool is opened again without them."""
-        for name in names:
-            self.held -= sum(part.nbytes for part in self._parts.pop(name, []))
-            self._rows.pop(name, None)
-            self._shapes.pop(name, None)
-
-    def close(self) -> None:
-        """Leave the files; columns taken before stay usable."""
-        self._parts.clear()
-
     def _spill(self) -> None:
         self._append()
 
+    def _delete(self, name: str) -> None:
+        """Leave the file: what was committed last has the column."""
+
     def _file(self, name: str) -> Path:
-        return self._home / f"{self.PREFIX}{name}"
+        return self._home / f"{SPOOL}{name}"

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import gcfast
 from gcfast.cli.inputs import load_network, reading
 from gcfast.cli.outputs import tell_left_out
-from gcfast.database.manifest import check_target
-from gcfast.database.partial import check_unfinished, tidy
+from gcfast.database.write import check_target
 from gcfast.images.folder import ImageFolder
 from gcfast.images.preprocessing import Preprocessing
 
@@ -27,8 +26,7 @@ def build_database(options: argparse.Namespace) -> None:
     """Build the database that the options describe and tell what was left out of it.
 
     Raises:
-        FileExistsError: as :func:`gcfast.database.manifest.check_target`, or for an unfinished
-            build.
+        FileExistsError: as :func:`gcfast.database.write.check_target`.
         ValueError: the options or the pictures do not fit each other or the model.
         GcfastError: the model cannot be used, or (``--strict``) a picture not read.
     """
@@ -37,9 +35,13 @@ def build_database(options: argparse.Namespace) -> None:
             f"`--margin` must be left out with --objective {options.objective}, which has none"
         )
     # Before hours of work, not after.
-    tidy(options.out)
-    check_target(options.out, options.force, name="--out", remedy="--force")
-    check_unfinished(options.out, options.resume, name="--out", remedy="--resume")
+    check_target(
+        options.out,
+        overwrite=options.force,
+        resume=options.resume,
+        name="--out",
+        remedies=("--force", "--resume"),
+    )
 
     images = ImageFolder(options.images, options.labels)
     loaded, _, output_key = load_network(options)

@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from gcfast.database.database import Database
-from gcfast.database.manifest import check_target
+from gcfast.database.write import check_target
 
 
 def compress_database(options: argparse.Namespace) -> None:
     """Compress a database and tell the sizes.
 
     Raises:
-        FileExistsError: as :func:`gcfast.database.manifest.check_target`.
+        FileExistsError: as :func:`gcfast.database.write.check_target`.
         ValueError: there are more centers than rows.
         GcfastError: there is no database, or no FAISS.
     """
-    check_target(options.out, options.force, name="--out", remedy="--force")
+    check_target(
+        options.out, overwrite=options.force, name="--out", remedies=("--force", "--resume")
+    )
     whole = Database.open(options.database)
     small = whole.compress(options.centers, seed=options.seed, iterations=options.iterations)
     small.save(options.out, overwrite=options.force, storage=options.storage)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,51 +12,75 @@ from torch import Tensor
 from gcfast import ops
 from gcfast._checks import require_int
 from gcfast._extras import import_faiss
+from gcfast.database.manifest import CALIBRATION
 from gcfast.database.members import Members
 from gcfast.database.shards import Shard
-
-if TYPE_CHECKING:
-    from gcfast.database.database import Database
 
 SAMPLE_EACH = 256  # rows a centre that k-means is trained on; FAISS takes no more of its own
 ROWS_AT_ONCE = 16_384
 CENTRES_AT_ONCE = 1024
 
 
-def compressed(database: Database, centers: int, *, seed: int, iterations: int) -> Database:
-    """A database of k-means centres; see :meth:`gcfast.Database.compress`."""
-    from gcfast.database.database import Database
+class Compressed(NamedTuple):
+    """What makes a database of centres."""
 
-    require_int("centers", centers, 1, len(database))
+    rows: Shard
+    ids: list[str]
+    manifest: dict[str, Any]
+    members: Members
+
+
+def compressed(
+    shards: list[Shard],
+    ids: Sequence[str],
+    manifest: dict[str, Any],
+    centers: int,
+    *,
+    seed: int,
+    iterations: int,
+) -> Compressed:
+    """Compress a database's rows to k-means centres; see :meth:`gcfast.Database.compress`.
+
+    Args:
+        shards: the rows as they are stored.
+        ids: theirs.
+        manifest: the database's.
+        centers: as for :meth:`gcfast.Database.compress`.
+        seed: as there.
+        iterations: as there.
+    """
+    N = len(ids)
+    require_int("centers", centers, 1, N)
     require_int("seed", seed, 0, 2**31 - 1)
     require_int("iterations", iterations, 1)
-    if "compressed" in database.manifest:
+    if "compressed" in manifest:
         raise ValueError("`database` must be a whole one, got one of centres already")
-    centroids = _centroids(database, centers, seed, iterations)
-    assignment, distances = _assigned(database, centroids)
+    centroids = _centroids(shards, centers, seed, iterations)
+    assignment, distances = _assigned(shards, centroids)
     # FAISS splits clusters that run empty while it trains; one may still be, at the end.
     full = torch.bincount(assignment, minlength=centers) > 0
     assignment = (full.cumsum(0) - 1)[assignment]
-    embeddings = centroids[full]
     counts = torch.bincount(assignment)
-    weights = _mean_weights(database, assignment, counts)
-    mean = torch.tensor(database.manifest["mean_activation"], dtype=torch.float64)
-    channels, kept = _strongest(weights, database.m)
-    tensors = Shard(
-        embeddings=embeddings,
+    mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
+    weights = _mean_weights(shards, len(mean), assignment, counts)
+    weights /= float(manifest.get("weight_scale", 1.0))
+    channels, kept = _strongest(weights, shards[0].channels.shape[1])
+    triplets = torch.cat([shard.triplet_counts for shard in shards])
+    rows = Shard(
+        embeddings=centroids[full],
         channels=channels,
         weights=kept,
         offsets=(kept * mean[channels]).sum(1).float(),
-        labels=_labels(assignment, counts, database.labels),
-        triplet_counts=torch.zeros_like(counts).index_add_(0, assignment, database.triplet_counts),
+        labels=_labels(assignment, counts, torch.cat([shard.labels for shard in shards])),
+        triplet_counts=torch.zeros_like(counts).index_add_(0, assignment, triplets),
     )
     # A distance to a centre says something else than one to a row.
-    dropped = ("index", "shards", "older_rows", "weight_scale", "calibration")
-    manifest = {key: value for key, value in database.manifest.items() if key not in dropped}
+    dropped = ("index", "shards", "older_rows", "weight_scale", CALIBRATION)
+    manifest = {key: value for key, value in manifest.items() if key not in dropped}
     manifest |= {
         "storage": "float32",
         "compressed": {
-            "rows": len(database),
+            "rows": N,
             "centers": len(counts),
             "seed": seed,
             "iterations": iterations,
@@ -64,35 +88,34 @@ def compressed(database: Database, centers: int, *, seed: int, iterations: int) 
         },
     }
     nearest = _nearest_members(assignment, distances, len(counts))
-    ids = [database.ids[row] for row in nearest.tolist()]
-    one = Database(tensors._asdict(), ids, manifest)
-    one.members = Members.of(assignment, len(counts), database.ids)
-    return one
+    members = Members.of(assignment, len(counts), ids)
+    return Compressed(rows, [ids[row] for row in nearest.tolist()], manifest, members)
 
 
-def _pieces(database: Database) -> Iterator[tuple[int, Shard]]:
-    """(first row, some rows) after one another."""
+def _pieces(shards: list[Shard]) -> Iterator[tuple[int, Shard]]:
+    """Yield (first row, some rows), one after another."""
     first = 0
-    for shard in database.shards:
+    for shard in shards:
         for start in range(0, len(shard.labels), ROWS_AT_ONCE):
             piece = Shard(*(column[start : start + ROWS_AT_ONCE] for column in shard))
             yield first + start, piece
         first += len(shard.labels)
 
 
-def _centroids(database: Database, centers: int, seed: int, iterations: int) -> Tensor:
-    """[centers, D] float32, by FAISS k-means on a sample of SAMPLE_EACH rows a centre."""
+def _centroids(shards: list[Shard], centers: int, seed: int, iterations: int) -> Tensor:
+    """Return [centers, D] float32: FAISS k-means on a sample of SAMPLE_EACH rows a centre."""
     faiss = import_faiss("compress")
-    N, wanted = len(database), SAMPLE_EACH * centers
+    N, wanted = sum(len(shard.labels) for shard in shards), SAMPLE_EACH * centers
+    D = shards[0].embeddings.shape[1]
     chosen = np.arange(N)
     if wanted < N:
         chosen = np.sort(np.random.default_rng(seed).choice(N, wanted, replace=False))
-    sample = np.empty((len(chosen), database.dim), dtype=np.float32)
-    for first, piece in _pieces(database):
+    sample = np.empty((len(chosen), D), dtype=np.float32)
+    for first, piece in _pieces(shards):
         low, high = np.searchsorted(chosen, [first, first + len(piece.labels)])
         sample[low:high] = piece.embeddings[chosen[low:high] - first].float().numpy()
     kmeans = faiss.Kmeans(
-        database.dim,
+        D,
         centers,
         niter=iterations,
         seed=seed,
@@ -103,29 +126,27 @@ def _centroids(database: Database, centers: int, seed: int, iterations: int) -> 
     return torch.from_numpy(kmeans.centroids.copy())
 
 
-def _assigned(database: Database, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """(nearest centre [N] int64, squared L2 distance to it [N]); ties to the smaller number."""
-    index = import_faiss("compress").IndexFlatL2(database.dim)
+def _assigned(shards: list[Shard], centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (nearest centre [N] int64, squared L2 distance [N]); ties to the smaller number."""
+    index = import_faiss("compress").IndexFlatL2(centroids.shape[1])
     index.add(centroids.numpy())
-    assignment = torch.empty(len(database), dtype=torch.int64)
-    distances = torch.empty(len(database))
-    for first, piece in _pieces(database):
+    assignment, distances = [], []
+    for _, piece in _pieces(shards):
         rows = piece.embeddings.float()
-        ids = torch.from_numpy(index.search(rows.numpy(), 1)[1][:, 0])
-        assignment[first : first + len(ids)] = ids
-        distances[first : first + len(ids)] = (rows - centroids[ids]).square().sum(1)
-    return assignment, distances
+        nearest = torch.from_numpy(index.search(rows.numpy(), 1)[1][:, 0])
+        assignment.append(nearest)
+        distances.append((rows - centroids[nearest]).square().sum(1))
+    return torch.cat(assignment), torch.cat(distances)
 
 
-def _mean_weights(database: Database, assignment: Tensor, counts: Tensor) -> Tensor:
-    """[centres, C] float64: each cluster's mean, 0 for a channel that a row did not keep."""
-    C = len(database.manifest["mean_activation"])
+def _mean_weights(shards: list[Shard], C: int, assignment: Tensor, counts: Tensor) -> Tensor:
+    """Return [centres, C] float64: each cluster's mean, 0 for a channel that a row did not keep."""
     sums = torch.zeros(len(counts) * C, dtype=torch.float64)
-    for first, piece in _pieces(database):
+    for first, piece in _pieces(shards):
         centres = assignment[first : first + len(piece.labels), None]
         where = (centres * C + piece.channels).flatten()
         sums.index_add_(0, where, piece.weights.double().flatten())
-    return sums.view(-1, C).div_(counts[:, None] * database.weight_scale)
+    return sums.view(-1, C).div_(counts[:, None])
 
 
 def _strongest(weights: Tensor, m: int) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +19,13 @@ from gcfast._checks import require_int
 from gcfast.database import index as stored_index
 from gcfast.database.columns import Columns
 from gcfast.database.compress import compressed
+from gcfast.database.float16 import Conversion
 from gcfast.database.ids import Ids
-from gcfast.database.manifest import check_target
 from gcfast.database.members import Members, MembersFile, PackedMembers
 from gcfast.database.read import opened
 from gcfast.database.shards import FIELDS, Shard, ShardFile
-from gcfast.database.write import Conversion, write_database
+from gcfast.database.write import write_database
 from gcfast.errors import GcfastError, NoDatabaseError
-
-if TYPE_CHECKING:
-    from gcfast.explain.explainer import Explainer
 
 VERIFY_BYTES = 256 * 2**20  # up to which `open` compares checksums: a fifth of a second to read
 
@@ -80,8 +76,6 @@ class Database(Columns):
         self.ids = ids
         self.path = path
         self._checked = bool(unverified)
-        # Set by the explainer that takes the database; weak, since that one refers to it.
-        self.explainer: weakref.ref[Explainer] | None = None
         self.members: Members | PackedMembers | None = None
         self._members_file: MembersFile | None = None
 
@@ -149,7 +143,7 @@ class Database(Columns):
         if self.path is None:
             raise NoDatabaseError("there is no folder to store an index in: save the database")
         index = stored_index.made(factory, self.shards)
-        entry = stored_index.store(index, factory, self.path, self.manifest["shards"])
+        entry = stored_index.store(index, factory, self.path, self.manifest)
         self.manifest = {**self.manifest, "index": entry}
 
     def read_index(self) -> Any:
@@ -191,40 +185,18 @@ class Database(Columns):
 
         Source: the paper's experiments with a database of k-means centres.
         """
-        return compressed(self, centers, seed=seed, iterations=iterations)
+        rows, ids, manifest, members = compressed(
+            self.shards, self.ids, self.manifest, centers, seed=seed, iterations=iterations
+        )
+        one = Database(rows._asdict(), ids, manifest)
+        one.members = members
+        return one
 
     def extended(self, rows: Shard, ids: Sequence[str], manifest: dict[str, Any]) -> Database:
         """Return a database in memory of these rows and further ones, none of them copied."""
         one = Database.__new__(Database)
         one._fill([*self.shards, rows], [*self.ids, *ids], manifest)
         return one
-
-    def append(self, loader: Iterable[Any], *, progress: bool = False) -> Database:
-        """Add rows for further images; see :meth:`gcfast.Explainer.append`.
-
-        Raises:
-            GcfastError: no explainer has this database, so that there is no model.
-        """
-        return self._attached_to().append(loader, progress=progress)
-
-    def rebuild(
-        self, loader: Iterable[Any], *, progress: bool = False, resume: bool = False
-    ) -> Database:
-        """Make all rows anew; see :meth:`gcfast.Explainer.rebuild`.
-
-        Raises:
-            GcfastError: no explainer has this database, so that there is no model.
-        """
-        return self._attached_to().rebuild(loader, progress=progress, resume=resume)
-
-    def _attached_to(self) -> Explainer:
-        explainer = None if self.explainer is None else self.explainer()
-        if explainer is None or explainer.database is not self:
-            raise GcfastError(
-                "the database must be an explainer's, whose model the rows are made with: "
-                "gcfast.load, or Explainer(model, database=…)"
-            )
-        return explainer
 
     def in_storage(self, storage: str) -> Database:
         """This database with embeddings and weights in float32 or float16, in memory.
@@ -234,10 +206,10 @@ class Database(Columns):
         Raises:
             ValueError: another ``storage``, or weights that float16 cannot hold, with the row.
         """
-        conversion = Conversion(self, storage)
+        conversion = Conversion(self.manifest, self.rows, storage)
         if not conversion.changes:
             return self
-        one = Database(conversion.rows(0, len(self))._asdict(), self.ids, conversion.manifest())
+        one = Database(conversion.rows(0, len(self))._asdict(), self.ids, conversion.manifest)
         one.members, one._members_file = self.members, self._members_file
         return one
 
@@ -246,8 +218,8 @@ class Database(Columns):
     ) -> None:
         """Write the database as a folder: whole or not at all.
 
-        It is written under a temporary name beside ``path``, flushed to the disk and renamed. A
-        stored index is not written with it.
+        The order of writing is that of :mod:`gcfast.database.write`. A stored index is not written
+        with it.
 
         Args:
             path: the folder to make.
@@ -262,11 +234,21 @@ class Database(Columns):
             GcfastError: another process writes to the database that is to be replaced.
             OSError: the disk is full, or another failure to write; ``path`` is as it was.
         """
-        conversion = Conversion(self, self.storage if storage is None else storage)
+        conversion = Conversion(
+            self.manifest, self.rows, self.storage if storage is None else storage
+        )
         target = Path(path).absolute()
-        check_target(target, overwrite)
         _ = self.shards  # compares checksums before damage is copied
-        manifest = write_database(conversion, target)
+        if self.members is not None:
+            self.members_of(0)  # compares theirs
+        manifest = write_database(
+            target,
+            conversion.manifest,
+            conversion.rows,
+            self.ids,
+            self.members,
+            overwrite=overwrite,
+        )
         if not conversion.changes:
             self.manifest, self.path = manifest, target
 

@@ -1,14 +1,10 @@
-"""Files that are whole or not there: written, flushed to the disk and renamed."""
+"""Files that are whole or not there, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
-import ctypes
-import glob
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from gcfast.errors import GcfastError
@@ -22,7 +18,7 @@ _held: set[int] = set()  # descriptors of locked folders
 
 
 def _let_go() -> None:
-    """A forked process (a loader's worker) may live longer than the work that the lock is for."""
+    """Release the locks in a forked process: a loader's worker may outlive the writer."""
     while _held:
         os.close(_held.pop())
 
@@ -31,19 +27,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file and flush it to the disk; not whole before it returns."""
-    with path.open("wb") as file:
+def replace(path: Path, content: bytes) -> None:
+    """Write a file, flush it to the disk and rename it to ``path``.
+
+    A reader, also one after a crash, sees the old file or the new one.
+    """
+    staged = path.with_name(f"{path.name}.new")
+    with staged.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    rename(staged, path)
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Write a file in one step: whoever reads it, also after a crash, sees the old or the new."""
-    beside = path.with_name(f"{path.name}.new")
-    write(beside, content)
-    os.rename(beside, path)
+def rename(staged: Path, path: Path) -> None:
+    """Rename a file within its folder, replacing what has that name, and flush the folder."""
+    os.rename(staged, path)
     sync_folder(path.parent)
 
 
@@ -58,14 +57,14 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, doing: str) -> Iterator[None]:
-    """Hold a folder against other processes; a process that dies lets it go.
+    """Lock a folder against other processes; a process that dies releases its lock.
 
     Args:
-        folder: what is held.
-        doing: what the other process does, for the error: "building in".
+        folder: what to lock.
+        doing: what another process does that has locked it, for the error: "building in".
 
     Raises:
-        GcfastError: another process holds it, or put another folder in its place just now.
+        GcfastError: another process has locked it, or has just replaced it by another folder.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     _held.add(descriptor)
@@ -86,91 +85,3 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             _held.discard(descriptor)
             os.close(descriptor)
-
-
-@contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A new folder beside a place, to be filled and moved there; what is left of it goes.
-
-    Those that killed processes left beside this place, which nobody holds any more, go first.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    prefix = f".{target.name}.gcfast-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        if fcntl is not None:  # or one that is being filled could not be told
-            with suppress(OSError, GcfastError), locked(left, "writing to"):
-                shutil.rmtree(left)
-    with ExitStack() as stack:
-        while True:
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-            stack.callback(remove, folder)
-            # Until it is held, another process may take it for one that was left, and remove it.
-            with suppress(FileNotFoundError, GcfastError):
-                stack.enter_context(locked(folder, "writing to"))
-                break
-        open_permissions(folder)
-        yield folder
-
-
-def move_into_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its name; what has that name goes when the new one is there.
-
-    Where the system can, the two are exchanged in one step, so that there is no moment, and no
-    crash, without a folder of that name. The old one is then for a moment at ``folder``.
-
-    Args:
-        folder: flushed but for its list of names.
-        target: the name.
-
-    Raises:
-        GcfastError: another process writes to what has that name.
-    """
-    sync_folder(folder)
-    if target.exists():
-        # Whoever adds to the old folder would do so by its name, and so to the new one.
-        with locked(target, "writing to"):
-            if _exchange(folder, target):
-                try:
-                    sync_folder(target.parent)
-                except OSError:
-                    _exchange(folder, target)
-                    raise
-                remove(folder)
-                return
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.rename(target, old / target.name)
-            try:
-                os.rename(folder, target)
-            except OSError:
-                os.rename(old / target.name, target)
-                old.rmdir()
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(folder, target)
-    sync_folder(target.parent)
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder, or the link in its place, as far as that is possible."""
-    with suppress(OSError):
-        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
-
-
-def _exchange(one: Path, two: Path) -> bool:
-    """Give each the other's name, in one step; False where the system has none for that."""
-    try:
-        rename = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError, TypeError):  # not Linux, or a C library before 2018
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0)
-
-
-def open_permissions(folder: Path) -> None:
-    """Give a folder made by ``tempfile`` the permissions that one made by mkdir has."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(folder, 0o777 & ~mask)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gcfast._checks import require_choice
+from gcfast.database import shards
+from gcfast.database.manifest import STORAGES
 from gcfast.database.shards import Shard
 
 # Where the largest weight of a database's first rows is put in float16: 2^8 above it is left before
@@ -14,6 +19,45 @@ from gcfast.database.shards import Shard
 LARGEST_AT = 2.0**8
 # The largest norm-relative error of a row of weights in float16; 5e-4 is what rounding alone makes.
 HALF_TOLERANCE = 2e-3
+
+
+class Conversion:
+    """A database's rows in a storage.
+
+    Args:
+        manifest: the database's.
+        rows: returns its rows from one number to another, as they are stored.
+        storage: "float32" or "float16".
+
+    Attributes:
+        changes: whether that is another storage than the database's.
+        manifest: the converted database's, without a stored index.
+
+    Raises:
+        ValueError: an unknown storage.
+    """
+
+    def __init__(
+        self, manifest: dict[str, Any], rows: Callable[[int, int], Shard], storage: str
+    ) -> None:
+        require_choice("storage", storage, STORAGES)
+        self.manifest = {key: value for key, value in manifest.items() if key != "index"}
+        self.storage = storage
+        self.changes = storage != manifest.get("storage", STORAGES[0])
+        self._stored = rows
+        if self.changes:
+            old = manifest.get("weight_scale", 1.0)
+            scale = scale_for(rows(0, shards.SHARD_ROWS).weights.float() / old, storage)
+            self.manifest |= {"storage": storage, "weight_scale": scale}
+            self._factor = scale / old
+            self._mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
+
+    def rows(self, start: int, stop: int) -> Shard:
+        """Return consecutive rows; raises ValueError for one that the storage cannot hold."""
+        rows = self._stored(start, stop)
+        if not self.changes:
+            return rows
+        return in_storage(rows, self.storage, self._factor, self._mean, first=start)
 
 
 def scale_for(weights: Tensor, storage: str) -> float:

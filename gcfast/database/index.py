@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gcfast._extras import import_faiss
-from gcfast.database import files
-from gcfast.database.manifest import INDEX, MANIFEST, changed, encoded, read_manifest, updating
+from gcfast.database.manifest import read_manifest, require_same_rows
 from gcfast.database.shards import Shard
+from gcfast.database.write import INDEX, commit, disk_errors, write_file, writing
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
 
 TRAINING_ROWS = 2**20  # that an index is trained on at most, evenly spread
@@ -55,16 +56,14 @@ def made(factory: str, shards: list[Shard], *, name: str = "factory") -> Any:
     return index
 
 
-def store(index: Any, factory: str, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write an index into a database folder: the file first, then the manifest that names it.
-
-    A reader finds the index that the manifest names at any moment; the old one's file goes last.
+def store(index: Any, factory: str, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Store an index in a database folder, as :mod:`gcfast.database.write` describes.
 
     Args:
         index: of the database's rows.
         factory: what it was made with.
         folder: the database's.
-        shards: the manifest's, of the rows that are indexed.
+        manifest: of the rows that are indexed.
 
     Returns:
         What the manifest says of it.
@@ -74,47 +73,21 @@ def store(index: Any, factory: str, folder: Path, shards: list[dict[str, Any]]) 
         OSError: the disk is full, or another failure to write; the database is as it was.
     """
     faiss = import_faiss("factory")
-    try:
-        with updating(folder, shards) as manifest:
-            name, size, digest = _write(faiss, index, folder)
-            entry = {
-                "file": name,
-                "factory": factory,
-                "rows": index.ntotal,
-                "bytes": size,
-                "sha256": digest,
-            }
-            files.replace(folder / MANIFEST, encoded({**manifest, "index": entry}))
-            return entry
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write the index of {folder}: {error.strerror or error}"
-        ) from error
 
-
-def _write(faiss: Any, index: Any, folder: Path) -> tuple[str, int, str]:
-    """(name, bytes, checksum) of an index that no manifest names yet, flushed to the disk."""
-    beside, digest = folder / f"{INDEX}.new", hashlib.sha256()
-    with beside.open("wb") as file:
-
-        def write(content: bytes) -> None:
-            file.write(content)
-            digest.update(content)
-
+    def fill(write: Callable[[bytes], None]) -> None:
         try:
             # FAISS's own files end silently short where the last of them cannot be written.
             faiss.write_index(index, faiss.PyCallbackIOWriter(write))
         except RuntimeError as error:
             raise OSError(None, f"FAISS: {error}") from error
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    stem, ending = INDEX.split(".")
-    # Another name than the old one's, which readers are told of until the manifest is replaced.
-    path = folder / f"{stem}-{digest.hexdigest()[:16]}.{ending}"
-    os.rename(beside, path)
-    files.sync_folder(folder)
-    return path.name, size, digest.hexdigest()
+
+    with (
+        writing(folder, lambda: require_same_rows(folder, manifest)) as stored,
+        disk_errors(folder, "index of"),
+    ):
+        entry = write_file(folder, INDEX, fill) | {"factory": factory, "rows": index.ntotal}
+        commit(folder, stored | {"index": entry})
+    return entry
 
 
 def read(
@@ -137,21 +110,16 @@ def read(
         try:
             return _read(faiss, folder, entry, rows, verify=verify), entry
         except DamagedDatabaseError:
-            now = _manifest(folder)
-            if now is None or now.get("index") == entry:
+            try:
+                now = read_manifest(folder)
+            except GcfastError:
+                now = manifest
+            if now.get("index") == entry:
                 raise
-            if now["shards"] != manifest["shards"]:
-                raise GcfastError(changed(folder)) from None
-            if "index" not in now:  # saved anew, which leaves it behind
+            require_same_rows(folder, manifest)
+            if "index" not in now:  # a database is saved without it
                 raise NoDatabaseError(none) from None
             entry = now["index"]
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        return read_manifest(folder)
-    except GcfastError:
-        return None
 
 
 def _read(faiss: Any, folder: Path, entry: dict[str, Any], rows: int, *, verify: bool) -> Any:

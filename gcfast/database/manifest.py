@@ -1,16 +1,12 @@
-"""What describes a database folder: its manifest, and which folders are databases at all."""
+"""The manifest of a database folder: what it says, and the names of the folder's files."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gcfast.database import files
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
 
 FORMAT = "gcfast-database"
@@ -19,13 +15,8 @@ FORMAT = "gcfast-database"
 # A database of an older format opens as it is.
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
-INDEX = "index.faiss"  # as it is written; the manifest's name has a part of its checksum
-MEMBERS = "members.safetensors"
 STATE = "build.json"  # of an unfinished build
-OWN_FILES = re.compile(
-    r"manifest\.json(\.new)?|rows-\d{5,}\.safetensors|members\.safetensors"
-    r"|index(-[0-9a-f]{16})?\.faiss(\.new)?|build\.json"
-)
+CALIBRATION = "calibration"  # the manifest's entry for what gcfast.explain.calibration measured
 STORAGES = ("float32", "float16")
 MANIFEST_KEYS: dict[str, type] = {
     "fingerprint": dict,
@@ -46,64 +37,18 @@ FILES: dict[str, dict[str, type]] = {
 
 
 def encoded(manifest: dict[str, Any]) -> bytes:
-    """The manifest as its file holds it."""
+    """Return the manifest as its file holds it."""
     return json.dumps(manifest, indent=1).encode()
 
 
-def partial_folder(target: Path) -> Path:
-    """Where a database is built that will be at ``target``."""
-    return target.with_name(f"{target.name}.partial")
-
-
-def check_target(
-    target: Path, overwrite: bool, *, name: str = "path", remedy: str = "overwrite=True"
-) -> None:
-    """Whether a database may be written at ``target``: only a database is ever replaced.
-
-    Args:
-        target: the folder to be.
-        overwrite: whether a database that is there may go.
-        name: what the caller calls the folder.
-        remedy: what the caller's user has to say for ``overwrite``.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a database folder.
 
     Raises:
-        FileExistsError: something is there and may not be replaced, or is not a gcfast database
-            and nothing else.
-        ValueError: a path that safetensors cannot open.
+        NoDatabaseError, DamagedDatabaseError, GcfastError: as :meth:`gcfast.Database.open`.
     """
-    try:
-        str(target).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"`{name}` must be a path in UTF-8, got {str(target)!r}") from None
-    if not target.exists():
-        return
-    try:
-        manifest = json.loads((target / MANIFEST).read_bytes())
-        ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
-    except (OSError, ValueError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"`{name}` must not exist, got {target}, not a gcfast database")
-    if not overwrite:
-        raise FileExistsError(
-            f"`{name}` must not exist, got the database {target}; {remedy} replaces it"
-        )
-    strange = sorted(p.name for p in target.iterdir() if not OWN_FILES.fullmatch(p.name))
-    if strange:
-        raise FileExistsError(
-            f"`{name}` must hold a gcfast database alone to be replaced, {target} also holds "
-            f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
-        )
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a database folder; raises as :meth:`gcfast.Database.open`."""
     if not folder.is_dir():
-        partial = partial_folder(folder)
-        unfinished = ""
-        if partial.is_dir():
-            unfinished = f"; an unfinished build is in {partial}, which resume=True goes on with"
-        raise NoDatabaseError(f"there is no database at {folder}: it is not a folder{unfinished}")
+        raise NoDatabaseError(f"there is no database at {folder}: it is not a folder")
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
@@ -131,7 +76,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"'storage' must be {' or '.join(STORAGES)}, got {manifest['storage']!r:.60}"
             )
     except FileNotFoundError:
-        raise NoDatabaseError(f"there is no database at {folder}: {MANIFEST} is missing") from None
+        unfinished = ""
+        if (folder / STATE).exists():
+            unfinished = f"; an unfinished build is in {folder}, which resume=True continues"
+        raise NoDatabaseError(
+            f"there is no database at {folder}: {MANIFEST} is missing{unfinished}"
+        ) from None
     except KeyError as error:
         raise DamagedDatabaseError(f"{folder / MANIFEST} is damaged: it lacks {error}") from error
     except (ValueError, TypeError) as error:
@@ -139,60 +89,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-@contextmanager
-def updating(folder: Path, shards: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Hold a database folder to add files to it and to replace its manifest.
-
-    At the end, also of one that failed, what the manifest does not name is removed: the files of
-    an update that failed or was killed, and what the new manifest has something else for.
-
-    Args:
-        folder: the database's.
-        shards: the manifest's, of the rows that the update is for.
-
-    Yields:
-        The manifest as it is.
+def require_same_rows(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the present manifest of a folder whose database was opened with this one.
 
     Raises:
-        GcfastError: the database has changed, or another process writes to it.
+        GcfastError: it has other rows now.
+        NoDatabaseError, DamagedDatabaseError: as :func:`read_manifest`.
     """
-    with files.locked(folder, "writing to"):
-        manifest = read_manifest(folder)
-        if manifest["shards"] != shards:
-            raise GcfastError(changed(folder))
-        before = named_files(manifest)
-        try:
-            yield manifest
-        except BaseException:
-            # A manifest whose renaming was not flushed may be the old one again after a crash.
-            _remove_unnamed(folder, before)
-            raise
-        _remove_unnamed(folder, set())
-
-
-def changed(folder: Path) -> str:
-    """What is said to whoever has opened a database that was written to since."""
-    return f"the database {folder} has changed since it was opened: open it again"
+    now = read_manifest(folder)
+    # The same rows may be in files of other names: a database can be saved over itself.
+    one, two = ([shard["sha256"] for shard in m["shards"]] for m in (manifest, now))
+    if one != two:
+        raise GcfastError(f"the database {folder} has changed since it was opened: open it again")
+    return now
 
 
 def named_files(manifest: dict[str, Any]) -> set[str]:
-    """The names of a database's files."""
+    """Return the names of a database's files."""
     entries = [*manifest["shards"], *(manifest[n] for n in ("members", "index") if n in manifest)]
     return {MANIFEST, *(entry["file"] for entry in entries)}
 
 
-def _remove_unnamed(folder: Path, kept: set[str]) -> None:
-    """Remove the files of a database that its manifest does not name, but for those kept."""
-    with suppress(OSError, GcfastError):  # the database is whole with them, too
-        # A build that was killed at its end is for the next build to clear away, by its state.
-        kept = kept | {STATE} | named_files(read_manifest(folder))
-        for file in folder.iterdir():
-            if OWN_FILES.fullmatch(file.name) and file.name not in kept:
-                file.unlink()
-
-
 def _check_file(what: str, entry: Any, keys: dict[str, type]) -> None:
-    """Raise KeyError, TypeError or ValueError where the words on a file are not as they must be."""
+    """Raise KeyError, TypeError or ValueError where a file's entry lacks something."""
     if not isinstance(entry, dict):
         raise TypeError(f"{what} must be a dict, got {entry!r:.60}")
     for key, kind in keys.items():

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gcfast.database.ids import IdTable
-from gcfast.database.manifest import MEMBERS
-from gcfast.database.shards import MappedFile, write_tensors
+from gcfast.database.shards import MappedFile
 from gcfast.errors import DamagedDatabaseError
 
 # Up to format 2 the ids were not packed.
@@ -104,10 +103,6 @@ class Members(NamedTuple):
             torch.from_numpy(np.frombuffer(b"".join(blocks), dtype=np.uint8).copy()),
         )
 
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Write the file of a database in this folder; returns the manifest's entry."""
-        return self.packed().write(folder)
-
 
 class PackedMembers(NamedTuple):
     """The same, a block of :func:`packed` ids for each centre."""
@@ -134,9 +129,9 @@ class PackedMembers(NamedTuple):
                 f"the members of centre {centre} are damaged: {error}"
             ) from None
 
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Write the file of a database in this folder; returns the manifest's entry."""
-        return write_tensors(folder / MEMBERS, self._asdict()) | {"packed": True}
+    def packed(self) -> PackedMembers:
+        """Return these, which are packed."""
+        return self
 
 
 def packed(ids: Sequence[str]) -> bytes:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from gcfast.database import files as durable
 from gcfast.database.ids import IdTable
 from gcfast.errors import DamagedDatabaseError
 
@@ -168,30 +165,3 @@ class ShardFile(MappedFile):
             )
         self.ids = IdTable(self.columns["id_ends"], self.columns["id_bytes"])
         self.tensors = Shard(**{name: self.columns[name] for name in FIELDS})
-
-
-def shard_name(number: int) -> str:
-    """The file name of a shard."""
-    return f"rows-{number:05d}.safetensors"
-
-
-def write_shard(folder: Path, number: int, rows: Shard, ids: Sequence[str]) -> dict[str, Any]:
-    """Write a shard under its own name, flushed to the disk; returns the manifest's entry.
-
-    Nothing refers to it before a manifest does, so a part of one that a crash leaves does no harm.
-    """
-    tensors = {name: value.contiguous() for name, value in rows._asdict().items()}
-    table = IdTable.encoded(ids)
-    tensors |= {"id_ends": table.ends, "id_bytes": table.content}
-    return {"rows": len(ids)} | write_tensors(folder / shard_name(number), tensors)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file, flushed to the disk; returns the manifest's entry."""
-    content = safetensors.torch.save(tensors)
-    durable.write(path, content)
-    return {
-        "file": path.name,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }

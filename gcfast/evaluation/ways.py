@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from gcfast import ops
-from gcfast.builder.build import assemble
-from gcfast.builder.embed import embed_all
+from gcfast.builder.build import in_memory
+from gcfast.builder.embed import embed
 from gcfast.builder.loader import check_embeddings
-from gcfast.builder.rows import averaged, rows_from_spool
+from gcfast.builder.rows import averaged
 from gcfast.database.database import Database
 from gcfast.errors import UnsupportedModelError
 from gcfast.explain.explainer import Explainer
@@ -80,23 +80,18 @@ class Trained:
                 "`explainer` must have an objective over classes to be evaluated, got "
                 f"{self.settings.objective!r}"
             )
-        self.embedded = embed_all(
-            self.network,
-            loader,
-            l2_normalize=self.settings.l2_normalize,
-            keep_pooled=True,
-            progress=progress,
-            channels=CONTROL_CHANNELS,
-        )
+        # Pooled activations are kept for Grad-CAM++, which the table has too.
+        stage = replace(self.settings, method="gradcam++", channels=CONTROL_CHANNELS)
+        self.embedded = embed(self.network, loader, stage, progress=progress)
         if self.embedded.head is None:
             raise UnsupportedModelError(
                 "the table needs a head that averages the activations and maps them affinely"
             )
         self.head = self.embedded.head
         self.device = self.head.weight.device
-        main = rows_from_spool(self.embedded, self.main_settings(), progress=progress)
-        self.database = assemble(self.network, self.embedded, main, main.settings, None)
-        self.kept = main.tensors()[1]  # [N], rows of the spool that the database has
+        self.database, self.kept = in_memory(  # kept: [N], the spool's rows that have one
+            self.network, loader, self.embedded, self.main_settings(), progress=progress
+        )
         self.table = self.database.embeddings.to(self.device)
         self.mean = self.embedded.mean_activation.to(self.device)  # [C] float64
         self.source = self.embedded.source(self.settings, torch.device("cpu"))

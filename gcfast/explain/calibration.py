@@ -27,6 +27,7 @@ from torch import Tensor
 from gcfast import ops
 from gcfast._checks import require_finite_rows, require_shape
 from gcfast.builder.loader import batches, on_device
+from gcfast.database.manifest import CALIBRATION
 from gcfast.errors import DamagedDatabaseError
 from gcfast.metrics import cosine, flat_maps, spearman
 from gcfast.metrics.controls import random_rows
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from gcfast.explain.explainer import Explainer
     from gcfast.model.network import Network
 
-KEY = "calibration"  # in the database's manifest
+KEY = CALIBRATION
 MOST_KNOTS = 20
 IMAGES_A_KNOT = 10
 SAME_IMAGE = 1e-6  # squared distance below which an image is taken to be the row's own

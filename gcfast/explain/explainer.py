@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, Unpack, overload
@@ -146,7 +145,6 @@ class Explainer:
     def _set_database(self, database: Database) -> None:
         with self._lock:
             self._database, self._attached = database, None
-        database.explainer = weakref.ref(self)
 
     def info(self) -> dict[str, Any]:
         """Return the layer, the model's memory format, the settings and the database."""
@@ -177,10 +175,11 @@ class Explainer:
         vector-Jacobian products from the layer on. Memory is O(N D), for Grad-CAM++ O(N (D + C)),
         spilled to temporary files above gcfast.builder.spool.SPOOL_MEMORY_BYTES.
 
-        With ``out`` the embeddings and the rows are written as they are made, in ``out.partial``,
-        which becomes ``out`` at the end. If the build is killed, ``resume`` continues it after the
-        last complete write and gives the same rows. Finished batches do not go through the model
-        again, except one, which must give the embeddings it gave before.
+        With ``out`` the embeddings and the rows are written there as they are made, and are a
+        database once the manifest is written at the end. If the build is killed, ``resume``
+        continues it after the last complete write and gives the same rows. Finished batches do not
+        go through the model again, except one, which must give the embeddings it gave before. A
+        database that is to be replaced can be read until then; no other process can write to it.
 
         Args:
             loader: any iterable of (images, labels) or (images, labels, ids), a list included:
@@ -234,7 +233,8 @@ class Explainer:
         warning, and ``explain_batch(details=True).confidence`` is None until ``calibrate``.
 
         A database with a folder gets new shards there and then the manifest that names them, so
-        that a reader sees the old rows or all of them; one in memory stays there.
+        that a reader sees the old rows or all of them; no other process can write to it
+        meanwhile. One in memory stays there.
 
         Args:
             loader: as for :meth:`build`; one label is enough.

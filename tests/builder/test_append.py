@@ -19,7 +19,6 @@ from networks import common, loader, other, pictures
 import gcfast
 from gcfast.builder import append as append_module
 from gcfast.builder import resumable, spool
-from gcfast.database import files as durable
 from gcfast.database import shards
 from gcfast.database.database import Database
 from gcfast.database.shards import FIELDS
@@ -63,7 +62,7 @@ def test_new_rows_draw_from_all_embeddings(make: Any, method: str, triplets: Any
     first, second = halves()
     one = explainer(make, method=method, triplets=triplets)
     stored = one.build(first)
-    together = stored.append(second)
+    together = one.append(second)
     assert one.database is together
     assert (len(stored), len(together)) == (STORED, ALL)
     same_rows(together, 0, STORED, stored)
@@ -170,7 +169,7 @@ def test_rebuild_renews_all(tmp_path: Path) -> None:
     one = explainer()
     one.build(first, out=tmp_path / "db", preprocessing={"size": 8}, storage="float16")
     one.append(second)
-    renewed = one.database.rebuild(first + second)
+    renewed = one.rebuild(first + second)
     assert one.database is renewed
     assert renewed.path == tmp_path / "db"
     assert renewed.storage == "float16"
@@ -206,7 +205,7 @@ def test_a_rebuild_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(Database.open(tmp_path / "db")) == STORED
     passed: list[int] = []
     one.network.model.register_forward_hook(lambda _, x, __: passed.append(len(x[0])))
-    assert len(one.database.rebuild(first + second, resume=True)) == ALL
+    assert len(one.rebuild(first + second, resume=True)) == ALL
     assert sum(passed) < ALL
 
 
@@ -231,12 +230,13 @@ def test_a_rebuild_killed_at_any_step_of_its_end_leaves_a_database(
         killed = was_killed(rebuild)
         found.append(len(Database.open(root / "db", verify=True)))
         # As it stands where nothing of the new one is left to go on with.
-        resumed = (root / "db.partial" / "build.json").exists()
+        resumed = (root / "db" / "build.json").exists()
         again = gcfast.load(root / "db", one.network.model)
         assert len(again.rebuild(first + second, resume=resumed)) == ALL
         assert [p.name for p in root.iterdir()] == ["db"]
-        files = sorted(p.name for p in (root / "db").iterdir())
-        assert files == ["manifest.json", "rows-00000.safetensors"]
+        manifest, rows = sorted(p.name for p in (root / "db").iterdir())
+        assert manifest == "manifest.json"
+        assert rows in ("rows-00001.safetensors", "rows-00002.safetensors")
     assert point > 12
     assert set(found) == {STORED, ALL}
     assert found == sorted(found)
@@ -244,15 +244,14 @@ def test_a_rebuild_killed_at_any_step_of_its_end_leaves_a_database(
 
 def _kill_at(point: int) -> None:
     """Have this process end at a counted step of the end of a build."""
-    countdown, finish = Countdown(point), resumable._Unfinished.finish
+    countdown, commit = Countdown(point), resumable.commit_build
 
-    def counting(work: resumable._Unfinished) -> None:
+    def counting(folder: Path, manifest: dict[str, Any]) -> None:
         for name in ("fsync", "rename", "unlink", "rmdir"):
             setattr(os, name, countdown.around(getattr(os, name)))
-        durable._exchange = countdown.around(durable._exchange)
-        finish(work)
+        commit(folder, manifest)
 
-    resumable._Unfinished.finish = counting
+    resumable.commit_build = counting
 
 
 # --- refused
@@ -266,10 +265,6 @@ def test_what_cannot_be_appended_to(tmp_path: Path) -> None:
         explainer().rebuild(second)
     one = explainer()
     database = one.build(first, out=tmp_path / "db")
-    alone = Database.open(tmp_path / "db")
-    for call in (alone.append, alone.rebuild):
-        with pytest.raises(gcfast.GcfastError, match="must be an explainer's, whose model"):
-            call(second)
     other_settings = gcfast.Explainer(
         one.network.model, database=database, channels=5, triplets=3, evidence="against"
     )

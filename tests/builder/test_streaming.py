@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import gcfast
 from gcfast.builder import resumable
-from gcfast.database import shards
+from gcfast.database import shards, write
 from gcfast.database.database import Database
 from gcfast.database.shards import FIELDS
 
@@ -66,6 +66,18 @@ def stopping(given: list[Any], after: int) -> Iterator[Any]:
     return Loader()  # type: ignore[return-value]
 
 
+def stopping_before(name: str) -> Any:
+    """A renaming that fails where a file is to get this name."""
+    rename = write.files.rename
+
+    def renaming(staged: Path, path: Path) -> None:
+        if path.name == name:
+            raise ZeroDivisionError
+        rename(staged, path)
+
+    return renaming
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
@@ -74,9 +86,9 @@ def unfinished(one: gcfast.Explainer, given: list[Any], folder: Path, after: int
     """A build that stopped in stage 1."""
     with pytest.raises(StopError) as caught:
         one.build(stopping(given, after), out=folder)
-    assert f"kept in {folder}.partial: resume=True (--resume)" in caught.value.__notes__[0]
-    assert not folder.exists()
-    return folder.with_name(f"{folder.name}.partial")
+    assert f"kept in {folder}: resume=True (--resume)" in caught.value.__notes__[0]
+    assert not (folder / "manifest.json").exists()
+    return folder
 
 
 # --- the same folder as `save`
@@ -231,13 +243,15 @@ def test_an_unfinished_build_is_never_overwritten(tmp_path: Path) -> None:
     one, given = explainer(common()), batches()
     partial = unfinished(one, given, tmp_path / "db")
     before = content(partial)
+    with pytest.raises(FileExistsError, match=r"`path` must not be an unfinished build, got"):
+        one.build(given).save(partial, overwrite=True)
     for overwrite in (False, True):
         with pytest.raises(
             FileExistsError, match=r"must not be an unfinished build, .*; resume=True continues it"
         ):
             one.build(given, out=tmp_path / "db", overwrite=overwrite)
     assert content(partial) == before
-    with pytest.raises(gcfast.NoDatabaseError, match=r"an unfinished build is in .*db.partial"):
+    with pytest.raises(gcfast.NoDatabaseError, match=r"an unfinished build is in .*db,"):
         Database.open(tmp_path / "db")
 
 
@@ -252,36 +266,54 @@ def test_an_old_database_stays_until_the_new_one_is_whole(tmp_path: Path) -> Non
     with pytest.raises(FileExistsError, match="overwrite=True replaces it"):
         one.build(batches(), out=folder, resume=True)
     given = batches()
-    (folder.parent / "db.partial").rename(tmp_path / "away")
+    (folder / "build.json").unlink()  # to start over, as the error said
     new = one.build(given, out=folder, overwrite=True)
     assert len(new) == len(Database.open(folder)) == 21
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["away", "db"]
+    assert [p.name for p in tmp_path.iterdir()] == ["db"]
+    assert len(content(folder)) == 4
 
 
-def test_what_came_to_the_place_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_nothing_else_is_written_to_the_folder_meanwhile(tmp_path: Path) -> None:
     one, given, folder = explainer(common()), batches(), tmp_path / "db"
     saved = one.build(batches(12))
 
     class Loader:
         def __iter__(self) -> Iterator[Any]:
             yield from given
-            saved.save(folder)
+            with pytest.raises(FileExistsError, match="must not be an unfinished build"):
+                saved.save(folder)
 
-    with pytest.raises(FileExistsError, match="overwrite=True replaces it"):
-        one.build(Loader(), out=folder)
-    assert len(Database.open(folder)) == 11
-    assert len(one.build([], out=folder, resume=True, overwrite=True)) == 21
+    assert len(one.build(Loader(), out=folder)) == 21
+    reader = Database.open(folder)
+
+    class Again:
+        def __iter__(self) -> Iterator[Any]:
+            for call in (
+                lambda: saved.save(folder, overwrite=True),
+                lambda: reader.build_index("Flat"),
+                lambda: gcfast.load(folder, one.network.model).append(given),
+            ):
+                with pytest.raises(gcfast.GcfastError, match="another process is building in"):
+                    call()
+            assert len(Database.open(folder, verify=True)) == 21
+            yield from batches(12)
+
+    assert len(one.build(Again(), out=folder, overwrite=True)) == 11
     assert [p.name for p in tmp_path.iterdir()] == ["db"]
 
 
 def test_what_is_no_unfinished_build_is_left_alone(tmp_path: Path) -> None:
-    partial = tmp_path / "db.partial"
-    partial.mkdir()
-    (partial / "thesis.tex").write_text("mine")
+    folder = tmp_path / "db"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
     for resume in (False, True):
-        with pytest.raises(FileExistsError, match=r"must leave .*db.partial to the build"):
-            explainer(common()).build(batches(), out=tmp_path / "db", resume=resume)
-    assert [p.name for p in partial.iterdir()] == ["thesis.tex"]
+        with pytest.raises(FileExistsError, match=r"got .*db, not a gcfast database"):
+            explainer(common()).build(batches(), out=folder, resume=resume)
+    assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
+    unfinished(explainer(common()), batches(), tmp_path / "other")
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"got .*other, not a gcfast database"):
+        explainer(common()).build(batches(), out=tmp_path / "other", resume=True)
 
 
 def test_a_build_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
@@ -330,7 +362,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
             one.build(given, out=tmp_path / "db", resume=True, **more)
         assert content(partial) == before
 
-    said = r"`resume` must have the settings that .*db.partial was begun with: "
+    said = r"`resume` must have the settings that .*db was begun with: "
     refused(ValueError, said + "triplets was 4, is 5; seed was 0, is 1",
             explainer(model, triplets=5, seed=1))  # fmt: skip
     refused(ValueError, said + r"preprocessing was None, is \{'size': 3\}", explainer(model),
@@ -370,14 +402,14 @@ def test_what_half_cannot_hold_goes_on_in_float32(tmp_path: Path, head: str) -> 
     assert largest[:16].max() < room < abs(value)
     assert "with storage='float32' (--storage float32) a resumed" in caught.value.__notes__[0]
     assert "kept in" in caught.value.__notes__[1]
-    partial = tmp_path / "db.partial"
+    partial = tmp_path / "db"
     assert len(list(partial.glob("rows-*"))) == 2
     with pytest.raises(ValueError, match="cannot hold row 16"):  # as often as it is asked for
         one.build(given, out=tmp_path / "db", storage="float16", resume=True)
     passed: list[int] = []
     hook = one.network.model.register_forward_hook(lambda _, x, __: passed.append(len(x[0])))
     # In closed form it needs no images; by autograd it has to see them once more.
-    with pytest.warns(UserWarning, match="are in float16 and are made anew in float32"):
+    with pytest.warns(UserWarning, match="are in float16 and are made again in float32"):
         built = one.build([] if head == "closed form" else given, out=tmp_path / "db", resume=True)
     hook.remove()
     assert sum(passed) == (0 if head == "closed form" else 22)
@@ -397,14 +429,14 @@ def test_another_storage_at_any_stage(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.setattr(resumable, "report_of", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             one.build(given, out=tmp_path / "rows")
-    assert len(list((tmp_path / "rows.partial").glob("rows-*"))) == 7
+    assert len(list((tmp_path / "rows").glob("rows-*"))) == 7
     monkeypatch.setattr(shards, "SHARD_ROWS", 7)
-    with pytest.warns(UserWarning, match="are in float32 and are made anew in float16"):
+    with pytest.warns(UserWarning, match="are in float32 and are made again in float16"):
         one.build([], out=tmp_path / "rows", storage="float16", resume=True)
     assert content(tmp_path / "rows") == content(wanted.path)
     # Finished but for the name: those rows are what they are.
     with monkeypatch.context() as patch:
-        patch.setattr(resumable.files, "move_into_place", lambda *_: 1 / 0)
+        patch.setattr(write.files, "rename", stopping_before("manifest.json"))
         with pytest.raises(ZeroDivisionError):
             one.build(given, out=tmp_path / "done")
     with pytest.raises(ValueError, match="begun with: storage was 'float32', is 'float16'"):
@@ -483,7 +515,7 @@ def test_a_damaged_shard_of_an_unfinished_build(
         patch.setattr(resumable, "report_of", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             one.build(given, out=folder)
-    shard = tmp_path / "db.partial" / "rows-00001.safetensors"
+    shard = tmp_path / "db" / "rows-00001.safetensors"
     os.truncate(shard, 100)
     with pytest.raises(gcfast.DamagedDatabaseError, match=r"rows-00001.safetensors is truncated"):
         one.build(given, out=folder, resume=True)

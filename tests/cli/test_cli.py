@@ -144,7 +144,7 @@ def test_a_build_that_was_stopped_is_resumed(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(resumable, "write_shard", stop)
     status, _, err = run(capsys, *arguments())
     assert status == 130
-    assert f"stopped; what was done is kept in {tmp_path / 'db.partial'}: resume=True" in err
+    assert f"stopped; what was done is kept in {tmp_path / 'db'}: resume=True" in err
     monkeypatch.setattr(resumable, "write_shard", write)
     assert "must not be an unfinished build, got" in fails(capsys, *arguments())
     assert "--resume continues it" in fails(capsys, *arguments())

@@ -20,7 +20,8 @@ from gcfast.database import shards
 from gcfast.database.database import Database
 from gcfast.database.ids import IdTable
 from gcfast.database.members import Members, PackedMembers, packed, unpacked
-from gcfast.database.shards import FIELDS, write_tensors
+from gcfast.database.shards import FIELDS
+from gcfast.database.write import MEMBERS, write_tensors
 
 pytest.importorskip("faiss")
 N, C, M, DIM = 300, 20, 4, 6
@@ -141,21 +142,21 @@ def test_there_and_back(in_shards: Database, tmp_path: Path) -> None:
     assert Database.open(tmp_path / "copy").members_of(2) == small.members_of(2)
     in_shards.save(tmp_path / "small", overwrite=True)
     assert sorted(p.name for p in (tmp_path / "small").iterdir())[0] == "manifest.json"
-    assert not (tmp_path / "small" / "members.safetensors").exists()
+    assert not list((tmp_path / "small").glob("members*"))
 
 
-def write_plain(members: Members, file: Path) -> dict[str, Any]:
+def write_plain(members: Members, folder: Path) -> dict[str, Any]:
     """The members as format 2 had them; returns the manifest's entry."""
     ids = members.ids
     tensors = {"ends": members.ends, "id_ends": ids.ends, "id_bytes": ids.content}
-    return write_tensors(file, tensors)
+    return write_tensors(folder, "members.safetensors", tensors)
 
 
 def test_members_of_the_second_format_still_open(in_shards: Database, tmp_path: Path) -> None:
     small = in_shards.compress(6)
     small.save(tmp_path / "small")
     assert isinstance(small.members, Members)
-    entry = write_plain(small.members, tmp_path / "small" / "members.safetensors")
+    entry = write_plain(small.members, tmp_path / "small")
     edit(tmp_path / "small", members=entry, format_version=2)
     opened = Database.open(tmp_path / "small")
     opened.save(tmp_path / "anew")
@@ -246,7 +247,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_damaged_members(tmp_path: Path, harm: str) -> None:
     made().compress(3).save(tmp_path / "small")
     opened = Database.open(tmp_path / "small")
-    file = tmp_path / "small" / "members.safetensors"
+    (file,) = (tmp_path / "small").glob("members-*.safetensors")
     content = bytearray(file.read_bytes())
     words = {
         "deleted": "the members file .* is missing",
@@ -264,9 +265,11 @@ def test_damaged_members(tmp_path: Path, harm: str) -> None:
         file.write_bytes(content)
     elif harm == "shorter":
         entry = PackedMembers(torch.tensor([300]), torch.tensor([4]), torch.zeros(5).byte())
-        edit(tmp_path / "small", members=entry.write(file.parent))
+        packed = write_tensors(file.parent, MEMBERS, entry._asdict()) | {"packed": True}
+        edit(tmp_path / "small", members=packed)
     else:
-        entry = write_plain(Members(torch.tensor([299]), IdTable.encoded(["x"] * 300)), file)
+        members = Members(torch.tensor([299]), IdTable.encoded(["x"] * 300))
+        entry = write_plain(members, file.parent)
         edit(tmp_path / "small", members=entry)
     with pytest.raises(gcfast.DamagedDatabaseError, match=words):
         Database.open(tmp_path / "small").members_of(0)

@@ -25,8 +25,6 @@ pytest.importorskip("fcntl")
 KILLED = """
 import multiprocessing, os, pathlib, signal, sys, time
 from gcfast.database import files
-from gcfast.database import read
-from gcfast.database import shards
 
 with files.locked(pathlib.Path(sys.argv[1]), "writing to"):
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
@@ -114,7 +112,6 @@ def test_a_database_is_not_replaced_under_a_writer(
     assert len(Database.open(tmp_path / "db", verify=True)) == 16
     monkeypatch.undo()
     if how == "save":
-        assert not list(tmp_path.glob(".db.*"))
         two.database.save(tmp_path / "db", overwrite=True)
         assert len(Database.open(tmp_path / "db", verify=True)) == 10
     else:
@@ -125,57 +122,18 @@ def test_a_database_is_not_replaced_under_a_writer(
         assert torch.isfinite(resumed.weights).all()
 
 
-# --- what is left beside a place
-
-
-def test_what_killed_saves_left_goes_with_the_next_one(tmp_path: Path) -> None:
-    place = tmp_path / "d[b]"  # as in a pattern of names
-    kept = [tmp_path / name for name in (".d[b].mine", ".db.gcfast-12345678", "d[b].partial")]
-    left = [tmp_path / f".d[b].gcfast-{'x' * 8}", tmp_path / f".d[b].gcfast-{'y' * 8}"]
-    for folder in (*kept, *left):
-        folder.mkdir()
-        (folder / "file").write_text("content")
-    with files.locked(left[1], "writing to"), files.beside(place) as folder:
-        assert not left[0].exists()
-        assert left[1].exists()  # another process is at it
-        with files.beside(place) as another:
-            assert folder.exists()
-        assert not another.exists()
-        files.move_into_place(folder, place)
-    assert place.is_dir()
-    assert place.stat().st_mode & 0o777 == kept[0].stat().st_mode & 0o777
-    assert all((folder / "file").exists() for folder in kept)
-
-
-def test_a_folder_that_is_taken_for_one_that_was_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By another save to the same place, between its making and its locking."""
-    place, make, made = tmp_path / "db", files.tempfile.mkdtemp, []
-
-    def late(**options: Any) -> str:
-        one = make(**options)
-        made.append(one)
-        if len(made) == 1:
-            with files.beside(place):
-                assert not Path(one).exists()
-        return one
-
-    monkeypatch.setattr(files.tempfile, "mkdtemp", late)
-    with files.beside(place) as folder:
-        (folder / "file").write_text("content")
-        files.move_into_place(folder, place)
-    assert len(made) == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["db"]
-
-
 def test_a_link_in_the_place(saved: Path) -> None:
-    """It is replaced, not what it leads to."""
+    """What it leads to is not replaced in its name, and it is not left without a database."""
     link = saved.with_name("link")
     link.symlink_to(saved.name)
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
-    Database.open(saved).save(link, overwrite=True)
-    assert not link.is_symlink()
+    one = gcfast.Explainer(common(), "backbone", channels=5)
+    database = one.build(loader(*pictures(9)))
+    with pytest.raises(FileExistsError, match=rf"must not be a link, got {link}: give {saved}"):
+        database.save(link, overwrite=True)
+    with pytest.raises(FileExistsError, match=rf"must not be a link, got {link}: give {saved}"):
+        one.build(loader(*pictures(9)), out=link, overwrite=True)
+    assert link.is_symlink()
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
     assert sorted(p.name for p in saved.parent.iterdir()) == [saved.name, "link"]
 
@@ -207,21 +165,11 @@ def test_there_is_no_moment_without_a_database(
 
         return call
 
-    for name in ("rename", "fsync", "unlink", "rmdir"):
+    for name in ("rename", "fsync", "unlink"):
         monkeypatch.setattr(os, name, watched(getattr(os, name)))
     database.save(saved, overwrite=True)
     assert len(found) > 4
     assert set(found) == {len(database)}
-    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
-
-
-def test_a_system_that_cannot_exchange_two_names(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
-    database = Database.open(saved)
-    database.save(saved, overwrite=True)
-    assert len(Database.open(saved, verify=True)) == len(database)
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 

@@ -320,7 +320,7 @@ def test_killed_at_any_step_it_leaves_one_of_the_two(
     one: gcfast.Explainer,
 ) -> None:
     one.database.build_index("Flat")
-    folder, shards_ = one.database.path, one.database.manifest["shards"]
+    folder, manifest = one.database.path, one.database.manifest
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     index = stored_index.made("HNSW8", one.database.shards)
     kinds, leftovers, point = [], 0, 0
@@ -330,7 +330,7 @@ def test_killed_at_any_step_it_leaves_one_of_the_two(
         for name in ("fsync", "rename", "unlink"):
             setattr(os, name, countdown.around(getattr(os, name)))
         faiss.write_index = countdown.around(faiss.write_index)
-        stored_index.store(index, "HNSW8", folder, shards_)
+        stored_index.store(index, "HNSW8", folder, manifest)
 
     killed = True
     while killed:
