@@ -21,6 +21,7 @@ from gcfast.database import database as database_module
 from gcfast.database import shards as shards_module
 from gcfast.database.database import Database
 from gcfast.database.shards import FIELDS, Shard
+from gcfast.database.write import write_tensors
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_checksums_are_of_what_was_opened(saved: Path, monkeypatch: pytest.Monke
 
 def test_comparing_checksums_keeps_no_page_in_memory(tmp_path: Path) -> None:
     tensor = torch.zeros(2**24, dtype=torch.uint8)
-    entry = shards_module.write_tensors(tmp_path / "x", {"x": tensor})
+    entry = write_tensors(tmp_path, "x", {"x": tensor})
     file = shards_module.MappedFile(tmp_path, entry, {"x": ("U8",)})
     before = resident()
     file.verify()
