@@ -1,17 +1,17 @@
-"""How faithful transferred maps are, and what that says of a single one.
+"""How faithful transferred maps are, and what that says about a single one.
 
-Transfer lends an image the grad-weights of its nearest row in place of its own. Where labels are
-known the image's own map can be made too (:meth:`gcfast.Explainer.explain_labelled`), so their
-agreement can be measured, as a function of the distance to the row. Fitted to held-out images, that
-function is a confidence for any image from its distance alone.
+Transfer gives an image the grad-weights of its nearest row instead of its own. For images with
+labels the own map can be made as well (:meth:`gcfast.Explainer.explain_labelled`), so their
+agreement can be measured as a function of the distance to the row. Fitted to held-out images, that
+function gives a confidence for any image from its distance alone.
 
-It tells images apart only where agreement falls with distance, and it speaks for the neighbour only
-where it is above what a random row's map has. Neither is a matter of course, so both are measured:
-:class:`Fidelity` has a random row's agreement for each image, a :class:`Calibration` its mean. And
-it holds for images like those it was fitted to, of the database's classes: to others it promises
-too much. Where one object is all there is to see, any row's map finds it (bench/RESULTS.md). Where
-agreement does not fall with distance the level is what a calibration tells, and a confidence is
-near enough the same for every image.
+The confidence separates images only if agreement falls with distance, and it is evidence for the
+neighbor only if it is above the agreement of a random row's map. Neither is certain, so both are
+measured: :class:`Fidelity` has a random row's agreement for each image, :class:`Calibration` its
+mean. The confidence holds for images like those it was fitted to, of the database's classes; for
+others it is too high. In images of a single object any row's map finds the object
+(bench/RESULTS.md). If agreement does not fall with distance, a confidence is nearly the same for
+every image.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 KEY = CALIBRATION
 MOST_KNOTS = 20
 IMAGES_A_KNOT = 10
-SAME_IMAGE = 1e-6  # squared distance below which an image is taken to be the row's own
+SAME_IMAGE = 1e-6  # squared distance below which an image counts as the row's own
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Fidelity:
         distances: [n] float32, squared L2 to the nearest row.
         cosine: [n] float32, of the two maps; 0 where one of them is flat.
         spearman: [n] float32, their rank correlation; 0 where one of them is flat.
-        flat: how many images have a flat map among the two.
+        flat: how many images have at least one flat map of the two.
         unknown: how many images were left out because the database has no row of their class.
         control: [n] float32, or None: the cosine of the image's own map with the map that a random
-            row gives in place of the nearest. Maps of one object agree whatever weighs the
-            channels; only what exceeds this is the merit of the neighbour.
+            row gives instead of the nearest. Maps of one object agree whatever the channel weights;
+            only the excess over this is due to the neighbor.
 
     Its ``str`` is a line for each quarter of the images by distance, and one for the control.
     """
@@ -71,7 +71,7 @@ class Fidelity:
         return len(self.distances)
 
     def __str__(self) -> str:
-        """Means by distance, beside those of a random row."""
+        """Return means by distance, next to those of a random row."""
         lines = []
         for part in self.distances.argsort(stable=True).tensor_split(4):
             if not len(part):
@@ -102,7 +102,7 @@ class Calibration:
         distances: [Q] float32, rising.
         agreement: [Q] float32, falling.
         images: how many images it was fitted to.
-        control: the mean agreement of a random row's map, or None where it was not measured. A
+        control: the mean agreement of a random row's map, or None if it was not measured. A
             confidence that is hardly above it says that any row's map would have agreed as well,
             not that this one is right.
     """
@@ -114,10 +114,10 @@ class Calibration:
 
     @classmethod
     def fit(cls, distances: Tensor, agreement: Tensor) -> Calibration:
-        """The falling function closest to the images, in groups of equal size by distance.
+        """Fit a falling function to the images, in groups of equal size by distance.
 
         Groups of at least IMAGES_A_KNOT images, at most MOST_KNOTS of them, give a knot each, at
-        their mean distance and mean agreement; neighbouring groups whose agreement rises are pooled
+        their mean distance and mean agreement; adjacent groups whose agreement rises are pooled
         (isotonic regression), so that noise does not make a farther row more trustworthy.
 
         Args:
@@ -155,7 +155,7 @@ class Calibration:
         )
 
     def confidence(self, distances: Tensor) -> Tensor:
-        """Expected agreement at distances [B], on the knots' device; 0 where one is infinite."""
+        """Return the expected agreement at distances [B] on the knots' device; 0 at infinity."""
         knots, values = self.distances, self.agreement
         above = torch.searchsorted(knots, distances.contiguous()).clamp(max=len(knots) - 1)
         below = (above - 1).clamp(min=0)
@@ -165,13 +165,13 @@ class Calibration:
         return torch.where(distances.isinf(), 0.0, mixed)
 
     def to(self, device: torch.device) -> Calibration:
-        """The same on a device."""
+        """Return the same on a device."""
         return replace(
             self, distances=self.distances.to(device), agreement=self.agreement.to(device)
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As the manifest keeps it; :meth:`from_manifest` reads it back."""
+        """Return it as the manifest keeps it; :meth:`from_manifest` reads it back."""
         return {
             "measure": "cosine",
             "distances": self.distances.tolist(),
@@ -181,7 +181,7 @@ class Calibration:
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> Calibration | None:
-        """The calibration that a database's manifest holds, or None.
+        """Return the calibration that a database's manifest holds, or None.
 
         Raises:
             DamagedDatabaseError: it is not what :meth:`to_dict` writes.
@@ -197,7 +197,7 @@ class Calibration:
                 raise ValueError(f"{len(distances)} distances, {len(agreement)} values")
             if distances != sorted(distances) or not all(map(math.isfinite, distances + agreement)):
                 raise ValueError("its distances must rise and everything be finite")
-            # Without one until it was measured at all.
+            # Manifests from before it was measured have none.
             control = float(kept["control"]) if "control" in kept else None
             if control is not None and not math.isfinite(control):
                 raise ValueError("its control must be finite")
@@ -212,8 +212,8 @@ class Calibration:
 def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
     """Compare, image by image, the transferred map with the map from the image's own triplets.
 
-    And the map that a random row gives, as a control; the rows are drawn with the explainer's seed.
-    That makes three forward passes over the images.
+    The map that a random row gives is the control; the rows are drawn with the explainer's seed.
+    This takes three forward passes over the images.
 
     Args:
         explainer: with a database.
@@ -228,7 +228,7 @@ def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
             loader without images of the database's classes.
     """
     database = explainer.database
-    # Classes that have rows: one that lost its own, to a compression for one, gives no own map.
+    # Only classes that have rows: one that lost them, say to compression, gives no own map.
     numbers = set(database.labels.tolist()) if database is not None else set()
     names = (
         {database.label_name(label) for label in numbers}
@@ -276,7 +276,7 @@ def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
 
 def _maps_of(rows: Tensor, images: Tensor, network: Network, database: Database) -> Tensor:
     """Maps [B, h, w] of images with the weights of given rows [B]."""
-    # Some rows of shards that may be many: joining the columns would copy all of them.
+    # A few rows of possibly many shards: joining the columns would copy them all.
     taken = [database.rows(row, row + 1) for row in rows.tolist()]
     return ops.sparse_cam(
         network.embed(images).activations,
@@ -288,10 +288,10 @@ def _maps_of(rows: Tensor, images: Tensor, network: Network, database: Database)
 
 
 def calibrated(fidelity: Fidelity) -> Calibration:
-    """The calibration of a measured fidelity, by cosine.
+    """Fit a calibration to a measured fidelity, by cosine.
 
     Raises:
-        ValueError: too few images, or most of them are rows of the database themselves.
+        ValueError: too few images, or most of them are in the database.
     """
     same = int((fidelity.distances <= SAME_IMAGE).sum())
     if 2 * same > len(fidelity):

@@ -1,4 +1,4 @@
-"""Batches in two steps, the second one late, so that what lies between has time to happen."""
+"""Batches in two steps, the second one delayed, so that work in between can overlap."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _Result = TypeVar("_Result")
 def overlapped(
     batches: Iterable[_Batch], begin: Callable[[_Batch], Callable[[], _Result]], depth: int
 ) -> Iterator[_Result]:
-    """Results in the order of the batches, each finished once ``depth`` more have begun.
+    """Yield results in the order of the batches, each finished once ``depth`` more have begun.
 
-    To the caller it is as the loop ``for batch in batches: yield begin(batch)()``, but for the
-    batches that are read ahead: an exception, of the iterable or of ``begin``, comes after the
-    results of the batches before it.
+    To the caller this is the loop ``for batch in batches: yield begin(batch)()``, except that
+    batches are read ahead: an exception, of the iterable or of ``begin``, comes after the results
+    of the batches before it.
 
     Args:
         batches: read as results are taken.
         begin: begins a batch; what it returns finishes it, and is dropped with the generator.
-        depth: how many batches lie between the two.
+        depth: how many batches are between the two.
     """
     begun: deque[Callable[[], _Result]] = deque()
     remaining = iter(batches)
@@ -39,7 +39,7 @@ def overlapped(
             begun.append(begin(batch))
         except Exception as error:
             failure = error
-        del batch  # held by what has begun, or by nothing
+        del batch  # only what has begun may keep it alive
         if len(begun) > depth:
             yield begun.popleft()()
     while begun:
