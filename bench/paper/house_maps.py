@@ -45,8 +45,8 @@ COLUMNS = ("drivers", "raises", "pool", "busy road", "share")
 class Weights:
     """Rows of channels and weights with their offsets, as gcfast.Database has them."""
 
-    channels: Tensor  # [R, M]
-    weights: Tensor  # [R, M], by falling weight
+    channels: Tensor  # [N, M]
+    weights: Tensor  # [N, M], by falling weight
     mean: Tensor  # [C]: mean activation
 
     def strongest(self, m: int) -> Weights:
@@ -59,7 +59,7 @@ class Weights:
 
     @property
     def offsets(self) -> Tensor:
-        """[R]."""
+        """[N]."""
         return (self.weights * self.mean[self.channels]).sum(1)
 
 

@@ -1,5 +1,5 @@
-// The sampler under many threads, against itself on one: tests/test_sample_triplets.py holds it to
-// the reference.
+// The sampler under many threads, against itself on one: tests/ops/test_sample_triplets.py holds it
+// to the reference.
 #include <cmath>
 #include <cstdint>
 #include <random>
