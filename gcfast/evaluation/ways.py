@@ -1,7 +1,7 @@
-"""Ways to make a map: what a table compares, each as one weight a channel for each image.
+"""Ways to make a map: what a table compares, each as one weight per channel for each image.
 
-Everything is dense here, [B, C]: the maps of all ways of a batch are then one matrix product with
-its activations, and rows' weights are made for the rows that are asked for, not for the whole table
+All weights are dense, [B, C]: the maps of all ways of a batch are one matrix product with its
+activations, and rows' weights are made only for the rows that are needed, not for the whole table
 of every variant.
 """
 
@@ -80,7 +80,7 @@ class Trained:
                 "`explainer` must have an objective over classes to be evaluated, got "
                 f"{self.settings.objective!r}"
             )
-        # Pooled activations are kept for Grad-CAM++, which the table has too.
+        # Grad-CAM++, which the table has too, keeps the pooled activations.
         stage = replace(self.settings, method="gradcam++", channels=CONTROL_CHANNELS)
         self.embedded = embed(self.network, loader, stage, progress=progress)
         if self.embedded.head is None:
@@ -89,7 +89,8 @@ class Trained:
             )
         self.head = self.embedded.head
         self.device = self.head.weight.device
-        self.database, self.kept = in_memory(  # kept: [N], the spool's rows that have one
+        # kept: [N], the number of each row's image
+        self.database, self.kept = in_memory(
             self.network, loader, self.embedded, self.main_settings(), progress=progress
         )
         self.table = self.database.embeddings.to(self.device)
@@ -97,7 +98,7 @@ class Trained:
         self.source = self.embedded.source(self.settings, torch.device("cpu"))
 
     def main_settings(self) -> Settings:
-        """Of the database that the main row explains from."""
+        """Return the settings of the database that the main row explains from."""
         return replace(
             self.settings,
             method="gradcam",
@@ -107,7 +108,7 @@ class Trained:
         )
 
     def query(self, images: Tensor) -> Query:
-        """One forward pass over test images, and their nearest rows.
+        """Run the forward pass over test images, and find their nearest rows.
 
         Raises:
             ValueError: NaN or infinity in the images or their embeddings, with the row.
@@ -122,18 +123,18 @@ class Trained:
         return Query(activations, embeddings, pooled, norms, nearest[:, 0], distances[:, 0])
 
     def label_names(self, rows: Tensor) -> list[str]:
-        """Class names of database rows [B]."""
+        """Return the class names of database rows [B]."""
         labels = self.database.labels[rows.cpu()].tolist()
         return [self.database.label_name(label) for label in labels]
 
     def cotangents(self, rows: Tensor, triplets: Count) -> Cotangents:
-        """dL/df of the triplets of database rows [B], as a build draws them; one if it is "all"."""
+        """Return dL/df of the triplets of rows [B], drawn as by a build; their mean for "all"."""
         spool = self.kept[rows.cpu()]
         anchors = Anchors(self.embedded.embeddings[spool], self.embedded.labels[spool], spool)
         return drawn(self.source, anchors, triplets, self.settings.seed)
 
     def weights(self, rows: Tensor, part: Cotangents, method: str, evidence: str) -> Tensor:
-        """Grad-weights [B, C] of database rows [B] for their cotangents."""
+        """Return the grad-weights [B, C] of database rows [B] for their cotangents."""
         spool = self.kept[rows.cpu()]
         embedded, device = self.embedded, self.device
         assert embedded.norms is not None
@@ -152,7 +153,7 @@ class Trained:
 
 
 def drawn(source: PairSource, anchors: Anchors, triplets: Count, seed: int) -> Cotangents:
-    """T triplets of each anchor, or the mean over all of them as one."""
+    """Return T triplets of each anchor, or the mean over all of them as one."""
     return source.mean(anchors) if triplets == "all" else source.draw(anchors, triplets, seed)
 
 
@@ -167,7 +168,7 @@ def grad_weights(
     pixels: Tensor,
     pooled: Tensor,
 ) -> Tensor:
-    """Grad-weights [B, C] in closed form, with the sign of the evidence."""
+    """Return grad-weights [B, C] in closed form, with the sign of the evidence."""
     one = averaged(part) if method == "gradcam" else part
     sign = -1 if evidence == "for" else 1
     values = (sign * one.values).to(trained.device)
@@ -182,7 +183,7 @@ def grad_weights(
 
 
 def strongest(weights: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """The weights [B, C] with all but the M highest of each row zero, for each M; ties as top_m."""
+    """Zero all but the M highest weights of each row [B, C], for each M; ties as ``top_m``."""
     order = weights.sort(dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order)
     places = torch.arange(weights.shape[1], device=weights.device)
@@ -191,7 +192,7 @@ def strongest(weights: Tensor, counts: Sequence[int]) -> list[Tensor]:
 
 
 def table_ways(trained: Trained, query: Query, first: int, seed: int) -> Iterator[Way]:
-    """The seventeen rows of the paper's table with its controls, in order.
+    """Yield the seventeen rows of the paper's table with its controls, in order.
 
     Args:
         trained: the training images after their pass.
@@ -225,8 +226,8 @@ def table_ways(trained: Trained, query: Query, first: int, seed: int) -> Iterato
 
 
 def _embedding_cam(trained: Trained, query: Query) -> Tensor:
-    # The similarity <f, p> to the proxy, differentiated at the image itself; growing channels raise
-    # it, so its sign is that of evidence for.
+    # The similarity <f, p> to the proxy, differentiated at the image itself; larger channels raise
+    # it, so its sign is that of evidence "for".
     embedded = trained.embedded
     labels = trained.database.labels[query.nearest.cpu()]
     proxies = {
@@ -244,20 +245,18 @@ def _embedding_cam(trained: Trained, query: Query) -> Tensor:
 
 
 def from_database(database: Database, rows: Tensor, C: int, device: torch.device) -> Tensor:
-    """Weights [B, C] of database rows [B]."""
+    """Return the weights [B, C] of database rows [B]."""
     taken = rows.cpu()
     dense = torch.zeros((len(taken), C))
     dense.scatter_(1, database.channels[taken], database.weights[taken])
     return dense.to(device)
 
 
-# Sweeps
-
 Ways = Callable[[Trained, Query], Iterator[Way]]
 
 
 def channel_ways(counts: Sequence[int], evidence: str = "for") -> Ways:
-    """Grad-CAM with T = 50 and the top M channels, for each M; named ``M=…, evidence``."""
+    """Return Grad-CAM with T = 50 and the top M channels, for each M: ``M=…, evidence``."""
 
     def ways(trained: Trained, query: Query) -> Iterator[Way]:
         nearest, back = torch.unique(query.nearest, return_inverse=True)
@@ -270,7 +269,7 @@ def channel_ways(counts: Sequence[int], evidence: str = "for") -> Ways:
 
 
 def triplet_ways(counts: Sequence[Count]) -> Ways:
-    """Grad-CAM, evidence for, top-50, with T triplets for each T; named ``T=…``."""
+    """Return Grad-CAM, evidence for, top-50, with T triplets, for each T: ``T=…``."""
 
     def ways(trained: Trained, query: Query) -> Iterator[Way]:
         nearest, back = torch.unique(query.nearest, return_inverse=True)
@@ -283,7 +282,7 @@ def triplet_ways(counts: Sequence[Count]) -> Ways:
 
 
 def database_ways(databases: dict[str, Database]) -> Ways:
-    """Transfer from the nearest row of other databases of the network, by their names."""
+    """Return transfer from the nearest row of other databases of the network, by name."""
 
     def ways(trained: Trained, query: Query) -> Iterator[Way]:
         C, device = query.pooled.shape[1], query.pooled.device
@@ -294,20 +293,17 @@ def database_ways(databases: dict[str, Database]) -> Ways:
     return ways
 
 
-# Maps
-
-
 def low_resolution_maps(
     trained: Trained, query: Query, ways: Sequence[Way], centers: Sequence[float]
 ) -> list[Tensor]:
-    """Maps [B, V, H, W] of V ways in [0, 1], before they are upsampled; one tensor a centre.
+    """Return maps [B, V, H, W] of V ways in [0, 1] before upsampling, one tensor for each center.
 
-    ReLU, then division by the maximum, as :func:`gcfast.ops.sparse_cam` does; a uniform map is 1
-    everywhere.
+    The maps pass a ReLU and are divided by their maximum, as by :func:`gcfast.ops.sparse_cam`; a
+    uniform map is 1 everywhere.
     """
     B, C, H, W = query.activations.shape
-    nothing = query.pooled.new_zeros((B, C))
-    weights = torch.stack([nothing if w.weights is None else w.weights for w in ways], 1)
+    zeros = query.pooled.new_zeros((B, C))
+    weights = torch.stack([zeros if w.weights is None else w.weights for w in ways], 1)
     raw = torch.bmm(weights, query.activations.float().flatten(2))  # [B, V, P]
     offsets = (weights.double() @ trained.mean).float()[..., None]  # [B, V, 1]
     uniform = torch.tensor([w.weights is None for w in ways], device=raw.device)[:, None]

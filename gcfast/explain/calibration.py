@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from gcfast.explain.explainer import Explainer
     from gcfast.model.network import Network
 
-KEY = CALIBRATION
 MOST_KNOTS = 20
 IMAGES_A_KNOT = 10
 SAME_IMAGE = 1e-6  # squared distance below which an image counts as the row's own
@@ -186,7 +185,7 @@ class Calibration:
         Raises:
             DamagedDatabaseError: it is not what :meth:`to_dict` writes.
         """
-        kept = manifest.get(KEY)
+        kept = manifest.get(CALIBRATION)
         if kept is None:
             return None
         try:

@@ -1,4 +1,4 @@
-"""The process's own Explainer: opened once by ``load``, used by ``explain_batch``."""
+"""The default Explainer of the process: opened by ``load``, used by ``explain_batch``."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def load(
     verify: bool | None = None,
     **settings: Any,
 ) -> Explainer:
-    """Open a database for a model, once a process; :func:`explain_batch` uses it from then on.
+    """Open a database for a model; :func:`explain_batch` uses it from then on.
 
     Args:
         path: the database's folder.
         model: the network that it was built with.
         reshape: as it was given to the Explainer; it is not stored.
         verify: whether checksums are compared, as for :meth:`Database.open`.
-        **settings: of :class:`Explainer`, in the place of the stored ones; ``k`` and ``index`` are
-            not stored.
+        **settings: of :class:`Explainer`, instead of the stored ones; ``k`` and ``index`` are not
+            stored.
 
     Returns:
         The Explainer, with its database.

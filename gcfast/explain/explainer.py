@@ -16,9 +16,10 @@ from gcfast._checks import require_int
 from gcfast.builder.append import append, check_appendable
 from gcfast.builder.build import build
 from gcfast.database.database import Database
+from gcfast.database.manifest import CALIBRATION
 from gcfast.errors import NoDatabaseError
 from gcfast.explain.attached import Attached, check_database
-from gcfast.explain.calibration import KEY, Fidelity, calibrated, transfer_fidelity
+from gcfast.explain.calibration import Fidelity, calibrated, transfer_fidelity
 from gcfast.explain.cuda_graphs import Graphs
 from gcfast.explain.export import ExportedExplainer
 from gcfast.explain.own_maps import labelled_maps, triplet_maps
@@ -251,10 +252,10 @@ class Explainer:
         """
         if self._database is None:
             raise NoDatabaseError("there is no database to append to: call build(loader) first")
-        calibrated = KEY in self._database.manifest
+        dropped = CALIBRATION in self._database.manifest
         database = append(self._database, self.network, loader, self.settings, progress=progress)
         self._set_database(database)
-        if calibrated:
+        if dropped:
             warnings.warn(
                 "the database's calibration was of the rows before these and is dropped: "
                 "`confidence` is None until calibrate(loader) is called again",
@@ -297,37 +298,21 @@ class Explainer:
 
     @overload
     def explain_batch(
-        self,
-        images: Tensor,
-        *,
-        details: Literal[False] = ...,
-        **options: Unpack[MapOptions],
+        self, images: Tensor, *, details: Literal[False] = ..., **options: Unpack[MapOptions]
     ) -> Tensor: ...
 
     @overload
     def explain_batch(
-        self,
-        images: Tensor,
-        *,
-        details: Literal[True],
-        **options: Unpack[MapOptions],
+        self, images: Tensor, *, details: Literal[True], **options: Unpack[MapOptions]
     ) -> Explanation: ...
 
     @overload
     def explain_batch(
-        self,
-        images: Tensor,
-        *,
-        details: bool,
-        **options: Unpack[MapOptions],
+        self, images: Tensor, *, details: bool, **options: Unpack[MapOptions]
     ) -> Tensor | Explanation: ...
 
     def explain_batch(
-        self,
-        images: Tensor,
-        *,
-        details: bool = False,
-        **options: Unpack[MapOptions],
+        self, images: Tensor, *, details: bool = False, **options: Unpack[MapOptions]
     ) -> Tensor | Explanation:
         """Return heat maps of images, from one forward pass and their nearest rows' grad-weights.
 
@@ -379,19 +364,11 @@ class Explainer:
 
     @overload
     def explain_stream(
-        self,
-        batches: Iterable[Tensor],
-        *,
-        details: Literal[True],
-        **options: Unpack[MapOptions],
+        self, batches: Iterable[Tensor], *, details: Literal[True], **options: Unpack[MapOptions]
     ) -> Iterator[Explanation]: ...
 
     def explain_stream(
-        self,
-        batches: Iterable[Tensor],
-        *,
-        details: bool = False,
-        **options: Unpack[MapOptions],
+        self, batches: Iterable[Tensor], *, details: bool = False, **options: Unpack[MapOptions]
     ) -> Iterator[Tensor] | Iterator[Explanation]:
         """Explain one batch after another; with an index, search while the model runs.
 
@@ -430,10 +407,7 @@ class Explainer:
         return overlapped(batches, begin, STREAM_DEPTH)  # type: ignore[return-value]
 
     def explain_labelled(
-        self,
-        images: Tensor,
-        labels: Any,
-        **options: Unpack[MapOptions],
+        self, images: Tensor, labels: Any, **options: Unpack[MapOptions]
     ) -> Tensor:
         """Return maps from the images' own triplets against the database, which transfer estimates.
 
@@ -459,11 +433,7 @@ class Explainer:
         return labelled_maps(self.network, self.settings, database, images, labels, finish)
 
     def explain_triplet(
-        self,
-        anchor: Tensor,
-        positive: Tensor,
-        negative: Tensor,
-        **options: Unpack[MapOptions],
+        self, anchor: Tensor, positive: Tensor, negative: Tensor, **options: Unpack[MapOptions]
     ) -> TripletMaps:
         """Return maps of given triplets: Grad-CAM on the objective itself, no database needed.
 
@@ -498,12 +468,7 @@ class Explainer:
         mean = self._attach().database.mean_activation if finishes[0].center != 0 else None
         return triplet_maps(self.network, self.settings, images, finishes, mean)
 
-    def export(
-        self,
-        *,
-        details: bool = False,
-        **options: Unpack[MapOptions],
-    ) -> ExportedExplainer:
+    def export(self, *, details: bool = False, **options: Unpack[MapOptions]) -> ExportedExplainer:
         """Return the explainer as one module without hooks, for torch.compile and torch.export.
 
         It maps images [B, 3, h, w] to what :meth:`explain_batch` maps them to, in one graph
@@ -540,8 +505,8 @@ class Explainer:
 
         From then on ``explain_batch(details=True).confidence`` is the expected cosine between the
         map and the one that the image's own triplets would give. Print the result before relying
-        on it: where agreement does not fall with distance, or a random row's map agrees as well, a
-        confidence says little. Save the database to keep it. The calibration is of these very rows:
+        on it: if agreement does not fall with distance, or a random row's map agrees as well, a
+        confidence says little. Save the database to keep it. The calibration belongs to these rows:
         ``append`` (with a warning), ``rebuild`` and ``Database.compress`` drop it.
 
         Args:
@@ -560,7 +525,7 @@ class Explainer:
         attached = self._attach()
         fidelity = transfer_fidelity(self, loader)
         calibration = calibrated(fidelity)
-        attached.database.manifest[KEY] = calibration.to_dict()
+        attached.database.manifest[CALIBRATION] = calibration.to_dict()
         with self._lock:
             if self._attached is attached:  # its index stays, which may have taken long to make
                 self._attached = replace(attached, calibration=calibration.to(attached.device))

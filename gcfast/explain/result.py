@@ -1,4 +1,4 @@
-"""What an explanation is, and what may be asked of it."""
+"""The results of an explanation, and the options that maps are made with."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Explanation:
     neighbors: Tensor  # [B, K] int64, rows of the database; -1: none
     distances: Tensor  # [B, K] float32, squared L2; +inf where there is none
     labels: Tensor  # [B, K] int64, of those rows; -1 where there is none (float64, NaN: RankLoss)
-    flat: Tensor  # [B] bool: nothing was left of the map, which is all zeros
-    # [B] float32: the cosine with the image's own map that is to be expected at this distance, for
-    # images of the database's classes; None where the database holds no calibration
-    # (`Explainer.calibrate`, whose result says whether it is informative).
+    flat: Tensor  # [B] bool: the map is zero everywhere
+    # [B] float32: the expected cosine with the image's own map at this distance, for images of the
+    # database's classes; None if the database has no calibration (`Explainer.calibrate`, whose
+    # result says whether it is informative).
     confidence: Tensor | None = None
 
 
