@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -120,8 +120,8 @@ class Dimensions(dict[str, int]):
 def require_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise ValueError, listing the choices, unless the value is one of them."""
     if value not in choices:
-        listed = ", ".join(repr(c) for c in choices)
-        raise ValueError(f"`{name}` must be one of {listed}, got {value!r}")
+        known = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"`{name}` must be one of {known}, got {value!r}")
 
 
 def require_int(
@@ -143,7 +143,10 @@ def require_finite_rows(name: str, rows: Tensor, *, first: int = 0) -> None:
         return
     bad = (~torch.isfinite(rows.flatten(1)).all(1)).nonzero().flatten() + first
     if len(bad):
-        raise ValueError(f"`{name}` must be finite, got NaN or infinity in {_listed(bad.tolist())}")
+        where = "rows" if len(bad) > 1 else "row"
+        raise ValueError(
+            f"`{name}` must be finite, got NaN or infinity in {where} {listed(bad.tolist(), 10)}"
+        )
 
 
 def require_ids(name: str, ids: Tensor, low: int, high: int) -> None:
@@ -154,10 +157,10 @@ def require_ids(name: str, ids: Tensor, low: int, high: int) -> None:
         )
 
 
-def _listed(rows: list[int], limit: int = 10) -> str:
-    shown = ", ".join(str(r) for r in rows[:limit])
-    more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
-    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
+def listed(names: Sequence[object], limit: int = 5) -> str:
+    """Return the first few names, and how many more there are, for an error message."""
+    shown = ", ".join(map(str, names[:limit]))
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def suggestions(name: str, known: Iterable[str], limit: int = 5) -> str:

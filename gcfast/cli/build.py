@@ -67,8 +67,8 @@ def build_database(options: argparse.Namespace) -> None:
         reshape=None if options.tokens is None else gcfast.TokenGrid(prefix=options.tokens),
         seed=options.seed,
     )
-    # What ``explain`` needs besides: where the neighbors' pictures are, and how the layer's output
-    # is read, which the database itself does not keep.
+    # ``explain`` also needs the folder of the neighbors' pictures and how the layer's output is
+    # read, which the database itself does not keep.
     kept = preprocessing.to_dict() | {"images": os.fspath(images.root), "tokens": options.tokens}
     try:
         database = explainer.build(
@@ -93,7 +93,7 @@ def build_database(options: argparse.Namespace) -> None:
 
 
 def _preprocessing(options: argparse.Namespace, default: Preprocessing | None) -> Preprocessing:
-    """What the model's source says, unless an option says otherwise."""
+    """Take the settings of the model's source, unless an option says otherwise."""
     settings = (default or Preprocessing()).to_dict()
     for name in ("size", "resize", "mean", "std"):
         given = getattr(options, name)

@@ -75,7 +75,7 @@ def describe_database(options: argparse.Namespace) -> None:
 
 
 def _flat(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The manifest's single values by dotted name; long lists become their length."""
+    """Flatten the manifest to values by dotted name; long lists become their length."""
     facts: dict[str, Any] = {}
     for key, value in manifest.items():
         name = f"{prefix}{key}"

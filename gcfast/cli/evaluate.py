@@ -117,7 +117,7 @@ def _training(
     database: Database,
     root: Path | None,
 ) -> tuple[ImageLoader, bool, list[tuple[str, str]]]:
-    """The pictures that the variants of the table are built from.
+    """Open the pictures that the variants of the table are built from.
 
     Returns:
         (loader, whether the database said where they are, what the reader left out and why).

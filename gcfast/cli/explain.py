@@ -32,8 +32,8 @@ from gcfast.images.preprocessing import Preprocessing
 _OUTPUTS = ("maps.npy", "results.csv", "index.html", "overlays")
 
 _MEANING = {
-    "for": "Heat lies on what brings this picture and its neighbor close.",
-    "against": "Heat lies on what keeps this picture and its neighbor apart (the paper's sign).",
+    "for": "Heat is on what brings this picture and its neighbor close.",
+    "against": "Heat is on what keeps this picture and its neighbor apart (the paper's sign).",
 }
 
 # Unreadable pictures that the page lists; all of them are in results.csv.
@@ -145,7 +145,7 @@ def _suffix(rank: int) -> str:
 def _neighbors(
     database: Database, root: Path | None, rows: Sequence[int], distances: Sequence[float]
 ) -> dict[str, str]:
-    """Columns of results.csv for the neighbors of one picture; a missing one (-1) stays blank."""
+    """Return the columns of results.csv for a picture's neighbors; a missing one (-1) is blank."""
     columns = {}
     for rank, (row, distance) in enumerate(zip(rows, distances, strict=True), start=1):
         if row < 0:
@@ -164,14 +164,14 @@ def _neighbors(
 
 
 def _safe(name: str) -> str:
-    """A file name's stem with only the characters that file systems and URLs accept."""
+    """Keep of a file name's stem only the characters that file systems and URLs accept."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[:60]
 
 
 def _page_rows(
     out: Path, rows: Iterable[dict[str, str]], preprocessing: Preprocessing
 ) -> Iterator[ReportRow]:
-    """The page's rows, decoded one at a time; a picture that has gone meanwhile is left out."""
+    """Yield the page's rows, decoded one at a time; a picture that was removed is left out."""
     for row in rows:
         panels = []
         neighbor = row.get("neighbor_path", "")

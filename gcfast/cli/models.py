@@ -29,14 +29,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gcfast._checks import listed
 from gcfast.errors import GcfastError, MissingExtraError
 from gcfast.images.preprocessing import Preprocessing
 
 # Where training scripts nest the parameters in what they save, tried in this order.
 _NESTS = ("state_dict", "model_state_dict", "model")
-
-# How many parameter names a message lists before it counts the rest.
-_NAMES_SHOWN = 5
 
 
 class ModelLoadError(GcfastError):
@@ -45,7 +43,7 @@ class ModelLoadError(GcfastError):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network and what its source says about its use.
+    """A network and how its source says to use it.
 
     Attributes:
         module: the network, in eval mode, on the CPU.
@@ -93,7 +91,7 @@ def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> Load
 
 
 def _from_function(spec: str) -> nn.Module:
-    """What ``package.module:function`` returns."""
+    """Call ``package.module:function``."""
     where, _, name = spec.partition(":")
     here = os.getcwd()
     # As with ``python -m``, the user's own files are found as well as the installed packages. The
@@ -116,7 +114,7 @@ def _from_function(spec: str) -> nn.Module:
     function = getattr(module, name, None)
     if not callable(function):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        close = difflib.get_close_matches(name, names) or sorted(names)[:_NAMES_SHOWN]
+        close = difflib.get_close_matches(name, names) or sorted(names)[:5]
         raise ValueError(
             f"`model` must name a function of {where}, it has no {name or 'empty name'}"
             + (f" (but {', '.join(close)})" if close else "")
@@ -131,7 +129,7 @@ def _from_function(spec: str) -> nn.Module:
 
 
 def _told(error: BaseException) -> str:
-    """An error of foreign code in one line, with the place it came from."""
+    """Return an error of other code in one line, with the place it came from."""
     text = " ".join(str(error).split()) or "no reason given"
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
@@ -240,7 +238,7 @@ def _from_transformers(name: str, pretrained: bool) -> tuple[LoadedModel, tuple[
 
 
 def _hf_preprocessing(transformers: ModuleType, name: str) -> Preprocessing | None:
-    """The settings of the model's image processor, if ``Preprocessing`` can express them."""
+    """Return the settings of the model's image processor, if ``Preprocessing`` can express them."""
     processor = None
     # A repository without a processor, or one that needs packages that are not installed, is
     # common; the options of the command line then say how images are prepared.
@@ -306,7 +304,7 @@ def load_weights(
         if key in found and found[key].shape != wanted[key][1].shape
     ]
     faults = [
-        f"{len(names)} {what} ({_listed(names)})"
+        f"{len(names)} {what} ({listed(names)})"
         for what, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -350,21 +348,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     other = [str(key) for key, value in held.items() if not isinstance(value, Tensor)]
     if other:
         raise ModelLoadError(
-            f"{where} must hold a state dict, got other things than tensors: {_listed(other)}"
+            f"{where} must hold a state dict, got other things than tensors: {listed(other)}"
         )
     return {str(key): value for key, value in held.items()}
 
 
 def _bare(key: str) -> str:
-    """A parameter's name without the prefixes of DataParallel and torch.compile."""
+    """Remove the prefixes of DataParallel and torch.compile from a parameter's name."""
     key = key.replace("_orig_mod.", "")
     while key.startswith("module."):
         key = key.removeprefix("module.")
     return key
-
-
-def _listed(names: list[str]) -> str:
-    """The first few names, and how many more."""
-    more = len(names) - _NAMES_SHOWN
-    text = ", ".join(names[:_NAMES_SHOWN])
-    return f"{text} and {more} more" if more > 0 else text

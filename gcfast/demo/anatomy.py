@@ -136,7 +136,7 @@ def draw_pose(rng: np.random.Generator, size: int, support: str) -> Pose:
 
 @cache
 def _basis(n: int, steps: int) -> Array:
-    """[n * steps, n]: samples of the closed Catmull-Rom curve as weights on its n points."""
+    """Return samples of a closed Catmull-Rom curve as weights [n * steps, n] on its points."""
     t = np.arange(steps) / steps
     blend = 0.5 * np.stack(
         [-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, -(t**2) + t**3],
@@ -156,7 +156,7 @@ def smooth(points: Array, steps: int = 5) -> Array:
 
 
 def _rotation(angle: float) -> Array:
-    """[2, 2], for row vectors; a positive angle lifts the front of the bird (y is down)."""
+    """Return [2, 2] for row vectors; a positive angle lifts the bird's front (y is down)."""
     c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, -s], [s, c]])
 

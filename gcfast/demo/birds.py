@@ -118,7 +118,7 @@ def _mix(a: Array, b: Array, share: float) -> Array:
 
 
 def _color_table(rng: np.random.Generator, label: int) -> Array:
-    """Colors [N_REGIONS, 3] of one bird: plumage, and the field mark of its species."""
+    """Draw the colors [N_REGIONS, 3] of one bird: plumage, and its species' field mark."""
     u = rng.random(8)
     first, second = _PLUMAGE[rng.integers(len(_PLUMAGE), size=2)]
     plumage = _mix(first, second, 0.5 * u[0]) * (0.85 + 0.3 * u[1])
@@ -178,7 +178,7 @@ def _reduced(regions: Image.Image, table: Array) -> Array:
 
 
 def _masks(regions: Image.Image, part: str) -> Array:
-    """How much of each pixel, of 255, is bird, wing and the part: uint8 [h, w, 3]."""
+    """Return how much of each pixel, of 255, is bird, wing and the part: uint8 [h, w, 3]."""
     table = np.zeros((anatomy.N_REGIONS, 3))
     table[1:, 0] = 255
     table[list(_WING), 1] = 255
@@ -193,7 +193,7 @@ def _blurred(cover: Array, radius: float) -> Array:
 
 
 def _shade(rng: np.random.Generator, masks: Array, scale: float) -> Array:
-    """Light on the bird, float32 [h, w], about 1.
+    """Return the light on the bird, float32 [h, w], about 1.
 
     The blurred outline approximates the height of the body; its slope against the light gives the
     shade. The wing is a second, flatter sheet that shades its own lower edge. The masks' third

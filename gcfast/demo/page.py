@@ -110,7 +110,7 @@ def write_page(
 def _control_maps(
     network: BirdNet, explainer: gcfast.Explainer, images: torch.Tensor, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps [B, S, S] with the weights of a random row, and of all channels alike."""
+    """Make maps [B, S, S] with the weights of a random row, and of all channels alike."""
     database = explainer.database
     assert database is not None, "the page is written from a database"
     with torch.inference_mode():

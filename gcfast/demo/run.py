@@ -256,7 +256,7 @@ def share_of_same_part(
 
 
 def _first_of_each_part(pictures: Sequence[Picture]) -> list[Picture]:
-    """The first picture of each family, in order: not chosen by its result."""
+    """Return the first picture of each family, in order: not chosen by its result."""
     first: dict[str, Picture] = {}
     for picture in pictures:
         first.setdefault(SPECIES[picture.label].part, picture)

@@ -81,7 +81,7 @@ class QualityTable:
 
     @property
     def rows(self) -> list[tuple[str, dict[str, float]]]:
-        """(name, mean of each score over the images that have it, not NaN)."""
+        """(name, mean of each score over the images where it is not NaN)."""
         return [
             (name, {column: float(values.nanmean()) for column, values in columns.items()})
             for name, columns in self.scores.items()
@@ -243,7 +243,7 @@ def tables_from(
         centers: as for :func:`quality_tables`.
         seed: as for :func:`quality_tables`.
         progress: as for :func:`quality_tables`.
-        further: more ways to score besides the rows; they become ``extra``.
+        further: more ways to score than the rows; they become ``extra``.
         watch: called with each batch's images, truth, query, ways and maps [B, V, H, W], one for
             each center.
     """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gcfast._checks import listed
 from gcfast.errors import GcfastError
 from gcfast.images.preprocessing import Preprocessing, image_extensions
 
@@ -28,11 +30,8 @@ __all__ = [
 ]
 
 _Item = tuple[NDArray[np.uint8] | None, str]  # a view, or the reason why there is none
-_Batch = tuple[Tensor, list[str]]  # the readable views, and every item's reason, "" if readable
 _T = TypeVar("_T")
-
-# How many names an error message lists before it counts the rest.
-_NAMES_SHOWN = 5
+_U = TypeVar("_U")
 
 
 class UnreadableImageError(GcfastError):
@@ -100,15 +99,24 @@ class ImageDataset(Dataset[_Item]):
 
 
 def decoded(
-    dataset: Dataset[Any], collate: Callable[[list[Any]], _T], batch_size: int, workers: int
-) -> Iterator[_T]:
+    dataset: Dataset[tuple[_T | None, str]],
+    collate: Callable[[list[_T]], _U],
+    skip: Callable[[int, str], None],
+    *,
+    batch_size: int,
+    workers: int,
+) -> Iterator[tuple[_U, list[int]]]:
     """Iterate over a data set in order, in worker processes, without touching global random state.
 
     Args:
-        dataset: map-style and picklable.
-        collate: makes a batch of a list of its items, in the worker.
+        dataset: map-style and picklable; each item is (value, "") or (None, reason).
+        collate: makes a batch of a list of values, in the worker.
+        skip: called with the number and the reason of each item without a value.
         batch_size: items in a batch.
         workers: worker processes; 0 decodes in this process.
+
+    Yields:
+        A batch and the numbers of its items; batches without any are left out.
 
     Raises:
         GcfastError: a worker process is killed.
@@ -117,11 +125,21 @@ def decoded(
         dataset,
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=partial(_collate, collate),
         generator=torch.Generator(),  # its own, or each pass would draw from the global one
     )
+    start = 0
     try:
-        yield from batches
+        for batch, reasons in batches:
+            kept = []
+            for number, reason in enumerate(reasons, start):
+                if reason:
+                    skip(number, reason)
+                else:
+                    kept.append(number)
+            start += len(reasons)
+            if kept:
+                yield batch, kept
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -131,11 +149,17 @@ def decoded(
         ) from error
 
 
-def _collate(items: list[_Item]) -> _Batch:
-    """The readable views, uint8 [B', S, S, 3], and for every item its reason, "" where readable."""
-    views = [view for view, _ in items if view is not None]
-    stacked = np.stack(views) if views else np.empty((0, 0, 0, 3), np.uint8)
-    return torch.from_numpy(stacked), [reason for _, reason in items]
+def _collate(
+    collate: Callable[[list[_T]], _U], items: list[tuple[_T | None, str]]
+) -> tuple[_U | None, list[str]]:
+    """Collate the values, and give every item's reason, "" if it has a value."""
+    values = [value for value, _ in items if value is not None]
+    return collate(values) if values else None, [reason for _, reason in items]
+
+
+def stacked(arrays: Sequence[NDArray[Any]]) -> Tensor:
+    """Return arrays [...] as one tensor [B, ...], which workers share without a copy."""
+    return torch.from_numpy(np.stack(arrays))
 
 
 class ImageLoader:
@@ -206,23 +230,21 @@ class ImageLoader:
             UnreadableImageError: a picture cannot be read and ``strict`` is set, or none can.
             GcfastError: a worker process is killed.
         """
+
+        def skip(i: int, reason: str) -> None:
+            self._reasons[i] = reason
+            if self.strict:
+                raise UnreadableImageError(f"cannot read {self.files[i]}: {reason}")
+
         dataset = ImageDataset(self.files, self.preprocessing)
-        start = good = 0
-        for views, reasons in decoded(dataset, _collate, self.batch_size, self.workers):
-            kept = []
-            for i, reason in enumerate(reasons, start=start):
-                if not reason:
-                    kept.append(i)
-                    continue
-                self._reasons[i] = reason
-                if self.strict:
-                    raise UnreadableImageError(f"cannot read {self.files[i]}: {reason}")
-            start += len(reasons)
-            good += len(kept)
-            if kept:
-                labels, ids = [self.labels[i] for i in kept], [self.ids[i] for i in kept]
-                yield self.preprocessing.normalize(views), labels, ids
-        if not good:
+        found = False
+        for views, kept in decoded(
+            dataset, stacked, skip, batch_size=self.batch_size, workers=self.workers
+        ):
+            found = True
+            labels, ids = [self.labels[i] for i in kept], [self.ids[i] for i in kept]
+            yield self.preprocessing.normalize(views), labels, ids
+        if not found:
             raise UnreadableImageError(
                 f"none of the {len(self.files)} pictures can be read; the first is "
                 f"{self.files[0]}: {self._reasons[0]}"
@@ -270,7 +292,7 @@ class ImageFolder:
         # A database keeps ids as UTF-8: fail now, not when it is saved.
         odd = [repr(os.fsencode(name)) for name in self.ids if not _is_utf8(name)]
         if odd:
-            raise ValueError(f"file names under {self.root} must be UTF-8, got {_listed(odd)}")
+            raise ValueError(f"file names under {self.root} must be UTF-8, got {listed(odd)}")
         self.labels = [label for _, label in pairs]
         self.class_names = sorted(set(self.labels))
 
@@ -305,14 +327,14 @@ def _by_folder(root: Path) -> list[tuple[str, str]]:
     if loose:
         raise ValueError(
             f"`root` must hold a folder for each class, {root} has pictures next to them: "
-            f"{_listed(loose)}; move them, or give their labels in a CSV"
+            f"{listed(loose)}; move them, or give their labels in a CSV"
         )
     with os.scandir(root) as entries:
         classes = {e.name for e in entries if e.is_dir() and not e.name.startswith(".")}
     pairs = [(name, name.partition("/")[0]) for name in names]
     empty = sorted(classes - {label for _, label in pairs})
     if empty:
-        raise ValueError(f"every class folder must hold pictures, none in {_listed(empty)}")
+        raise ValueError(f"every class folder must hold pictures, none in {listed(empty)}")
     return pairs
 
 
@@ -350,7 +372,7 @@ def _by_csv(root: Path, labels_csv: str | os.PathLike[str]) -> list[tuple[str, s
     if missing:
         raise FileNotFoundError(
             f"`labels_csv` must name files under {root}, {len(missing)} of {len(pairs)} are "
-            f"missing: {_listed(missing)}"
+            f"missing: {listed(missing)}"
         )
     if not pairs:
         raise ValueError(f"`labels_csv` must name at least one picture, {where} has none")
@@ -358,17 +380,9 @@ def _by_csv(root: Path, labels_csv: str | os.PathLike[str]) -> list[tuple[str, s
 
 
 def _is_utf8(name: str) -> bool:
-    """Whether a name from the file system is text, not bytes in disguise (surrogates)."""
+    """Return whether a name from the file system is text, not undecodable bytes (surrogates)."""
     try:
         name.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more."""
-    shown = list(names)
-    more = len(shown) - _NAMES_SHOWN
-    text = ", ".join(shown[:_NAMES_SHOWN])
-    return f"{text} and {more} more" if more > 0 else text

@@ -134,7 +134,7 @@ def _template() -> jinja2.Template:
 
 
 def _shown(rows: Iterable[ReportRow]) -> Iterator[dict[str, Any]]:
-    """The rows as the template takes them."""
+    """Yield the rows as the template takes them."""
     for index, row in enumerate(rows):
         panels = []
         for number, panel in enumerate(row.panels):
@@ -150,7 +150,7 @@ def _shown(rows: Iterable[ReportRow]) -> Iterator[dict[str, Any]]:
 def _card(
     table: Sequence[Sequence[str]], caption: str, lower_is_better: Collection[str]
 ) -> dict[str, Any]:
-    """The table as the template takes it: each cell with its class."""
+    """Return the table as the template takes it: each cell with its class."""
     header, *body = table
     for number, cells in enumerate(body, start=1):
         if len(cells) != len(header):
@@ -181,7 +181,7 @@ def _card(
 
 
 def _kinds(cells: Sequence[str], lowest: bool) -> list[str]:
-    """The class of a column's header and of each of its cells."""
+    """Return the class of a column's header and of each of its cells."""
     numbers = _numbers(cells)
     if numbers is None:
         return [""] * (len(cells) + 1)
@@ -193,7 +193,7 @@ def _kinds(cells: Sequence[str], lowest: bool) -> list[str]:
 
 
 def _numbers(cells: Sequence[str]) -> list[float] | None:
-    """The numbers of a column, NaN where a cell is blank or a dash; None for a column of words."""
+    """Read the numbers of a column, NaN for a blank or a dash; None for a column of words."""
     numbers = []
     for cell in cells:
         text = cell.strip()
@@ -207,7 +207,7 @@ def _numbers(cells: Sequence[str]) -> list[float] | None:
 
 
 def _data_uri(image: NDArray[np.uint8]) -> str:
-    """A data URI of an image: PNG for masks and drawings, JPEG for photographs."""
+    """Return a data URI of an image: PNG for masks and drawings, JPEG for photographs."""
     picture = Image.fromarray(np.ascontiguousarray(image))
     buffer = io.BytesIO()
     if picture.getcolors(_PNG_COLORS) is not None:

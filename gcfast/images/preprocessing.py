@@ -201,7 +201,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bit(picture: Image.Image) -> NDArray[np.uint8]:
-    """A one-channel picture of more than 8 bits as uint8 [H, W], by the rule of ``decode``."""
+    """Convert a one-channel picture of more than 8 bits to uint8 [H, W] as ``decode`` says."""
     values = np.nan_to_num(np.asarray(picture).astype(np.float64))
     low, high = float(values.min()), float(values.max())
     if picture.mode.startswith("I;16") or (picture.mode == "I" and low >= 0 and 255 < high < 65536):
@@ -222,6 +222,6 @@ def image_extensions() -> dict[str, str]:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Formats tried on a file, whatever its name says."""
+    """Return the formats to try on a file, whatever its name says."""
     image_extensions()
     return tuple(name for name in Image.OPEN if name not in _LEFT_OUT)

@@ -43,7 +43,7 @@ def spearman(maps: Tensor, others: Tensor) -> Tensor:
 
 
 def _pixels(maps: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as [B, P] float64, checked."""
+    """Check both and return them as [B, P] float64."""
     sizes = require_shape("maps", maps, "B H W")
     require_shape("others", others, "B H W", sizes)
     require_same_device(maps=maps, others=others)
@@ -60,7 +60,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks [B, P] of [B, P] from 0 on, equal values sharing their mean rank."""
+    """Return ranks [B, P] from 0 on, equal values sharing their mean rank."""
     ordered = values.sort(1).values
     below = torch.searchsorted(ordered, values, right=False)
     up_to = torch.searchsorted(ordered, values, right=True)

@@ -128,7 +128,7 @@ def max_box_acc_v2(iou: Tensor) -> float:
 def _components(
     maps: Tensor, thresholds: Sequence[float]
 ) -> Iterator[list[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
-    """For each map, at each threshold, boxes [n, 4] and sizes [n] of the components."""
+    """Yield for each map, at each threshold, boxes [n, 4] and sizes [n] of the components."""
     ndimage = _ndimage()
     require_shape("maps", maps, "B H W")
     require_finite_rows("maps", maps)

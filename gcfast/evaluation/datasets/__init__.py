@@ -55,5 +55,5 @@ def open_dataset(spec: str, half: str = "test") -> ScoredSet:
         raise ValueError(f"`half` must be 'train' or 'test', got {half!r}")
     path = Path(root)
     if not path.is_dir():
-        raise FileNotFoundError(f"`data` must name a folder, {root} does not exist or is none")
+        raise FileNotFoundError(f"`data` must name a folder, {root} is not one")
     return _READERS[kind](path, half)

@@ -101,7 +101,7 @@ def _box(values: list[str], root: Path) -> Box:
 
 
 def _table(path: Path, values: int) -> dict[str, list[str]]:
-    """Lines of a number and some values, by number as text, in order."""
+    """Read lines of a number and some values, by number as text, in order."""
     table: dict[str, list[str]] = {}
     for at, line in enumerate(text_of(path).splitlines(), start=1):
         if not line.strip():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gcfast.errors import GcfastError
-from gcfast.images.folder import ImageLoader, decoded
+from gcfast.images.folder import ImageLoader, decoded, stacked
 from gcfast.images.preprocessing import Preprocessing
 from gcfast.metrics import box_masks, mask_box
 
@@ -118,13 +118,27 @@ class Truth(NamedTuple):
 
 
 class _Item(NamedTuple):
-    view: NDArray[np.uint8] | None
-    boxes: NDArray[np.int64] | None
-    mask: NDArray[np.bool_] | None
-    reason: str
+    view: NDArray[np.uint8]  # [S, S, 3]
+    boxes: NDArray[np.int64]  # [n, 4]
+    mask: NDArray[np.bool_] | None  # [S, S]
 
 
-class _Items(Dataset[_Item]):
+class _Batch(NamedTuple):
+    views: Tensor  # [B, S, S, 3] uint8
+    boxes: list[NDArray[np.int64]]  # not tensors, each of which would take a file descriptor
+    masks: Tensor | None  # [B, S, S] bool
+
+    @classmethod
+    def of(cls, items: list[_Item]) -> _Batch:
+        masks = [item.mask for item in items if item.mask is not None]
+        return cls(
+            stacked([item.view for item in items]),
+            [item.boxes for item in items],
+            stacked(masks) if masks else None,
+        )
+
+
+class _Items(Dataset[tuple[_Item | None, str]]):
     """Views with their annotations, or the reason why a sample cannot be used."""
 
     def __init__(
@@ -137,7 +151,7 @@ class _Items(Dataset[_Item]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> _Item:
+    def __getitem__(self, index: int) -> tuple[_Item | None, str]:
         sample = self.samples[index]
         try:
             size = _size(sample.path)
@@ -145,15 +159,15 @@ class _Items(Dataset[_Item]):
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise anything on damaged files
-            return _Item(None, None, None, f"unreadable, {type(error).__name__}: {error}")
+            return None, f"unreadable, {type(error).__name__}: {error}"
         try:
             mask = self._mask(sample, size)
             boxes = self._boxes(sample, size, mask)
         except MemoryError:
             raise
         except Exception as error:  # of the mask's decoder too
-            return _Item(None, None, None, str(error) or type(error).__name__)
-        return _Item(view, boxes, mask, "")
+            return None, str(error) or type(error).__name__
+        return _Item(view, boxes, mask), ""
 
     def _mask(self, sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] | None:
         if not self.masks:
@@ -236,41 +250,36 @@ class ScoredLoader:
         Raises:
             AnnotationError: an image cannot be used and ``strict`` is set, or none can be used.
         """
-        samples, masked = self.dataset.samples, self.dataset.has_masks
-        items_of = _Items(samples, self.preprocessing, masked)
-        start = good = 0
-        for items in decoded(items_of, list, self.batch_size, self.workers):
-            kept = []
-            for sample, item in zip(samples[start : start + len(items)], items, strict=True):
-                if not item.reason:
-                    kept.append((sample, item))
-                    continue
-                self._reasons[sample.id] = item.reason
-                if self.strict:
-                    raise AnnotationError(f"cannot use {sample.id}: {item.reason}")
-            start += len(items)
-            good += len(kept)
-            if kept:
-                yield self._batch(kept, masked)
-        if not good:
+        samples = self.dataset.samples
+
+        def skip(i: int, reason: str) -> None:
+            self._reasons[samples[i].id] = reason
+            if self.strict:
+                raise AnnotationError(f"cannot use {samples[i].id}: {reason}")
+
+        items = _Items(samples, self.preprocessing, self.dataset.has_masks)
+        side = self.preprocessing.size
+        found = False
+        for batch, kept in decoded(
+            items, _Batch.of, skip, batch_size=self.batch_size, workers=self.workers
+        ):
+            found = True
+            boxes = [torch.from_numpy(b) for b in batch.boxes]
+            yield (
+                self.preprocessing.normalize(batch.views),
+                Truth(
+                    ids=[samples[i].id for i in kept],
+                    labels=[samples[i].label for i in kept],
+                    boxes=boxes,
+                    box_mask=torch.stack([box_masks(b, side, side).any(0) for b in boxes]),
+                    masks=batch.masks,
+                ),
+            )
+        if not found:
             first = next(iter(self.skipped), ("none", "there are none"))
             raise AnnotationError(
                 f"none of the images of {self.dataset.name} can be used; {first[0]}: {first[1]}"
             )
-
-    def _batch(self, kept: list[tuple[Sample, _Item]], masked: bool) -> tuple[Tensor, Truth]:
-        side = self.preprocessing.size
-        views = torch.from_numpy(np.stack([i.view for _, i in kept if i.view is not None]))
-        boxes = [torch.from_numpy(i.boxes) for _, i in kept if i.boxes is not None]
-        masks = [i.mask for _, i in kept if i.mask is not None]
-        truth = Truth(
-            ids=[sample.id for sample, _ in kept],
-            labels=[sample.label for sample, _ in kept],
-            boxes=boxes,
-            box_mask=torch.stack([box_masks(b, side, side).any(0) for b in boxes]),
-            masks=torch.from_numpy(np.stack(masks)) if masked else None,
-        )
-        return self.preprocessing.normalize(views), truth
 
 
 def labelled_loader(
@@ -307,7 +316,7 @@ def text_of(path: Path) -> str:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """(w, h) of a picture the right way up; reads only the header."""
+    """Return (w, h) of a picture the right way up; reads only the header."""
     with Image.open(path) as picture:
         turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         width, height = picture.size
