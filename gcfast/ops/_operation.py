@@ -34,7 +34,7 @@ from torch import Tensor
 from gcfast import reference
 from gcfast._checks import require_choice
 from gcfast.errors import MissingExtraError
-from gcfast.ops.precision import first_tensor, sheltered
+from gcfast.ops.precision import sheltered
 
 BACKENDS = ("auto", "triton", "reference")
 OPERATIONS: dict[str, Operation[..., Any]] = {}  # by name, in the order of their declaration
@@ -68,7 +68,7 @@ class Outputs(Generic[R]):
         self.check_values = check_values
 
     def empty(self) -> Tensor | tuple[Tensor, ...]:
-        """Tensors as promised, not filled: what a fake implementation returns."""
+        """Return the tensors unfilled, as a fake implementation does."""
         empty = tuple(self._like.new_empty(shape, dtype=dtype) for shape, dtype in self._tensors)
         return empty if len(empty) > 1 else empty[0]
 
@@ -96,14 +96,15 @@ def operation(
         name = declaration.__name__
         signature = inspect.signature(declaration, eval_str=True)
         (result,) = typing.get_args(signature.return_annotation)
+        first_name = next(iter(signature.parameters))
         is_record = hasattr(result, "_fields")  # a NamedTuple of tensors
 
         def trusted(*args: Any, backend: str = "auto", **kwargs: Any) -> R:
-            arguments = (*args, *kwargs.values())
+            first = args[0] if args else kwargs[first_name]
             run: Callable[..., R] = getattr(reference, name)
-            if uses_triton(backend, arguments):
+            if uses_triton(backend, first, (*args, *kwargs.values())):
                 run = getattr(_kernels(name), f"launch_{name}")
-            elif cpp is not None and backend == "auto" and not _on_cuda(arguments):
+            elif cpp is not None and backend == "auto" and not first.is_cuda:
                 run = cpp
             return run(*args, **kwargs)
 
@@ -172,6 +173,7 @@ def _register(
     )
     count, names = len(positional), [p.name for p in moved]
 
+    # PyTorch passes the moved tensors by position, the declaration takes them by name.
     def with_names(function: Callable[..., Any]) -> Callable[..., Any]:
         def named(*args: Any, **kwargs: Any) -> Any:
             return function(*args[:count], **dict(zip(names, args[count:], strict=False)), **kwargs)
@@ -187,7 +189,7 @@ def _register(
     registered.register_fake(with_names(fake))
 
 
-def uses_triton(backend: str, arguments: Sequence[object]) -> bool:
+def uses_triton(backend: str, first: Tensor, arguments: Sequence[object]) -> bool:
     """Return whether the kernels run on these arguments.
 
     "auto" takes them for tensors on a GPU where Triton is installed, unless one is float64, which
@@ -195,7 +197,8 @@ def uses_triton(backend: str, arguments: Sequence[object]) -> bool:
 
     Args:
         backend: "auto", "triton" or "reference".
-        arguments: those of the operation, of which the first tensor decides the device.
+        first: the operation's first argument, which decides the device.
+        arguments: all of them.
 
     Raises:
         MissingExtraError: "triton" is not installed.
@@ -204,7 +207,7 @@ def uses_triton(backend: str, arguments: Sequence[object]) -> bool:
     """
     if backend == "reference":
         return False
-    if backend == "auto" and not _on_cuda(arguments):
+    if backend == "auto" and not first.is_cuda:
         return False
     double = [a for a in arguments if isinstance(a, Tensor) and a.dtype == torch.float64]
     if backend == "auto":
@@ -218,19 +221,12 @@ def uses_triton(backend: str, arguments: Sequence[object]) -> bool:
         raise ValueError(
             "`backend` must be 'auto' or 'reference' for float64 tensors, got 'triton'"
         )
-    if not _on_cuda(arguments) and not _interpreting():
-        first = first_tensor(arguments)
-        assert first is not None
+    if not first.is_cuda and not _interpreting():
         raise ValueError(
             f"`backend` must be 'auto' or 'reference' for tensors on {first.device}, got 'triton': "
             "its kernels run on a GPU, or interpreted where TRITON_INTERPRET=1 was set"
         )
     return True
-
-
-def _on_cuda(arguments: Sequence[object]) -> bool:
-    first = first_tensor(arguments)
-    return first is not None and first.is_cuda
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
@@ -30,18 +30,13 @@ def sheltered(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        first = first_tensor((*args, *kwargs.values()))
-        device = torch.device("cpu") if first is None else first.device
+        first: object = args[0] if args else None
+        if not isinstance(first, Tensor):
+            first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        device = first.device if isinstance(first, Tensor) else torch.device("cpu")
         if not torch.amp.is_autocast_available(device.type):  # "meta", say: a check will speak
             device = torch.device("cpu")
         with torch.no_grad(), full_precision(device):
             return function(*args, **kwargs)
 
     return wrapped
-
-
-def first_tensor(arguments: Sequence[object]) -> Tensor | None:
-    """Return the first argument that is a tensor, which decides the device of a call."""
-    if arguments and isinstance(arguments[0], Tensor):
-        return arguments[0]
-    return next((a for a in arguments if isinstance(a, Tensor)), None)

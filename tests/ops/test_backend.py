@@ -23,8 +23,8 @@ def test_import_loads_neither_triton_nor_faiss():
 
 def test_the_cpu_takes_the_reference():
     tensor = torch.ones(2)
-    assert not _operation.uses_triton("auto", [tensor])
-    assert not _operation.uses_triton("reference", [tensor])
+    assert not _operation.uses_triton("auto", tensor, [tensor])
+    assert not _operation.uses_triton("reference", tensor, [tensor])
 
 
 def test_a_gpu_takes_triton_unless_something_is_float64():
@@ -32,8 +32,8 @@ def test_a_gpu_takes_triton_unless_something_is_float64():
         is_cuda = True
 
     tensor = torch.ones(2).as_subclass(OnGpu)
-    assert _operation.uses_triton("auto", [tensor, None])
-    assert not _operation.uses_triton("auto", [tensor, torch.ones(2).double()])
+    assert _operation.uses_triton("auto", tensor, [tensor, None])
+    assert not _operation.uses_triton("auto", tensor, [tensor, torch.ones(2).double()])
 
 
 def test_a_gpu_without_triton_takes_the_reference(monkeypatch):
@@ -41,7 +41,8 @@ def test_a_gpu_without_triton_takes_the_reference(monkeypatch):
         is_cuda = True
 
     monkeypatch.setattr(_operation, "triton_installed", lambda: False)
-    assert not _operation.uses_triton("auto", [torch.ones(2).as_subclass(OnGpu)])
+    tensor = torch.ones(2).as_subclass(OnGpu)
+    assert not _operation.uses_triton("auto", tensor, [tensor])
 
 
 def test_triton_that_is_missing_is_named_with_its_extra(monkeypatch):

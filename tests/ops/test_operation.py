@@ -30,7 +30,7 @@ CALLS = {
         ),
         {"pixels": 4, "method": "gradcam++", "precision": "tf32"},
     ),
-    "top_m": lambda: ((torch.randn(3, 7), 4), {}),
+    "top_m": lambda: ((torch.randn(2, 7), 4), {}),
     "sparse_cam": lambda: (
         (torch.randn(2, 5, 3, 4), _ids(2, 1, high=6), _ids(6, 3, high=5), torch.randn(6, 3)),
         {"size": [7, 5]},
