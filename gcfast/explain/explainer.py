@@ -171,8 +171,8 @@ class Explainer:
     ) -> Database:
         """Build the database from labelled images, and explain from it from now on.
 
-        This takes one forward pass over the images where the head is an affine map of the spatially
-        averaged activations (with or without L2 norm); any other head takes a second pass, with
+        This takes one forward pass over the images if the head is an affine map of the spatially
+        averaged activations (with or without L2 norm), otherwise two, the second with
         vector-Jacobian products from the layer on. Memory is O(N D), for Grad-CAM++ O(N (D + C)),
         spilled to temporary files above gcfast.builder.spool.SPOOL_MEMORY_BYTES.
 
@@ -226,16 +226,13 @@ class Explainer:
         """Add rows for further images to the database, and explain from it from now on.
 
         The new rows draw their triplets from the stored and the new embeddings together. Stored
-        rows, the mean activation and the offsets stay as they are; the manifest's ``older_rows``
+        rows, the mean activation and the offsets do not change; the manifest's ``older_rows``
         counts the rows that have not drawn from the newest ones, which :meth:`rebuild` renews. An
-        image that was left out before (the only one of its label, or, with
-        ``on_no_triplet="skip"``, one without a valid triplet) still has no row. A stored index must
-        be made again. A calibration was measured on the stored rows alone: it is dropped with a
-        warning, and ``explain_batch(details=True).confidence`` is None until ``calibrate``.
+        image that was left out before still has no row. A stored index must be made again. A
+        calibration was measured on the stored rows alone: it is dropped with a warning.
 
         A database with a folder gets new shards there and then the manifest that names them, so
-        that a reader sees the old rows or all of them; no other process can write to it
-        meanwhile. One in memory stays there.
+        that a reader sees the old rows or all of them; no other process can write to it meanwhile.
 
         Args:
             loader: as for :meth:`build`; one label is enough.
@@ -455,18 +452,13 @@ class Explainer:
 
         Source: paper, section 3.1.
         """
-        images = [
-            self.network.checked(name, value)
-            for name, value in (("anchor", anchor), ("positive", positive), ("negative", negative))
-        ]
-        if len({len(i) for i in images}) > 1:
-            raise ValueError(
-                "`anchor`, `positive` and `negative` must have the same B, got "
-                + ", ".join(str(len(i)) for i in images)
-            )
-        finishes = [Finish.checked(i, **options) for i in images]
-        mean = self._attach().database.mean_activation if finishes[0].center != 0 else None
-        return triplet_maps(self.network, self.settings, images, finishes, mean)
+        return triplet_maps(
+            self.network,
+            self.settings,
+            (anchor, positive, negative),
+            lambda: self._attach().database.mean_activation,
+            options,
+        )
 
     def export(self, *, details: bool = False, **options: Unpack[MapOptions]) -> ExportedExplainer:
         """Return the explainer as one module without hooks, for torch.compile and torch.export.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,7 +13,7 @@ from gcfast import ops
 from gcfast.builder.loader import check_embeddings
 from gcfast.builder.rows import signed_parts
 from gcfast.database.database import Database
-from gcfast.explain.result import Finish, TripletMaps
+from gcfast.explain.result import Finish, MapOptions, TripletMaps
 from gcfast.method.head import normalized, vjp_grad_weights
 from gcfast.method.labels import numbers_like
 from gcfast.method.objectives import gradients_of
@@ -83,19 +84,34 @@ def labelled_maps(
 def triplet_maps(
     network: Network,
     settings: Settings,
-    images: list[Tensor],
-    finishes: list[Finish],
-    mean_activation: Tensor | None,
+    triplet: tuple[Tensor, Tensor, Tensor],
+    mean_activation: Callable[[], Tensor],
+    options: MapOptions,
 ) -> TripletMaps:
     """Make the maps of given triplets.
 
     Args:
         network: the model.
         settings: of the explainer.
-        images: the anchors, positives and negatives, each [B, 3, h, w], checked.
-        finishes: how the maps of each are finished.
-        mean_activation: [C], which ``center`` needs.
+        triplet: the anchors, positives and negatives, each [B, 3, h, w].
+        mean_activation: gives [C], which ``center`` needs.
+        options: of the maps.
+
+    Raises:
+        TypeError, ValueError: images that the model does not take, different B, or options out of
+            range.
     """
+    images = [
+        network.checked(name, value)
+        for name, value in zip(TripletMaps._fields, triplet, strict=True)
+    ]
+    if len({len(i) for i in images}) > 1:
+        raise ValueError(
+            "`anchor`, `positive` and `negative` must have the same B, got "
+            + ", ".join(str(len(i)) for i in images)
+        )
+    finishes = [Finish.checked(i, **options) for i in images]
+    mean = mean_activation() if finishes[0].center != 0 else None
     if len(images[0]) == 0:
         return TripletMaps(
             *(
@@ -121,7 +137,7 @@ def triplet_maps(
             valid = cotangent.new_ones((len(cotangent), 1), dtype=torch.bool)
             part = Cotangents(settings.sign * cotangent[:, None], valid, valid[:, 0].long())
             weights = vjp_grad_weights(one, own, [part], settings.method, network)
-            maps.append(_maps(one, weights, settings, finish, mean_activation))
+            maps.append(_maps(one, weights, settings, finish, mean))
     return TripletMaps(*maps)
 
 
