@@ -87,6 +87,7 @@ class Network:
         self.layer: nn.Module | None = None
         self.layer_name: str | None = None
         self.layer_run = 1  # which of the layer's runs in a forward pass
+        self.image_shape: tuple[int, ...] | None = None  # of the first images that came
         self.names_run = False  # whether the layer's name says so; else there may be only one
         if layer is not None:
             self.set_layer(layer)
@@ -220,6 +221,8 @@ class Network:
         replace: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Capture, Tensor]:
         with evaluating(self.model):
+            if self.image_shape is None:
+                self.image_shape = tuple(images.shape[1:])
             if self.layer is None:
                 self._resolve(images)
             with self._hooked():
