@@ -145,7 +145,7 @@ def _outputs(network: Network, shape: list[int]) -> Tensor:
     if output.shape[1] <= NUMBERS:
         return output
     projection = torch.randn((output.shape[1], NUMBERS), generator=generator)
-    return output @ projection / NUMBERS**0.5
+    return torch.mm(output, projection) / NUMBERS**0.5
 
 
 def _sorted(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
