@@ -8,6 +8,7 @@ that a forward pass advances) and too lax (an adapter that is switched off leave
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -145,7 +146,7 @@ def _outputs(network: Network, shape: list[int]) -> Tensor:
     if output.shape[1] <= NUMBERS:
         return output
     projection = torch.randn((output.shape[1], NUMBERS), generator=generator)
-    return torch.mm(output, projection) / NUMBERS**0.5
+    return output @ projection / math.sqrt(NUMBERS)
 
 
 def _sorted(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
