@@ -17,10 +17,10 @@ from gcfast.database.database import Database
 from gcfast.database.float16 import in_storage
 from gcfast.database.manifest import CALIBRATION, require_same_rows
 from gcfast.database.write import commit, disk_errors, next_number, write_shard, writing
-from gcfast.errors import GcfastError, ModelMismatchError
+from gcfast.errors import GcfastError
 from gcfast.method.labels import column
 from gcfast.method.settings import Settings
-from gcfast.model.fingerprint import difference
+from gcfast.model.fingerprint import check_model
 from gcfast.model.network import Network
 
 
@@ -144,11 +144,7 @@ def check_appendable(database: Database, network: Network, settings: Settings) -
             "a compressed database takes no further rows: append to the whole one, and compress it"
         )
     now = identity(network, settings, None, database.storage)
-    other = difference(manifest["fingerprint"], now["fingerprint"])
-    if other:
-        raise ModelMismatchError(
-            f"the database was built with another model than this one: {other}"
-        )
+    check_model(manifest["fingerprint"], network)
     changed = changed_settings(manifest["settings"], now["settings"])
     if changed:
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from gcfast.builder.embed import Embedded
 from gcfast.database.manifest import FORMAT, FORMAT_VERSION
 from gcfast.method.settings import Settings
-from gcfast.model.fingerprint import fingerprint
+from gcfast.model.fingerprint import fingerprint, with_outputs
 from gcfast.model.network import Network
 
 
@@ -91,7 +91,7 @@ def describe(
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "fingerprint": same["fingerprint"],
+        "fingerprint": with_outputs(same["fingerprint"], network),
         "layer": network.layer_name,
         "settings": same["settings"],
         "closed_form": embedded.head is not None,

@@ -128,6 +128,7 @@ class _Unfinished:
                 **same,
                 "stage": "embedding",
                 "channels_last": None,
+                "image_shape": None,
                 "head": False,
                 "spool": None,
                 "totals": None,
@@ -210,6 +211,7 @@ class _Unfinished:
             if network.layer_name is None:
                 network.set_layer(state["layer"])
             network.channels_last = state["channels_last"]
+            network.image_shape = state["image_shape"]
         if state["stage"] != "embedding":
             return totals.embedded(spool)
         last_rows, last_time = totals.rows, time.monotonic()
@@ -245,6 +247,7 @@ class _Unfinished:
         state |= {
             "layer": self.network.layer_name,
             "channels_last": self.network.channels_last,
+            "image_shape": self.network.image_shape,
             "head": totals.head is not None,
             "spool": columns,
             "totals": {

@@ -19,7 +19,7 @@ from gcfast.explain.result import Explanation, Finish
 from gcfast.explain.transfer import Transfer, make_transfer
 from gcfast.method.head import normalized
 from gcfast.model.capture import Captured
-from gcfast.model.fingerprint import difference, fingerprint
+from gcfast.model.fingerprint import check_model
 from gcfast.model.network import Network
 from gcfast.ops.precision import full_precision
 
@@ -168,11 +168,7 @@ def check_database(database: Database, network: Network, *, l2_normalize: bool) 
         raise ModelMismatchError(
             f"the database was built with the layer {layer!r}, which the model lacks"
         )
-    differs = difference(manifest["fingerprint"], fingerprint(network.model))
-    if differs:
-        raise ModelMismatchError(
-            f"the database was built with another model than this one: {differs}"
-        )
+    check_model(manifest["fingerprint"], network)
     if network.layer_name is not None and layer != network.layer_name:
         raise ModelMismatchError(
             f"the database was built with the layer {layer!r}, not with {network.layer_name!r}"
