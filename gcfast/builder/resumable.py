@@ -211,7 +211,7 @@ class _Unfinished:
             if network.layer_name is None:
                 network.set_layer(state["layer"])
             network.channels_last = state["channels_last"]
-            network.image_shape = state["image_shape"]
+            network.image_shape = state.get("image_shape")
         if state["stage"] != "embedding":
             return totals.embedded(spool)
         last_rows, last_time = totals.rows, time.monotonic()

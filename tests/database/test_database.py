@@ -396,16 +396,14 @@ def test_a_newer_format(saved: Path) -> None:
 def test_a_database_of_another_model_is_refused(tmp_path: Path) -> None:
     one, database = built()
     database.save(tmp_path / "db")
-    with pytest.raises(gcfast.ModelMismatchError, match=r"another model .*: other parameters$"):
+    with pytest.raises(gcfast.ModelMismatchError, match=r"another model .*: other parameters"):
         gcfast.load(tmp_path / "db", common())
     with pytest.raises(gcfast.ModelMismatchError, match=r"another model .*: another architecture"):
         gcfast.load(tmp_path / "db", other())
     with pytest.raises(gcfast.ModelMismatchError, match="layer 'backbone', which the model lacks"):
         gcfast.load(tmp_path / "db", nn.Sequential(nn.Conv2d(3, 4, 3)))
     half = one.network.model.half()
-    with pytest.raises(
-        gcfast.ModelMismatchError, match=r"stored as float32, the model's are float16: a conv"
-    ):
+    with pytest.warns(UserWarning, match="in float32, and this one is in float16"):
         gcfast.load(tmp_path / "db", half)
 
 
