@@ -79,6 +79,16 @@ class Database(Columns):
         self.members: Members | PackedMembers | None = None
         self._members_file: MembersFile | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the path, which the other process opens.
+
+        Raises:
+            TypeError: a database that is in memory alone.
+        """
+        if self.path is None:
+            raise TypeError("a database in memory cannot be pickled: save it, and open it there")
+        return type(self).open, (os.fspath(self.path),)
+
     def __repr__(self) -> str:
         return f"Database({len(self)} rows, D={self.dim}, M={self.m}, path={self.path})"
 

@@ -14,7 +14,7 @@ from gcfast.builder.loader import check_embeddings
 from gcfast.database.database import Database
 from gcfast.errors import ModelMismatchError
 from gcfast.explain.calibration import Calibration
-from gcfast.explain.maps import Explained, Transferred, explained
+from gcfast.explain.maps import Explained, Transferred, explained, on_images
 from gcfast.explain.result import Explanation, Finish
 from gcfast.explain.transfer import Transfer, make_transfer
 from gcfast.method.head import normalized
@@ -87,7 +87,7 @@ class Attached:
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer(embeddings)
-            return _maps(captured.activations, embeddings, found, finish, waits)
+            return _maps(captured.activations, captured.share, embeddings, found, finish, waits)
 
     def begin(self, images: Tensor, finish: Finish) -> Callable[[], Explained]:
         """Run the forward pass and start the transfer; what is returned waits for it.
@@ -101,11 +101,11 @@ class Attached:
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             pending = self.transfer.start(embeddings)
-        activations = captured.activations
+        activations, share = captured.activations, captured.share
 
         def finished() -> Explained:
             with torch.no_grad(), full_precision(embeddings.device):
-                return _maps(activations, embeddings, pending.wait(), finish, waits)
+                return _maps(activations, share, embeddings, pending.wait(), finish, waits)
 
         return finished
 
@@ -138,14 +138,19 @@ class Attached:
 
 
 def _maps(
-    activations: Tensor, embeddings: Tensor, found: Transferred, finish: Finish, waits: bool
+    activations: Tensor,
+    share: tuple[float, float],
+    embeddings: Tensor,
+    found: Transferred,
+    finish: Finish,
+    waits: bool,
 ) -> Explained:
     return explained(
         activations,
         embeddings,
         found,
         finish,
-        sparse_cam=ops.sparse_cam if waits else ops.sparse_cam.trusted,
+        sparse_cam=on_images(ops.sparse_cam if waits else ops.sparse_cam.trusted, share),
         marks=not waits,
     )
 

@@ -125,6 +125,26 @@ class Explainer:
         if database is not None:
             self.database = database
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the model, the settings and the database's path; TypeError without."""
+        own = {"_lock": None, "_attached": None, "_graphs": None}
+        auto = None if self._graphs is None else self._graphs.auto
+        return vars(self) | own | {"_graphs_auto": auto}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        auto = state.pop("_graphs_auto")
+        vars(self).update(state)
+        self._lock = threading.Lock()
+        if auto is not None:
+            self._graphs = Graphs(self.network.model, auto=auto)
+
+    def __repr__(self) -> str:
+        rows = "no database" if self._database is None else f"{len(self._database):,} rows"
+        return (
+            f"Explainer({type(self.network.model).__name__}, layer={self.layer_name!r}, "
+            f"method={self.settings.method!r}, evidence={self.settings.evidence!r}, {rows})"
+        )
+
     @property
     def layer_name(self) -> str | None:
         """The layer that is explained; None until the first forward pass has found it."""
@@ -346,7 +366,7 @@ class Explainer:
         return self._graphs.run(
             self.network.prepared(images),
             lambda images: attached.explain(images, finish),
-            lambda out: attached.result(out.copied(), details),
+            lambda out: attached.result(out.copied() if details else out.copied_maps(), details),
             owner=attached,
             key=finish,
         )

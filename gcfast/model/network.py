@@ -112,6 +112,14 @@ class Network:
         self.layer_run = run or 1
         self.names_run = run is not None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the lock and the hook of passes under way."""
+        return vars(self) | {"_lock": None, "_hooks": 0, "_handle": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+
     @property
     def module_name(self) -> str:
         """The layer's dotted name, without the run that it may name; "" while it is not known."""
@@ -268,13 +276,13 @@ class Network:
             return reshape(tensor, image_size)  # type: ignore[call-arg]
         return reshape(tensor)  # type: ignore[call-arg]
 
-    def covered(self, grid: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
-        """The pixels of an image, from the top left, that a layer's H x W places lie on.
-
-        Those of the whole image, but for tokens whose patches do not come out even.
-        """
+    def share(self, activations: Tensor, image_size: tuple[int, int]) -> tuple[float, float]:
+        """The part of the images that activations [B, C, H, W] lie on; see :class:`Captured`."""
         reshape = self.reshape or self.layout
-        return reshape.covered(grid, image_size) if isinstance(reshape, TokenGrid) else image_size
+        if not isinstance(reshape, TokenGrid):
+            return 1.0, 1.0
+        covered = reshape.covered((activations.shape[2], activations.shape[3]), image_size)
+        return covered[0] / image_size[0], covered[1] / image_size[1]
 
     def _captured(self, capture: Capture, output: Tensor, images: Tensor) -> Captured:
         tensor = capture.tensor
@@ -297,7 +305,7 @@ class Network:
                 "and gcfast.layers(model, image) lists the layers that can be explained"
             )
         leaf = capture.tensor if capture.differentiable else None
-        return Captured(output, tensor, leaf, size)
+        return Captured(output, tensor, leaf, size, self.share(tensor, size))
 
     def _lay_out(self, tensor: Tensor, images: Tensor) -> None:
         """Find the layout of the layer's output, by a pass of one image where tokens need it."""
