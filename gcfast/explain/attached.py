@@ -100,12 +100,12 @@ class Attached:
         captured = self.network.embed(images)
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
-            pending = self.transfer.start(embeddings)
+            found = self.transfer.start(embeddings)
         activations, share = captured.activations, captured.share
 
         def finished() -> Explained:
             with torch.no_grad(), full_precision(embeddings.device):
-                return _maps(activations, share, embeddings, pending.wait(), finish, waits)
+                return _maps(activations, share, embeddings, found(), finish, waits)
 
         return finished
 
