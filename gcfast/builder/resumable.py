@@ -22,7 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from gcfast.builder.describe import changed_settings, describe, report_of
+from gcfast.builder.describe import changed_settings, describe, report_of, zero_rows
 from gcfast.builder.embed import Embedded, Totals, embed
 from gcfast.builder.rows import Rows
 from gcfast.builder.spool import KeptSpool
@@ -290,7 +290,9 @@ class _Unfinished:
         state = self.state
         made = state["shards"]
         for shard in made:
-            ShardFile(self.folder, shard["entry"])  # raises where it is damaged
+            file = ShardFile(self.folder, shard["entry"])  # raises where it is damaged
+            if "zero" not in shard:  # begun before these were counted
+                shard["zero"] = zero_rows(file.tensors.weights)
         start = made[-1]["next"] if made else 0
         rows = Rows(self.network, embedded, self.settings, start=start)
         parts = rows.made(self.loader, capacity=shards.SHARD_ROWS, progress=self.progress)
@@ -303,6 +305,7 @@ class _Unfinished:
                     "entry": entry,
                     "next": int(part.images[-1]) + 1,
                     "hardest": int((stored.triplet_counts == 0).sum()),
+                    "zero": zero_rows(stored.weights),
                 }
             )
             self._store()
@@ -310,6 +313,7 @@ class _Unfinished:
             embedded.labels,
             sum(shard["entry"]["rows"] for shard in made),
             sum(shard["hardest"] for shard in made),
+            sum(shard["zero"] for shard in made),
             self.settings,
         )
         manifest = describe(self.network, embedded, state, report)
