@@ -28,13 +28,11 @@ class Loader:
 explainer = gcfast.Explainer(load_network())
 # Rows are written as they are made. If this process is killed, the same call continues.
 explainer.build(Loader(range(6)), out="birds.gcfast", resume=True)
-explainer.append(Loader(range(6, 9)))  # the rows that are there stay as they are
-
-database = gcfast.Database.open("birds.gcfast", verify=True)
-print(f"{len(database)} rows: {database.report}")
+database = explainer.append(Loader(range(6, 9)))  # the rows that are there stay as they are
+print(f"{len(gcfast.Database.open('birds.gcfast', verify=True))} rows: {database.report}")
 
 # How well do transferred maps agree with an image's own, and would a random row's agree as well?
 print(explainer.calibrate(Loader(range(20, 24))))
 images, _, _ = next(batches(range(30, 33)))
 print("confidence:", explainer.explain_batch(images, details=True).confidence)
-explainer.database.save("calibrated.gcfast")
+database.save("calibrated.gcfast")

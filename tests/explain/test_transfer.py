@@ -254,7 +254,7 @@ def test_approximate_indices_are_as_good_as_by_themselves(factory: str, least: f
     index.train(rows.numpy())
     index.add(rows.numpy())
     if "IVF" in factory:
-        index.nprobe = 8
+        index.nprobe = 8  # type: ignore[attr-defined]
     asked = queries(300)
     best = exact_distances(asked, whole).argmin(1)
     got = named(engine(index, [whole]).transfer(asked, k=3))
