@@ -47,9 +47,7 @@ def by_autograd(
         features.append(captured.activations)
     table, maps = torch.cat(embeddings), torch.cat(features).double()
     labels = torch.cat([labels for _, labels in batches])
-    project = model.get_submodule("project")
-    assert isinstance(project, torch.nn.Linear)
-    weight, bias = project.weight.double(), project.bias.double()
+    weight, bias = model.project.weight.double(), model.project.bias.double()
     distances = (table.double()[:, None] - table.double()).square().sum(-1)
     rows = []
     for a in range(len(table)):

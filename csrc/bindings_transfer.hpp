@@ -4,7 +4,7 @@
 
 namespace gcfast {
 
-// Adds TransferEngine.
+// TransferEngine and Ticket.
 void register_transfer(pybind11::module_& module);
 
 }  // namespace gcfast

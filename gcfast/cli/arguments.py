@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gcfast.images.preprocessing import INTERPOLATIONS
+
 
 class _Defaults(argparse.HelpFormatter):
     """Help that ends with the default, if there is one worth saying."""
@@ -118,12 +120,44 @@ def _add_build(commands: Any) -> None:
     method.add_argument("--seed", type=int, default=0, help="of the draws of triplets")
 
     view = build.add_argument_group("preprocessing (default: what the model's library says)")
-    view.add_argument("--size", type=int, metavar="S", help="side of the network's input, pixels")
     view.add_argument(
-        "--resize", choices=["crop", "stretch"], help="cut out the center square, or distort"
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="S",
+        help="the network's input in pixels: height and width, or one side of a square",
+    )
+    view.add_argument(
+        "--fit",
+        "--resize",
+        dest="resize",
+        choices=["crop", "pad", "squash", "stretch"],
+        help="fill the input and cut off the rest, show all with margins, or distort "
+        "(squash and stretch are the same)",
+    )
+    view.add_argument(
+        "--interpolation", choices=INTERPOLATIONS, help="the filter that resizes pictures"
+    )
+    view.add_argument(
+        "--crop-pct",
+        type=float,
+        metavar="P",
+        help="share of each side of the scaled picture that is cut out, as timm has it",
     )
     view.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of [0, 1]")
     view.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of [0, 1]")
+    view.add_argument(
+        "--depth",
+        type=_depth,
+        metavar="BITS",
+        help='of 16-bit grey pictures: 8 to 16; "range" stretches each from its lowest to its '
+        'highest value; "auto" (the default) goes by the file and its highest value',
+    )
+    view.add_argument(
+        "--transform",
+        metavar="SPEC",
+        help="package.module:function from a PIL.Image to a tensor [3, H, W], in place of these",
+    )
 
 
 def _add_explain(commands: Any) -> None:
@@ -252,6 +286,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--output-key", metavar="KEY", help="which output to use, if the model returns several"
     )
+    model.add_argument(
+        "--pool",
+        choices=["class", "mean"],
+        help="for hf/NAME: take the class token, or the mean of the patches, as the embedding",
+    )
     model.add_argument("--device", help='"cpu", "cuda", …; default: cuda if there is one')
     model.add_argument(
         "--batch-size", type=int, default=32, metavar="B", help="pictures in a batch"
@@ -268,3 +307,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int | str:
     return text if text == "all" else int(text)
+
+
+def _depth(text: str) -> int | str:
+    return text if text in ("auto", "range") else int(text)

@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 
 import gcfast
+from gcfast._checks import listed
 from gcfast.cli.inputs import load_network, reading
-from gcfast.cli.outputs import tell_left_out
+from gcfast.cli.outputs import tell_doubts, tell_left_out, tell_passed_over
 from gcfast.database.write import check_target
 from gcfast.images.folder import ImageFolder
 from gcfast.images.preprocessing import Preprocessing
@@ -19,7 +21,6 @@ _COUNTS = {
     "skipped_single": "left out, the only picture of their class",
     "skipped_no_triplet": "left out, without a triplet of positive loss",
     "hardest_triplet": "without a triplet of positive loss, took their hardest one",
-    "zero_rows": "whose weights are all zero, so that their maps are empty",
 }
 
 
@@ -45,6 +46,11 @@ def build_database(options: argparse.Namespace) -> None:
     )
 
     images = ImageFolder(options.images, options.labels)
+    tell_passed_over(images.passed_over, images.by_content)
+    if images.empty_classes:
+        names = listed(images.empty_classes)
+        print(f"class folders without pictures: {len(images.empty_classes)} ({names})",
+              file=sys.stderr)  # fmt: skip
     loaded, _, output_key = load_network(options)
     preprocessing = _preprocessing(options, loaded.preprocessing)
     loader = images.loader(preprocessing, **reading(options))
@@ -84,6 +90,7 @@ def build_database(options: argparse.Namespace) -> None:
     finally:
         # Also when the build fails: what was skipped may be why (only one class remains, say).
         tell_left_out("unreadable pictures, skipped", loader.unreadable)
+        tell_doubts(loader.doubts)
     for name, count in database.report.items():
         if count and name not in ("images", "rows"):
             print(f"pictures {_COUNTS.get(name, name)}: {count}", file=sys.stderr)
@@ -94,10 +101,21 @@ def build_database(options: argparse.Namespace) -> None:
 
 
 def _preprocessing(options: argparse.Namespace, default: Preprocessing | None) -> Preprocessing:
-    """Take the settings of the model's source, unless an option says otherwise."""
-    settings = (default or Preprocessing()).to_dict()
-    for name in ("size", "resize", "mean", "std"):
-        given = getattr(options, name)
-        if given is not None:
-            settings[name] = given
-    return Preprocessing.from_dict(settings)
+    """Take the settings of the model's source, unless an option says otherwise, and say them."""
+    given = {
+        field.name: value
+        for field in fields(Preprocessing)
+        if (value := getattr(options, field.name)) is not None
+    }
+    settings = (default or Preprocessing()).to_dict() | given
+    preprocessing = Preprocessing.from_dict(settings)
+    what = "preprocessing"
+    if default is None and "transform" not in given:
+        assumed = [f"--{name}" for name in ("size", "fit", "mean", "std", "interpolation")
+                   if name.replace("fit", "resize") not in given]  # fmt: skip
+        if assumed:
+            what = (
+                f"preprocessing, assumed where the model and you do not say ({', '.join(assumed)})"
+            )
+    print(f"{what}: {preprocessing}", file=sys.stderr)
+    return preprocessing

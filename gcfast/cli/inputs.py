@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ import torch
 
 import gcfast
 from gcfast.cli.models import LoadedModel, load_model
+from gcfast.cli.outputs import tell_passed_over
 from gcfast.database.database import Database
 from gcfast.database.manifest import read_manifest
-from gcfast.images.folder import find_images
+from gcfast.images.folder import in_words, scan
 from gcfast.images.preprocessing import Preprocessing
 
 
@@ -77,7 +79,7 @@ def load_network(options: argparse.Namespace) -> tuple[LoadedModel, torch.device
         raise ValueError(f'`--device` must be "cpu", "cuda" or "cuda:0", got {name!r}') from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`--device` must be one that is there, got {name!r} without CUDA")
-    loaded = load_model(options.model, options.weights)
+    loaded = load_model(options.model, options.weights, options.pool)
     loaded.module.to(device)
     key: int | str | None = options.output_key or loaded.output_key
     if isinstance(key, str) and key.isdecimal():
@@ -97,19 +99,27 @@ def reading(options: argparse.Namespace) -> dict[str, Any]:
 def list_files(paths: Iterable[Path]) -> list[str]:
     """List the picture files that paths name: files as they are, folders with all below them.
 
+    What is passed over in folders is told on standard error.
+
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: a folder has no pictures.
     """
     files = []
+    passed_over: Counter[str] = Counter()
+    by_content: Counter[str] = Counter()
     for path in paths:
         if path.is_dir():
-            found = find_images(path)
-            if not found:
-                raise ValueError(f"`PATH` must be a picture or hold some, {path} has none")
-            files += [os.fspath(path / name) for name in found]
+            found = scan(path)
+            if not found.files:
+                got = f": {in_words(found.passed_over)}" if found.passed_over else ""
+                raise ValueError(f"`PATH` must be a picture or hold some, {path} has none{got}")
+            files += [os.fspath(path / name) for name in found.files]
+            passed_over += found.passed_over
+            by_content += found.by_content
         elif path.exists():
             files.append(os.fspath(path))
         else:
             raise FileNotFoundError(f"`PATH` must exist, got {path}")
+    tell_passed_over(passed_over, by_content)
     return files

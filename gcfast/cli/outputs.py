@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gcfast.images.folder import in_words
 
 
 def check_folder(out: Path, force: bool, outputs: Sequence[str]) -> None:
@@ -35,6 +38,22 @@ def tell_left_out(what: str, listed: Sequence[tuple[str, str]]) -> None:
         print(f"{what}: {len(listed)}", file=sys.stderr)
         for name, reason in listed:
             print(f"  {name}: {reason}", file=sys.stderr)
+
+
+def tell_passed_over(passed_over: Counter[str], by_content: Counter[str]) -> None:
+    """Count by ending what is no picture, and what is one by its content, on standard error."""
+    for what, counts in (
+        ("files passed over, since they are no pictures that can be read", passed_over),
+        ("pictures recognised by their content, not their ending", by_content),
+    ):
+        if counts:
+            print(f"{what}: {counts.total()} ({in_words(counts)})", file=sys.stderr)
+
+
+def tell_doubts(doubts: Sequence[tuple[str, int]]) -> None:
+    """Say what was assumed about pictures, and of how many, on standard error."""
+    for text, count in doubts:
+        print(f"warning: {text}: {count} pictures", file=sys.stderr)
 
 
 class MapWriter:

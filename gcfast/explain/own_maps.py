@@ -13,7 +13,6 @@ from gcfast import ops
 from gcfast.builder.loader import check_embeddings
 from gcfast.builder.rows import signed_parts
 from gcfast.database.database import Database
-from gcfast.explain.maps import on_images
 from gcfast.explain.result import Finish, MapOptions, TripletMaps
 from gcfast.method.head import normalized, vjp_grad_weights
 from gcfast.method.labels import numbers_like
@@ -159,7 +158,7 @@ def _maps(
     if finish.center != 0:
         assert mean_activation is not None
         offsets = (kept * mean_activation.to(kept.device)[channels]).sum(1)
-    return on_images(ops.sparse_cam, captured.share)(
+    return ops.sparse_cam(
         captured.activations.detach(),
         torch.arange(B, device=kept.device)[:, None],
         channels,

@@ -1,31 +1,48 @@
-"""From a picture file to the network's input: decode, resize, normalize.
+"""From a picture to the network's input: resize, cut out, normalize.
 
-Pillow decodes. Every mode it reads becomes RGB in one way: transparency is laid over white, 16-bit
-and float pictures are scaled to 8 bits, EXIF rotation is applied.
+Which part of a picture the network sees is arithmetic on its size alone, so that a map can be laid
+back on the picture.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from gcfast.images.decode import decode, image_extensions, read_picture
+from gcfast.images.named import named_function
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "View", "decode", "image_extensions"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Formats left out on purpose: EPS is run through Ghostscript, the others are video, plots of
-# measurements or stubs that only name what they cannot read.
-_LEFT_OUT = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FITS"})
+FITS = ("crop", "pad", "stretch")
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+Window = tuple[float, float, float, float]
+
+
+class View(NamedTuple):
+    """What a picture gives the network.
+
+    Attributes:
+        values: uint8 [H, W, 3], RGB; with a ``transform`` its float32 [3, H, W].
+        size: (w, h) of the whole picture, the right way up.
+        doubts: what was assumed about the file; as a rule empty.
+    """
+
+    values: NDArray[Any]
+    size: tuple[int, int]
+    doubts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,30 +50,42 @@ class Preprocessing:
     """How a picture becomes the network's input; kept in the database's manifest.
 
     Attributes:
-        size: side S of the square input, in pixels.
-        resize: "crop" scales the shorter side to S and cuts out the center; "stretch" scales both
-            sides to S.
+        size: the input in pixels, (H, W), or one side S of a square.
+        resize: "crop" fills the input and cuts off what is longer, "pad" shows the whole picture
+            with margins of the mean color, "stretch" (or "squash") scales both sides on their own.
         mean: subtracted from each channel, of values in [0, 1].
         std: divides each channel after that.
+        interpolation: Pillow's filter: "nearest", "box", "bilinear", "hamming", "bicubic" or
+            "lanczos"; all but the first are antialiased.
+        crop_pct: the share of each side that is left when the middle of the scaled picture is cut
+            out, on whole pixels, as timm and torchvision do. None keeps all, and cuts "crop" in
+            the picture's own coordinates.
+        depth: bits of 16-bit grey, as for :func:`gcfast.images.decode.decode`.
+        transform: ``package.module:function`` from a ``PIL.Image`` in RGB to floating point
+            [3, H, W], used in place of all of the above but ``depth``; None for none.
 
     Raises:
-        TypeError: ``size`` is not an int.
-        ValueError: ``size`` is not positive, ``resize`` unknown, ``mean`` or ``std`` not three
-            finite numbers, or ``std`` not positive.
+        TypeError: ``size`` is not an int or two.
+        ValueError: another setting is out of range, by its name.
     """
 
-    size: int = 224
+    size: int | tuple[int, int] = 224
     resize: str = "crop"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: str = "bilinear"
+    crop_pct: float | None = None
+    depth: int | str = "auto"
+    transform: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or isinstance(self.size, bool):
-            raise TypeError(f"`size` must be an int, got {type(self.size).__name__}")
-        if self.size < 1:
-            raise ValueError(f"`size` must be at least 1, got {self.size}")
-        if self.resize not in ("crop", "stretch"):
-            raise ValueError(f'`resize` must be "crop" or "stretch", got {self.resize!r}')
+        object.__setattr__(self, "size", _checked_size(self.size))
+        if self.resize == "squash":
+            object.__setattr__(self, "resize", "stretch")
+        if self.resize not in FITS:
+            raise ValueError(
+                f'`resize` must be "crop", "pad" or "stretch" ("squash"), got {self.resize!r}'
+            )
         for name in ("mean", "std"):
             given = getattr(self, name)
             try:
@@ -68,6 +97,22 @@ class Preprocessing:
             object.__setattr__(self, name, values)
         if min(self.std) <= 0:
             raise ValueError(f"`std` must be positive, got {list(self.std)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"`interpolation` must be one of {', '.join(INTERPOLATIONS)}, "
+                f"got {self.interpolation!r}"
+            )
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"`crop_pct` must be above 0 and at most 1, got {self.crop_pct}")
+        if self.depth not in ("auto", "range") and self.depth not in range(8, 17):
+            raise ValueError(f'`depth` must be "auto", "range" or 8 to 16, got {self.depth!r}')
+        if self.transform is not None and ":" not in self.transform:
+            raise ValueError(f"`transform` must be package.module:function, got {self.transform!r}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W) of the network's input; with a ``transform``, of what it would be without."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-able values; :meth:`from_dict` reads them back."""
@@ -75,7 +120,9 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Preprocessing:
-        """Read what :meth:`to_dict` wrote; other keys are ignored.
+        """Read what :meth:`to_dict` wrote, also before it had all of today's keys.
+
+        Other keys are ignored.
 
         Raises:
             ValueError: a setting is missing or is not what the class allows.
@@ -87,48 +134,135 @@ class Preprocessing:
             raise ValueError(
                 f"`settings` must have {', '.join(names)}, got none for {', '.join(missing)}"
             )
-        return cls(**{name: settings[name] for name in names})
+        later = ("interpolation", "crop_pct", "depth", "transform")
+        # Databases without a depth were made when all 16-bit grey was taken to use its 16 bits.
+        known = {"depth": 16} | {name: settings[name] for name in later if name in settings}
+        return cls(**{name: settings[name] for name in names}, **known)
+
+    def __str__(self) -> str:
+        """Return the settings in words, for people."""
+        if self.transform is not None:
+            return self.transform
+        height, width = self.shape
+        how = {"crop": "center crop", "pad": "whole, with margins", "stretch": "stretched"}
+        share = "" if self.crop_pct in (None, 1) else f" of {self.crop_pct:.3g} of each side"
+        mean, std = (", ".join(f"{v:.3g}" for v in values) for values in (self.mean, self.std))
+        return (
+            f"{height} x {width}, {how[self.resize]}{share}, {self.interpolation}, "
+            f"mean {mean}, std {std}"
+        )
+
+    def load(self, path: str | os.PathLike[str]) -> View:
+        """Read a picture file and return what of it goes to the network.
+
+        A cut is made in the picture's coordinates, so an extremely long picture costs no more than
+        a square one.
+
+        Raises:
+            OSError: the file cannot be opened, or is no picture.
+            TypeError, ValueError: the ``transform`` gives something else than [3, H, W].
+            Exception: whatever Pillow raises on a damaged file, or the ``transform``.
+        """
+        if self.transform is not None:
+            decoded = read_picture(path, depth=self.depth)
+            return View(self._transformed(decoded.picture), decoded.size, decoded.doubts)
+        side = math.ceil(max(self.shape) / (self.crop_pct or 1))
+        decoded = read_picture(path, at_least=2 * side, depth=self.depth)
+        picture = self.render(decoded.picture, decoded.size)
+        return View(np.asarray(picture), decoded.size, decoded.doubts)
 
     def view(self, path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-        """Return the part of a picture that the network sees.
-
-        Scaling is bilinear with antialiasing. The crop is cut in source coordinates, so an
-        extremely long picture costs no more than a square one.
+        """Return the part of a picture that the network sees; raises as :meth:`load`.
 
         Args:
             path: a picture file.
 
         Returns:
-            uint8 [S, S, 3], RGB.
+            uint8 [H, W, 3], RGB; of a ``transform`` its values, stretched to 0 to 255.
+        """
+        values = self.load(path).values
+        if self.transform is None:
+            return values
+        seen: NDArray[np.uint8] = self.pictures(torch.from_numpy(values)[None])[0]
+        return seen
+
+    def window(self, size: tuple[int, int]) -> Window:
+        """Return the part (x0, y0, x1, y1) of a picture of size (w, h) that the network sees.
+
+        With margins it reaches beyond the picture.
 
         Raises:
-            OSError: the file cannot be opened, or is no picture.
-            Exception: whatever Pillow raises on a damaged file.
+            ValueError: there is a ``transform``, which does not say.
         """
-        picture = decode(path, at_least=2 * self.size)
-        box = self.window(picture.size)
-        picture = picture.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        return np.asarray(picture)
+        if self.transform is not None:
+            raise ValueError(
+                f"`transform` {self.transform} does not say which part of a picture it keeps"
+            )
+        (w, h), (H, W) = size, self.shape
+        if self.resize == "crop" and self.crop_pct is None:
+            width, height = min(w, h * W / H), min(h, w * H / W)
+            left, top = (w - width) / 2, (h - height) / 2
+            return left, top, left + width, top + height
+        nw, nh = self._scaled(size)
+        left, top = _offset(nw, W), _offset(nh, H)
+        return left * w / nw, top * h / nh, (left + W) * w / nw, (top + H) * h / nh
 
-    def window(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Return the part (x0, y0, x1, y1) of a picture of size (w, h) that :meth:`view` shows."""
-        width, height = size
+    def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the size (w, h), in whole pixels, of the scaled picture that is cut or padded."""
+        (w, h), (H, W) = size, self.shape
+        share = 1.0 if self.crop_pct is None else self.crop_pct
+        H, W = math.floor(H / share), math.floor(W / share)
         if self.resize == "stretch":
-            return 0.0, 0.0, float(width), float(height)
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return left, top, left + side, top + side
+            return W, H
+        if self.resize == "crop" and H == W:
+            # The longer side is rounded down, as in torchvision and transformers.
+            return (W, int(W * h / w)) if w <= h else (int(W * w / h), W)
+        scale = (max if self.resize == "crop" else min)(W / w, H / h)
+        return max(1, round(w * scale)), max(1, round(h * scale))
+
+    def render(
+        self,
+        picture: Image.Image,
+        size: tuple[int, int] | None = None,
+        *,
+        interpolation: str | None = None,
+        fill: Any = None,
+    ) -> Image.Image:
+        """Return a picture's part that the network sees, at the network's size.
+
+        Args:
+            picture: any mode that Pillow can resize.
+            size: (w, h) of the whole picture, where this one is smaller; None: as it is.
+            interpolation: another filter than the setting.
+            fill: color of the margins; None takes the mean.
+        """
+        H, W = self.shape
+        whole = size or picture.size
+        x0, y0, x1, y1 = self.window(whole)
+        a, b, left, right = _inside(x0, x1, W, whole[0], picture.width)
+        c, d, top, bottom = _inside(y0, y1, H, whole[1], picture.height)
+        way = Image.Resampling[(interpolation or self.interpolation).upper()]
+        seen = picture.resize((b - a, d - c), way, box=(left, top, right, bottom))
+        if seen.size == (W, H):
+            return seen
+        fill = tuple(round(255 * min(max(v, 0), 1)) for v in self.mean) if fill is None else fill
+        canvas = Image.new(picture.mode, (W, H), fill)
+        canvas.paste(seen, (a, c))
+        return canvas
 
     def normalize(self, views: Tensor) -> Tensor:
         """Return the network input of a batch of views.
 
         Args:
-            views: uint8 [B, S, S, 3].
+            views: uint8 [B, H, W, 3]; or floating point [B, 3, H, W] of a ``transform``, which is
+                returned as it is.
 
         Returns:
-            float32 [B, 3, S, S], (x / 255 - mean) / std, in channels-last memory format.
+            float32 [B, 3, H, W], (x / 255 - mean) / std, in channels-last memory format.
         """
-        images = views.permute(0, 3, 1, 2).to(torch.float32)  # [B, 3, S, S], strides of the views
+        if views.is_floating_point():
+            return views
+        images = views.permute(0, 3, 1, 2).to(torch.float32)  # [B, 3, H, W], strides of the views
         mean = torch.tensor(self.mean).mul_(255).view(1, 3, 1, 1)
         std = torch.tensor(self.std).mul_(255).view(1, 3, 1, 1)
         return images.sub_(mean).div_(std)
@@ -137,91 +271,71 @@ class Preprocessing:
         """Return the views that :meth:`normalize` made a batch from.
 
         Args:
-            images: float32 [B, 3, S, S].
+            images: float32 [B, 3, H, W].
 
         Returns:
-            uint8 [B, S, S, 3].
+            uint8 [B, H, W, 3]; of a ``transform`` each image's values, stretched to 0 to 255.
         """
-        mean = torch.tensor(self.mean).view(1, 3, 1, 1)
-        std = torch.tensor(self.std).view(1, 3, 1, 1)
-        values = (images.cpu() * std + mean).mul_(255).round_().clamp_(0, 255)
+        if self.transform is None:
+            mean = torch.tensor(self.mean).view(1, 3, 1, 1)
+            std = torch.tensor(self.std).view(1, 3, 1, 1)
+            values = images.cpu() * std + mean
+        else:
+            values = images.cpu().float()
+            low, high = (f(values, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+            values = (values - low) / (high - low).clamp(min=1e-12)
+        values = values.mul(255).round_().clamp_(0, 255)
         return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
+    def _transformed(self, picture: Image.Image) -> NDArray[np.float32]:
+        assert self.transform is not None
+        given = named_function(self.transform, "transform")(picture)
+        values = given.detach().cpu().numpy() if isinstance(given, Tensor) else given
+        if not isinstance(values, np.ndarray) or not np.issubdtype(values.dtype, np.floating):
+            kind = values.dtype if isinstance(values, np.ndarray) else type(given).__name__
+            raise TypeError(f"`transform` must give floating point [3, H, W], got {kind}")
+        if values.ndim != 3 or values.shape[0] != 3:
+            raise ValueError(f"`transform` must give [3, H, W], got {list(values.shape)}")
+        return np.ascontiguousarray(values, np.float32)
 
-def decode(path: str | os.PathLike[str], *, at_least: int | None = None) -> Image.Image:
-    """Read a picture as RGB, the right way up.
 
-    Transparent pixels are laid over white. 16-bit values are divided by 257; 32-bit integers and
-    floats have no fixed range and are stretched from their lowest to their highest value, unless
-    they lie within [0, 255] (kept) or, floats only, within [0, 1] (times 255). Of several frames
-    the first is read.
+def _offset(scaled: int, out: int) -> int:
+    """Return where the input begins on a side of the scaled picture; as in torchvision and timm."""
+    if scaled < out:
+        return -((out - scaled) // 2)  # a margin
+    return round((scaled - out) / 2)  # Python rounds halves to even, as they do
+
+
+def _inside(
+    start: float, stop: float, count: int, whole: int, pixels: int
+) -> tuple[int, int, float, float]:
+    """Cut one side of a window to the picture.
 
     Args:
-        path: a picture file, of a format that Pillow reads (not EPS, nor stubs such as WMF).
-        at_least: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both
-            sides keep this many pixels.
+        start: where the window begins, in pixels of the whole picture.
+        stop: where it ends.
+        count: pixels of the network's input along this side.
+        whole: pixels of the whole picture along this side.
+        pixels: those of the picture at hand, which may be smaller.
 
     Returns:
-        A picture in mode "RGB".
-
-    Raises:
-        OSError: the file cannot be opened, or is no picture.
-        PIL.Image.DecompressionBombError: it has more pixels than Pillow's limit.
-        Exception: whatever Pillow raises on a damaged file.
+        The input's pixels, first and after the last, that the picture fills, and the part of the
+        picture at hand that fills them.
     """
-    with warnings.catch_warnings():
-        # Pillow warns at half the number of pixels that it refuses; its refusal is our limit.
-        # Damaged EXIF blocks and odd palettes warn too, and the picture is still good.
-        warnings.simplefilter("ignore")
-        with Image.open(path, formats=_formats()) as picture:
-            if at_least is not None:
-                picture.draft(None, (at_least, at_least))
-            ImageOps.exif_transpose(picture, in_place=True)
-            return _rgb(picture)
+    step = (stop - start) / count
+    a, b = max(0, round(-start / step)), min(count, round((whole - start) / step))
+    shrink = pixels / whole
+    left, right = (min(max(start + i * step, 0), whole) * shrink for i in (a, b))
+    return a, b, left, right
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    mode = picture.mode
-    if mode.startswith("I;16") or mode in ("I", "F"):
-        return Image.fromarray(_eight_bit(picture)).convert("RGB")
-    if mode == "LAB":
-        # Pillow's own conversions do not know this one; its color management does.
-        from PIL import ImageCms
-
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(picture, *profiles, outputMode="RGB")
-        return picture.convert("RGB") if converted is None else converted
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-        if mode == "La":
-            picture = picture.convert("LA")
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _eight_bit(picture: Image.Image) -> NDArray[np.uint8]:
-    """Convert a one-channel picture of more than 8 bits to uint8 [H, W] as ``decode`` says."""
-    values = np.nan_to_num(np.asarray(picture).astype(np.float64))
-    low, high = float(values.min()), float(values.max())
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and low >= 0 and 255 < high < 65536):
-        values /= 257
-    elif picture.mode == "F" and low >= 0 and high <= 1:
-        values *= 255
-    elif low < 0 or high > 255:
-        values = (values - low) * (255 / max(high - low, 1e-12))
-    return np.rint(values).astype(np.uint8)
-
-
-@functools.cache
-def image_extensions() -> dict[str, str]:
-    """Return the file extensions that are read, lower case with the dot, and their formats."""
-    known = Image.registered_extensions()  # loads every plug-in
-    return {e: f for e, f in known.items() if f in Image.OPEN and f not in _LEFT_OUT}
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Return the formats to try on a file, whatever its name says."""
-    image_extensions()
-    return tuple(name for name in Image.OPEN if name not in _LEFT_OUT)
+def _checked_size(size: Any) -> int | tuple[int, int]:
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size,)
+    if len(sides) not in (1, 2):
+        raise ValueError(f"`size` must be (H, W) or one side of a square, got {size!r}")
+    for side in sides:
+        if not isinstance(side, int) or isinstance(side, bool):
+            raise TypeError(f"`size` must be an int or two, got {type(side).__name__}")
+        if side < 1:
+            raise ValueError(f"`size` must be at least 1, got {side}")
+    return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])

@@ -45,6 +45,7 @@ def test_build_takes_every_setting(here, capsys, tmp_path):
         "--triplets", "all", "--channels", "all", "--evidence", "against",
         "--seed", "3", "--no-l2-normalize",
         "--layer", "features.1", "--size", "24", "--resize", "stretch", "--strict",
+        "--interpolation", "bicubic", "--crop-pct", "0.9", "--depth", "12",
         "--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2", "--batch-size", "3",
     )  # fmt: skip
     assert status == 0
@@ -60,6 +61,10 @@ def test_build_takes_every_setting(here, capsys, tmp_path):
         "resize": "stretch",
         "mean": [0.5] * 3,
         "std": [0.2] * 3,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "depth": 12,
+        "transform": None,
         "images": os.fspath(here / "pictures"),
         "tokens": None,
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gcfast.errors import GcfastError
-from gcfast.images.folder import ImageLoader, decoded, stacked
+from gcfast.images.loader import ImageLoader, decoded, stacked
 from gcfast.images.preprocessing import Preprocessing
 from gcfast.metrics import box_masks, mask_box
 
@@ -154,8 +154,7 @@ class _Items(Dataset[tuple[_Item | None, str]]):
     def __getitem__(self, index: int) -> tuple[_Item | None, str]:
         sample = self.samples[index]
         try:
-            size = _size(sample.path)
-            view = self.preprocessing.view(sample.path)
+            view, size, _ = self.preprocessing.load(sample.path)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise anything on damaged files
@@ -182,10 +181,8 @@ class _Items(Dataset[tuple[_Item | None, str]]):
             )
         if not whole.any():
             raise ValueError("the mask is empty")
-        side = self.preprocessing.size
-        seen = Image.fromarray(whole.astype(np.uint8) * 255).resize(
-            (side, side), Image.Resampling.BILINEAR, box=self.preprocessing.window(size)
-        )
+        white = Image.fromarray(whole.astype(np.uint8) * 255)
+        seen = self.preprocessing.render(white, interpolation="bilinear", fill=0)
         mask: NDArray[np.bool_] = np.asarray(seen) >= 128
         if not mask.any():
             raise ValueError("nothing of the mask is in the network's view")
@@ -199,10 +196,10 @@ class _Items(Dataset[tuple[_Item | None, str]]):
                 raise ValueError("no box")
             return np.asarray([mask_box(mask)], np.int64)
         left, top, right, bottom = self.preprocessing.window(size)
-        side = self.preprocessing.size
-        scale = np.array([side / (right - left), side / (bottom - top)] * 2)
+        H, W = self.preprocessing.shape
+        scale = np.array([W / (right - left), H / (bottom - top)] * 2)
         boxes = (np.asarray(sample.boxes, float) - [left, top, left, top]) * scale
-        whole = np.rint(boxes.clip(0, side)).astype(np.int64)
+        whole = np.rint(boxes.clip(0, [W, H, W, H])).astype(np.int64)
         seen: NDArray[np.int64] = whole[(whole[:, 0] < whole[:, 2]) & (whole[:, 1] < whole[:, 3])]
         if not len(seen):
             raise ValueError("no box is in the network's view")
@@ -245,7 +242,7 @@ class ScoredLoader:
         return [*self.dataset.skipped, *self._reasons.items()]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Truth]]:
-        """Make one pass: images float32 [B, 3, S, S], and their annotations.
+        """Make one pass: images float32 [B, 3, H, W], and their annotations.
 
         Raises:
             AnnotationError: an image cannot be used and ``strict`` is set, or none can be used.
@@ -258,7 +255,7 @@ class ScoredLoader:
                 raise AnnotationError(f"cannot use {samples[i].id}: {reason}")
 
         items = _Items(samples, self.preprocessing, self.dataset.has_masks)
-        side = self.preprocessing.size
+        H, W = self.preprocessing.shape
         found = False
         for batch, kept in decoded(
             items, _Batch.of, skip, batch_size=self.batch_size, workers=self.workers
@@ -271,7 +268,7 @@ class ScoredLoader:
                     ids=[samples[i].id for i in kept],
                     labels=[samples[i].label for i in kept],
                     boxes=boxes,
-                    box_mask=torch.stack([box_masks(b, side, side).any(0) for b in boxes]),
+                    box_mask=torch.stack([box_masks(b, H, W).any(0) for b in boxes]),
                     masks=batch.masks,
                 ),
             )
@@ -313,11 +310,3 @@ def text_of(path: Path) -> str:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text: {error}") from None
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Return (w, h) of a picture the right way up; reads only the header."""
-    with Image.open(path) as picture:
-        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        width, height = picture.size
-    return (height, width) if turned else (width, height)
