@@ -47,7 +47,9 @@ def by_autograd(
         features.append(captured.activations)
     table, maps = torch.cat(embeddings), torch.cat(features).double()
     labels = torch.cat([labels for _, labels in batches])
-    weight, bias = model.project.weight.double(), model.project.bias.double()
+    project = model.get_submodule("project")
+    assert isinstance(project, torch.nn.Linear)
+    weight, bias = project.weight.double(), project.bias.double()
     distances = (table.double()[:, None] - table.double()).square().sum(-1)
     rows = []
     for a in range(len(table)):

@@ -87,7 +87,8 @@ def run_tests(path: Path, seconds: float) -> Row:
         )
         code, output = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as error:
-        code, output = -1, f"{error.stdout or ''}\nnot done in {seconds:.0f} s"
+        said = (error.stdout or b"").decode(errors="replace")  # bytes, whatever `text` is
+        code, output = -1, f"{said}\nnot done in {seconds:.0f} s"
     lines = output.strip().splitlines()
     row: Row = {
         "case": "the operations' tests, compiled",

@@ -67,12 +67,21 @@ def wait(device: torch.device) -> None:
 
 
 def turn_about(
-    a: Callable[[], object], b: Callable[[], object], device: torch.device, *, rounds: int = ROUNDS
+    a: Callable[..., object],
+    b: Callable[..., object],
+    device: torch.device,
+    *,
+    rounds: int = ROUNDS,
 ) -> tuple[Paired, int]:
     """(seconds of each side in each round, calls of a side in a round)."""
     a()
     wait(device)
-    once = paired(lambda: (a(), wait(device)), lambda: None, rounds=2, warmup=1).a
+
+    def waited() -> None:
+        a()
+        wait(device)
+
+    once = paired(waited, lambda: None, rounds=2, warmup=1).a
     calls = max(1, round(TURN_SECONDS / min(once)))
 
     def several(call: Callable[[], object]) -> Callable[[], object]:

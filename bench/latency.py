@@ -66,8 +66,8 @@ class Build:
         # Paths alone: what makes an installed gcfast editable is not run for them.
         shared = [path for path in sys.path if Path(path).name == "site-packages"]
         (packages / "shared.pth").write_text("\n".join(shared))
-        command = [sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet"]
-        subprocess.run([*command, "--no-deps", "--no-build-isolation", self.source], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--quiet"]
+        subprocess.run([*pip, "--no-deps", "--no-build-isolation", self.source], check=True)
 
     def times(self, select: str) -> Times:
         """One run of the commit's own benchmarks."""

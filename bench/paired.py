@@ -44,7 +44,7 @@ class Paired:
 
 
 def paired(
-    a: Callable[[], object], b: Callable[[], object], *, rounds: int = 11, warmup: int = 2
+    a: Callable[..., object], b: Callable[..., object], *, rounds: int = 11, warmup: int = 2
 ) -> Paired:
     """Times A and B in pairs; which of them goes first changes from pair to pair."""
     for _ in range(warmup):

@@ -32,6 +32,8 @@ Explain = Callable[[Tensor], Tensor]
 class CosineScore(nn.Module):
     """Images → [B, 1]: the cosine to a fixed embedding, as a one-class score."""
 
+    other: Tensor
+
     def __init__(self, model: nn.Module, other: Tensor) -> None:
         super().__init__()
         self.model = model
@@ -39,6 +41,9 @@ class CosineScore(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         return (F.normalize(self.model(batch), dim=1) * self.other).sum(1, keepdim=True)
+
+
+LIBRARIES: list[torch.library.Library] = []
 
 
 def make_torchvision_importable() -> None:
@@ -53,7 +58,7 @@ def make_torchvision_importable() -> None:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        make_torchvision_importable.library = library  # the declaration lives as long as this
+        LIBRARIES.append(library)  # the declaration lives as long as this
 
 
 def upsampled(maps: Tensor, size: torch.Size) -> Tensor:

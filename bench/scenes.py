@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print()
     say(closing)
     centres = plain.extra.get("K=50")
-    compressed = centres and {name: float(v.nanmean()) for name, v in centres.items()}
+    compressed = None if centres is None else {n: float(v.nanmean()) for n, v in centres.items()}
     print("\n".join(bars(dict(plain.rows), compressed)))
     print("\n".join(["", *sweep_lines(measured), "", *gap_lines(measured, two)]))
 

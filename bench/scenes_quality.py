@@ -134,7 +134,8 @@ def bars(
         f"{name:39s} {value:+.3f}  goal {goal:+.2f}  {'met' if value >= goal else 'MISSED'}"
         for name, value, goal in checks
     ]
-    for column in ("mask", "share") if compressed is not None else ():
+    for column in () if compressed is None else ("mask", "share"):
+        assert compressed is not None
         value = compressed[column] - top[column]
         name = f"{column}: 50 k-means centres less all rows"
         met = "met" if abs(value) <= 0.02 else "MISSED"

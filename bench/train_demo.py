@@ -242,7 +242,10 @@ def train_embedding(
     generator = torch.Generator().manual_seed(args.seed)
     network.eval()
     with torch.no_grad():
-        network.features[4].bias += LOWER
+        last = network.features[4]
+        assert isinstance(last, torch.nn.Conv2d)
+        assert last.bias is not None
+        last.bias += LOWER
         pooled = torch.cat([
             network.feature_maps(part[:, :3].float() / 255).mean(dim=(2, 3))
             for part in images.split(64)
@@ -296,7 +299,7 @@ def train(args: argparse.Namespace) -> BirdNet:
     tasks = [(y, TRAIN_SEED, i) for i, scene in enumerate(labels.tolist()) for y in scene]
     images = pictures(tasks, args.threads)
     print(f"{len(images)} pictures drawn in {time.perf_counter() - start:.0f} s", flush=True)
-    network = BirdNet().to(memory_format=torch.channels_last)
+    network = BirdNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train_features(network, images.unflatten(0, tuple(labels.shape)), labels, args)
     train_embedding(network, images, labels.flatten(), args)
     return network

@@ -3,13 +3,9 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
-#include <unistd.h>
 
-#include <chrono>
 #include <memory>
-#include <mutex>
 #include <optional>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -26,31 +22,29 @@ namespace {
 using std::int64_t;
 using Queries = py::array_t<float, py::array::c_style>;
 
-constexpr std::chrono::milliseconds kSignalCheck{50};
-
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-template <typename T>
-const T* data(const py::array& array, const char* name, std::vector<py::ssize_t> shape) {
-  require(array.dtype().is(py::dtype::of<T>()) || array.dtype().equal(py::dtype::of<T>()),
-          std::string("`") + name + "` of a shard has another dtype");
-  require((array.flags() & py::array::c_style) != 0 &&
-              std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) == shape,
-          std::string("`") + name + "` of a shard has another shape or is not contiguous");
-  return static_cast<const T*>(array.data());
-}
-
-const void* values(const py::array& array, const char* name, std::vector<py::ssize_t> shape,
-                   bool* half) {
-  *half = array.itemsize() == 2;
-  if (!*half) return data<float>(array, name, std::move(shape));
-  require(array.dtype().kind() == 'f', std::string("`") + name + "` of a shard has another dtype");
+const void* checked_data(const py::array& array, const char* name, const py::dtype& dtype,
+                         const std::vector<py::ssize_t>& shape) {
+  require(array.dtype().equal(dtype), std::string("`") + name + "` of a shard has another dtype");
   require((array.flags() & py::array::c_style) != 0 &&
               std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) == shape,
           std::string("`") + name + "` of a shard has another shape or is not contiguous");
   return array.data();
+}
+
+template <typename T>
+const T* data(const py::array& array, const char* name, const std::vector<py::ssize_t>& shape) {
+  return static_cast<const T*>(checked_data(array, name, py::dtype::of<T>(), shape));
+}
+
+// float32 or float16
+const void* values(const py::array& array, const char* name, const std::vector<py::ssize_t>& shape,
+                   bool* half) {
+  *half = array.itemsize() == 2;
+  return checked_data(array, name, *half ? py::dtype("e") : py::dtype::of<float>(), shape);
 }
 
 Shard shard_of(const py::sequence& given, int64_t dim, int64_t width) {
@@ -94,66 +88,17 @@ py::array rows_of(T* pointer, std::unique_ptr<T[]>& own, const std::optional<py:
 
 py::tuple arrays_of(TransferResult& result, const Outputs& outputs) {
   const py::ssize_t B = result.count, K = result.k, W = result.width;
-  return py::make_tuple(
-      owned(result.neighbors, {B, K}), owned(result.distances, {B, K}),
-      owned(result.labels, {B, K}), owned(result.rows, {B, 1}),
-      rows_of(result.channels, result.own_channels, outputs.channels, {B, W}),
-      rows_of(result.weights, result.own_weights, outputs.weights, {B, W}),
-      rows_of(result.offsets, result.own_offsets, outputs.offsets, {B}));
+  return py::make_tuple(owned(result.neighbors, {B, K}), owned(result.distances, {B, K}),
+                        owned(result.labels, {B, K}), owned(result.rows, {B, 1}),
+                        rows_of(result.channels, result.own_channels, outputs.channels, {B, W}),
+                        rows_of(result.weights, result.own_weights, outputs.weights, {B, W}),
+                        rows_of(result.offsets, result.own_offsets, outputs.offsets, {B}));
 }
-
-class PyTicket {
- public:
-  PyTicket(std::shared_ptr<Ticket> ticket, Outputs outputs, py::object engine)
-      : ticket_(std::move(ticket)),
-        outputs_(std::move(outputs)),
-        engine_(std::move(engine)),
-        process_(getpid()) {}
-
-  bool done() const {
-    check_process();
-    return ticket_->wait_for(std::chrono::milliseconds{0});
-  }
-
-  py::tuple wait() {
-    check_process();
-    for (bool ended = false; !ended;) {
-      {
-        const py::gil_scoped_release unlocked;
-        ended = ticket_->wait_for(kSignalCheck);
-      }
-      if (!ended && PyErr_CheckSignals() != 0) throw py::error_already_set();
-    }
-    // Making the arrays may run any Python, and so let another thread that waits come here too.
-    std::unique_lock<std::mutex> turn(taking_, std::defer_lock);
-    {
-      const py::gil_scoped_release unlocked;
-      turn.lock();
-    }
-    if (!arrays_) arrays_ = arrays_of(*ticket_->result(), outputs_);
-    return *arrays_;
-  }
-
- private:
-  void check_process() const {
-    if (getpid() != process_)
-      throw UsedAfterFork("the ticket belongs to process " + std::to_string(process_) +
-                          " and cannot be used in process " + std::to_string(getpid()) +
-                          ", forked from it");
-  }
-
-  std::shared_ptr<Ticket> ticket_;
-  Outputs outputs_;
-  py::object engine_;  // whose end would fail what is waited for
-  std::mutex taking_;
-  std::optional<py::tuple> arrays_;
-  const pid_t process_;
-};
 
 class PyEngine {
  public:
   PyEngine(const py::object& index, const py::list& shards, int64_t dim, int64_t width, int threads,
-           int64_t memory_bytes, bool exclusive, const py::object& on_worker_start)
+           int64_t memory_bytes, bool exclusive)
       : shards_(shards) {
     require(threads >= 1, "`threads` must be at least 1");
     require(memory_bytes >= 1, "`memory_bytes` must be at least 1");
@@ -168,24 +113,8 @@ class PyEngine {
     require(index.attr("ntotal").cast<int64_t>() == table.rows(),
             "`index` must hold the database's " + std::to_string(table.rows()) + " rows, got " +
                 std::to_string(index.attr("ntotal").cast<int64_t>()));
-    TransferEngine::Options options{threads, memory_bytes, {}};
-    if (!on_worker_start.is_none())
-      options.on_worker_start = [start = hold(on_worker_start)] {
-        const py::gil_scoped_acquire locked;
-        python([&] { (*start)(); });
-      };
     engine_ = std::make_unique<TransferEngine>(std::move(table), search_function(index, exclusive),
-                                               std::move(options));
-    alive().insert(this);
-  }
-
-  PyEngine(const PyEngine&) = delete;
-  PyEngine& operator=(const PyEngine&) = delete;
-
-  ~PyEngine() {
-    alive().erase(this);
-    const py::gil_scoped_release unlocked;  // the worker may need it to come to its end
-    engine_.reset();
+                                               TransferEngine::Options{threads, memory_bytes});
   }
 
   py::tuple transfer(const Queries& queries, int64_t k, double temperature,
@@ -202,57 +131,7 @@ class PyEngine {
     return py::make_tuple(owned(result.distances, {B, k}), owned(result.neighbors, {B, k}));
   }
 
-  // Not a method, because the ticket holds the Python object. (py::keep_alive<0, 1> would be
-  // shorter; in pybind11 3.1.0 it crashes when the arguments are of other types.)
-  static std::unique_ptr<PyTicket> submit(const py::object& self, const Queries& queries, int64_t k,
-                                          double temperature,
-                                          const std::optional<py::tuple>& buffers,
-                                          const py::object& ready) {
-    auto& engine = self.cast<PyEngine&>();
-    const TransferRequest request = engine.checked(queries, k, temperature, true);
-    Outputs outputs = engine.outputs_of(buffers, queries.shape(0), k);
-    const Held owner = hold(py::make_tuple(queries, ready, buffers ? *buffers : py::tuple()));
-    const float* const data = queries.data();
-    TransferJob job{{}, queries.shape(0), request, outputs.pointers(), owner};
-    if (ready.is_none())
-      job.queries = [data] { return data; };
-    else
-      job.queries = [data, wait = ready.ptr()] {  // the job's owner holds it
-        const py::gil_scoped_acquire locked;
-        python([&] { py::reinterpret_borrow<py::object>(wait)(); });
-        return data;
-      };
-    std::shared_ptr<Ticket> ticket;
-    {
-      const py::gil_scoped_release unlocked;
-      ticket = engine.engine_->submit(std::move(job));
-    }
-    return std::make_unique<PyTicket>(std::move(ticket), std::move(outputs), self);
-  }
-
-  void close() {
-    const py::gil_scoped_release unlocked;
-    engine_->close();
-  }
-
-  // Before the interpreter ends: a worker that comes back from an index afterwards could not.
-  static void close_all() {
-    for (PyEngine* engine : std::set<PyEngine*>(alive())) {
-      try {
-        if (alive().count(engine) != 0) engine->close();
-      } catch (const UsedAfterFork&) {
-        // Its threads are another process's.
-      }
-    }
-  }
-
  private:
-  // Guarded by the interpreter lock.
-  static std::set<PyEngine*>& alive() {
-    static auto* const engines = new std::set<PyEngine*>;
-    return *engines;
-  }
-
   TransferRequest checked(const Queries& queries, int64_t k, double temperature,
                           bool gather) const {
     require(queries.ndim() == 2 && queries.shape(1) == engine_->table().dim(),
@@ -292,54 +171,25 @@ class PyEngine {
   std::unique_ptr<TransferEngine> engine_;
 };
 
-void set_error(const char* name, const char* text) {
-  py::set_error(py::module_::import("gcfast.errors").attr(name), text);
-}
-
-void translate(std::exception_ptr raised) {
-  try {
-    if (raised) std::rethrow_exception(raised);
-  } catch (const PythonError& error) {
-    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.value->ptr())), error.value->ptr());
-  } catch (const UsedAfterFork& error) {
-    set_error("GcfastError", error.what());
-  } catch (const EngineClosed& error) {
-    set_error("GcfastError", error.what());
-  }
-}
-
 }  // namespace
 
 void register_transfer(py::module_& module) {
-  py::register_local_exception_translator(translate);
-  py::class_<PyTicket>(module, "Ticket", "A batch under way; see TransferEngine.submit.")
-      .def("done", &PyTicket::done, "Whether wait() would return at once.")
-      .def("wait", &PyTicket::wait,
-           "What TransferEngine.transfer returns, or its exception; each time.");
   py::class_<PyEngine>(
       module, "TransferEngine",
-      "Search through a FAISS index and gather of the rows it finds; see gcfast.explain.transfer.\n\n"
+      "Search through a FAISS index and gather of the rows it finds; see "
+      "gcfast.explain.transfer.\n\n"
       "shards: [(embeddings, channels, weights, offsets, labels)], rows in order. exclusive: one\n"
-      "thread in the index at a time. memory_bytes bounds what is held at once beyond the result.")
-      .def(py::init<const py::object&, const py::list&, int64_t, int64_t, int, int64_t, bool,
-                    const py::object&>(),
+      "thread in the index at a time. memory_bytes bounds what is held at once beyond the result.\n"
+      "Calls release the interpreter lock; the index takes it back to be entered.")
+      .def(py::init<const py::object&, const py::list&, int64_t, int64_t, int, int64_t, bool>(),
            py::arg("index"), py::arg("shards"), py::kw_only(), py::arg("dim"), py::arg("width"),
-           py::arg("threads"), py::arg("memory_bytes"), py::arg("exclusive") = false,
-           py::arg("on_worker_start") = py::none())
+           py::arg("threads"), py::arg("memory_bytes"), py::arg("exclusive") = false)
       .def("transfer", &PyEngine::transfer, py::arg("queries").noconvert(), py::kw_only(),
            py::arg("k"), py::arg("temperature") = 1.0, py::arg("buffers") = py::none(),
            "(neighbors [B,K], distances [B,K], labels [B,K], rows [B,1], channels [B,W],\n"
            "weights [B,W], offsets [B]).")
       .def("search", &PyEngine::search, py::arg("queries").noconvert(), py::kw_only(), py::arg("k"),
-           "(distances [B,K], neighbors [B,K]).")
-      .def("submit", &PyEngine::submit, py::arg("queries").noconvert(), py::kw_only(), py::arg("k"),
-           py::arg("temperature") = 1.0, py::arg("buffers") = py::none(),
-           py::arg("ready") = py::none(),
-           "A Ticket. `queries` must not be written to before it is done; `ready` is called by\n"
-           "the worker before it reads them.")
-      .def("close", &PyEngine::close,
-           "Ends the batch under way, fails those behind it, refuses others.");
-  py::module_::import("atexit").attr("register")(py::cpp_function(&PyEngine::close_all));
+           "(distances [B,K], neighbors [B,K]).");
 }
 
 }  // namespace gcfast

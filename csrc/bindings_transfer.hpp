@@ -4,7 +4,7 @@
 
 namespace gcfast {
 
-// TransferEngine and Ticket.
+// Adds TransferEngine.
 void register_transfer(pybind11::module_& module);
 
 }  // namespace gcfast

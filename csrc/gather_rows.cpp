@@ -22,11 +22,11 @@ bool nearer(const std::pair<float, int64_t>& a, const std::pair<float, int64_t>&
   return !a_nan && a.first != b.first ? a.first < b.first : a.second < b.second;
 }
 
-// softmax(-distance / temperature) over the neighbours that are there, which come first.
+// softmax(-distance / temperature) over the neighbors that were found, which come first.
 void share(const float* distances, const int64_t* neighbors, int64_t k, double temperature,
            std::vector<double>& shares) {
   shares.clear();
-  // From the nearest on, so that where the temperature is 0 (a table of twins) that one weighs 1.
+  // Less the nearest distance, so that at temperature 0 (a table of twins) the nearest weighs 1.
   const double scale = std::max(temperature, static_cast<double>(FLT_MIN));
   double total = 0;
   for (int64_t i = 0; i < k && neighbors[i] >= 0; ++i) {
@@ -80,8 +80,7 @@ void Gatherer::order(int64_t query) {
     const bool there = i < static_cast<int64_t>(near_.size());
     out_.distances[static_cast<size_t>(at + i)] =
         there ? near_[static_cast<size_t>(i)].first : kInfinity;
-    out_.neighbors[static_cast<size_t>(at + i)] =
-        there ? near_[static_cast<size_t>(i)].second : -1;
+    out_.neighbors[static_cast<size_t>(at + i)] = there ? near_[static_cast<size_t>(i)].second : -1;
   }
 }
 

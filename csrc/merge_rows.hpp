@@ -1,4 +1,4 @@
-// The sum of several sparse rows as one.
+// Sums several sparse rows into one.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace gcfast {
 
-// Sums (channel, value) pairs by channel; channels come out in the order they first came in.
+// Sums (channel, value) pairs by channel; channels keep the order of their first appearance.
 class RowMerger {
  public:
   explicit RowMerger(std::int64_t most_pairs) {
@@ -17,7 +17,7 @@ class RowMerger {
   }
 
   void clear() {
-    if (++round_ == 0) {  // counted once round
+    if (++round_ == 0) {  // the counter wrapped around
       for (Slot& slot : slots_) slot.round = 0;
       round_ = 1;
     }
@@ -27,9 +27,9 @@ class RowMerger {
 
   void add(std::int64_t channel, double value) {
     const std::size_t mask = slots_.size() - 1;
-    // Fibonacci hashing (Knuth, TAOCP 3, 6.4): neighbouring channels land far apart.
-    auto at = static_cast<std::size_t>(
-        (static_cast<std::uint64_t>(channel) * 0x9E3779B97F4A7C15u) >> 32);
+    // Fibonacci hashing (Knuth, TAOCP 3, 6.4): adjacent channels land far apart.
+    auto at =
+        static_cast<std::size_t>((static_cast<std::uint64_t>(channel) * 0x9E3779B97F4A7C15u) >> 32);
     for (;; ++at) {
       Slot& slot = slots_[at & mask];
       if (slot.round != round_) {
@@ -52,7 +52,7 @@ class RowMerger {
   struct Slot {
     std::int64_t channel = 0;
     std::uint32_t place = 0;
-    std::uint32_t round = 0;  // in which it was filled: to clear is to count on
+    std::uint32_t round = 0;  // in which it was filled; clearing starts the next one
   };
 
   std::vector<Slot> slots_;

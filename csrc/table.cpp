@@ -12,9 +12,9 @@ namespace {
 using std::int64_t;
 using std::size_t;
 
-constexpr int64_t kLanes = 8;         // partial sums of a distance
-constexpr int64_t kCacheLine = 64;    // bytes
-constexpr int64_t kPrefetchLines = 16;  // of one array; the processor follows longer ones by itself
+constexpr int64_t kLanes = 8;           // partial sums of a distance
+constexpr int64_t kCacheLine = 64;      // bytes
+constexpr int64_t kPrefetchLines = 16;  // of one array; hardware prefetches the rest of longer ones
 
 float from_half(std::uint16_t half) {
   const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;

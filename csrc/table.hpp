@@ -31,19 +31,19 @@ class Table {
   std::int64_t dim() const { return dim_; }
   std::int64_t width() const { return width_; }
 
-  // The row of this number, 0 <= id < rows().
+  // Returns the row of this number, 0 <= id < rows().
   Row at(std::int64_t id) const;
 
-  // Asks the processor to fetch a row's embedding, and all of it if `whole`.
+  // Prefetches a row's embedding, and the rest of the row if `whole`.
   void prefetch(Row at, bool whole) const;
-  // Its channels, weights and offset.
+  // Prefetches a row's channels, weights and offset.
   void prefetch_weights(Row at) const;
 
-  // The squared distance of a row to a query [dim]: differences in float32, their squares summed in
+  // Returns the squared distance of a row to a query [dim]: float32 differences, squares summed in
   // double, in an order that depends on dim alone.
   double squared_distance(Row at, const float* query) const;
 
-  // The row's weights [width] in float32.
+  // Writes the row's weights [width] in float32.
   void copy_weights(Row at, float* out) const;
 
  private:

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,10 +33,6 @@ def mean_cotangents(
 _Array = NDArray[Any]
 _Transferred = tuple[_Ids, _Floats, _Ids, _Ids, _Ids, _Floats, _Floats]
 
-class Ticket:
-    def done(self) -> bool: ...
-    def wait(self) -> _Transferred: ...
-
 class TransferEngine:
     def __init__(
         self,
@@ -49,7 +44,6 @@ class TransferEngine:
         threads: int,
         memory_bytes: int,
         exclusive: bool = False,
-        on_worker_start: Callable[[], object] | None = None,
     ) -> None: ...
     def transfer(
         self,
@@ -60,13 +54,3 @@ class TransferEngine:
         buffers: tuple[_Array, ...] | None = None,
     ) -> _Transferred: ...
     def search(self, queries: _Floats, *, k: int) -> tuple[_Floats, _Ids]: ...
-    def submit(
-        self,
-        queries: _Floats,
-        *,
-        k: int,
-        temperature: float = 1.0,
-        buffers: tuple[_Array, ...] | None = None,
-        ready: Callable[[], object] | None = None,
-    ) -> Ticket: ...
-    def close(self) -> None: ...

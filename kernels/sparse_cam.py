@@ -277,7 +277,7 @@ def launch_sparse_cam(
         B, _, C = activations.shape
         H, W = grid
         stride_b, stride_p, stride_c = activations.stride()
-        strides = (stride_b, stride_c, W * stride_p, stride_p)
+        strides: tuple[int, ...] = (stride_b, stride_c, W * stride_p, stride_p)
     else:
         B, C, H, W = activations.shape
         strides = activations.stride()

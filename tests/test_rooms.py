@@ -75,6 +75,7 @@ def imports(root: Path) -> Iterator[Import]:
         for node in ast.walk(ast.parse(text)):
             for name in imported_names(node, module, path.name == "__init__.py"):
                 if name.split(".")[0] == "gcfast" and room(name) != room(module):
+                    assert isinstance(node, ast.stmt | ast.expr)
                     line = text.splitlines()[node.lineno - 1].strip()
                     where = path.relative_to(root)
                     yield Import(where, node.lineno, line, room(module), room(name))

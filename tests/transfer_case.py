@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gcfast.database.database import Database
 from gcfast.database.shards import Shard
-from gcfast.explain.transfer import make_engine
+from gcfast.explain.transfer import IndexTransfer, make_engine
 
 WIDTH, KEPT, CHANNELS = 16, 7, 20
 
@@ -53,6 +54,12 @@ def engine(index: Any, shards: list[Shard], **options: Any) -> Any:
     return make_engine(index, shards, **{"threads": 2, **options})
 
 
+def transfer(index: Any, whole: Shard, k: int = 1) -> IndexTransfer:
+    """A transfer on the CPU from a database of these rows."""
+    database = Database(whole._asdict(), [str(row) for row in range(len(whole.labels))], {})
+    return IndexTransfer(database, torch.device("cpu"), k, index)
+
+
 def queries(count: int) -> np.ndarray[Any, Any]:
     return torch.nn.functional.normalize(torch.randn(count, WIDTH), dim=1).numpy()
 
@@ -91,3 +98,17 @@ class Scripted:
         given = (ctypes.c_int64 * (n * k)).from_address(int(ids))
         answer = self.answer(torch.tensor(asked[:]).view(n, self.d), k)
         np.ctypeslib.as_array(given)[:] = np.asarray(answer).reshape(-1)
+
+
+def answering(rows: Tensor, answer: Callable[[np.ndarray[Any, Any], int], Any]) -> Any:
+    """A FAISS index of rows that finds what it is told to."""
+    import faiss
+
+    class Answering(faiss.IndexFlatL2):  # type: ignore[misc]
+        def search(self, queries: np.ndarray[Any, Any], k: int) -> Any:
+            found = np.asarray(answer(queries, k)).reshape(len(queries), k)
+            return np.zeros(found.shape, np.float32), found
+
+    index = Answering(rows.shape[1])
+    index.add(rows.float().numpy())
+    return index

@@ -222,7 +222,7 @@ def train(
     batches = list(draws(numbers, recipe, generator))
     loader = DataLoader(
         Crops(samples, preprocessing.size, recipe.resize, seed),
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=_stacked,
         generator=torch.Generator(),

@@ -102,7 +102,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = RankSiamese()
-    network = network.to(memory_format=torch.channels_last)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(seed)
     prices = torch.from_numpy(np.log(price))
     steps = epochs * max(1, len(price) // BATCH)

@@ -302,7 +302,7 @@ def finished(canvas: Canvas, pixels: int) -> tuple[NDArray[np.uint8], NDArray[np
     """The tile as a sensor gives it: averaged, hazy, noisy, in any of the four directions."""
     rng = canvas.rng
     small = canvas.image.reduce(FINER).filter(ImageFilter.GaussianBlur(0.4))
-    values = np.asarray(small, np.float32)
+    values: NDArray[np.floating] = np.asarray(small, np.float32)
     haze = rng.uniform(0.0, 0.12)
     values = (values * rng.uniform(0.88, 1.1) + rng.normal(0, 2, 3)) * (1 - haze) + 190 * haze
     values += rng.normal(0, 3.5, values.shape)

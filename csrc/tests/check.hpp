@@ -41,8 +41,8 @@ std::string message_of(const char* file, int line, const Call& call) {
 
 }  // namespace gcfast::testing
 
-#define TEST(name)                                                             \
-  static void name();                                                          \
+#define TEST(name)                                                      \
+  static void name();                                                   \
   static const gcfast::testing::Register register_##name{#name, &name}; \
   static void name()
 #define CHECK(condition) \

@@ -1,24 +1,15 @@
 // The transfer engine without Python and without FAISS; the index is a brute-force search here.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <future>
 #include <map>
-#include <memory>
 #include <numeric>
 #include <random>
-#include <string>
-#include <thread>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
-#include "../thread_pool.hpp"
 #include "../transfer_engine.hpp"
 #include "check.hpp"
 
@@ -94,9 +85,7 @@ std::vector<float> queries(int64_t count, unsigned seed = 3) {
   return out;
 }
 
-TransferEngine::Options options(int threads, int64_t memory = 1 << 26) {
-  return {threads, memory, {}};
-}
+TransferEngine::Options options(int threads, int64_t memory = 1 << 26) { return {threads, memory}; }
 
 void check_result(const Rows& rows, const std::vector<float>& asked, const TransferRequest& request,
                   const TransferResult& got) {
@@ -154,16 +143,6 @@ bool same(const TransferResult& a, const TransferResult& b) {
          std::equal(a.offsets, a.offsets + a.count, b.offsets);
 }
 
-TransferJob job(const std::shared_ptr<std::vector<float>>& asked, const TransferRequest& request) {
-  return {[asked] { return static_cast<const float*>(asked->data()); },
-          static_cast<int64_t>(asked->size()) / kDim, request, {}, asked};
-}
-
-void wait(const std::shared_ptr<Ticket>& ticket) {
-  while (!ticket->wait_for(std::chrono::milliseconds(20))) {
-  }
-}
-
 }  // namespace
 
 TEST(results_are_those_of_brute_force) {
@@ -172,9 +151,9 @@ TEST(results_are_those_of_brute_force) {
     const auto asked = queries(40);
     for (const int64_t k : {1, 5}) {
       const TransferRequest request{k, 2.0, true};
-      const TransferEngine engine(rows.table(count > 3 ? std::vector<int64_t>{1, 1, 80}
-                                                       : std::vector<int64_t>{}),
-                                  rows.search(), options(2));
+      const TransferEngine engine(
+          rows.table(count > 3 ? std::vector<int64_t>{1, 1, 80} : std::vector<int64_t>{}),
+          rows.search(), options(2));
       check_result(rows, asked, request, engine.transfer(asked.data(), 40, request, {}));
     }
   }
@@ -198,19 +177,15 @@ TEST(any_number_of_threads_and_any_split_give_the_same_bits) {
 
 TEST(eight_threads_share_an_engine) {
   const Rows rows(40);
-  TransferEngine engine(rows.table({13}), rows.search(), options(3));
+  const TransferEngine engine(rows.table({13}), rows.search(), options(3));
   const TransferRequest request{3, 2.0, true};
   std::vector<std::future<void>> running;
   for (unsigned t = 0; t < 8; ++t)
     running.push_back(std::async(std::launch::async, [&, t] {
-      const auto asked = std::make_shared<std::vector<float>>(queries(700, t));
-      const auto wanted = engine.transfer(asked->data(), 700, request, {});
-      for (int i = 0; i < 3; ++i) {
-        const auto ticket = engine.submit(job(asked, request));
-        CHECK(same(engine.transfer(asked->data(), 700, request, {}), wanted));
-        wait(ticket);
-        CHECK(same(*ticket->result(), wanted));
-      }
+      const auto asked = queries(700, t);
+      const auto wanted = engine.transfer(asked.data(), 700, request, {});
+      for (int i = 0; i < 5; ++i)
+        CHECK(same(engine.transfer(asked.data(), 700, request, {}), wanted));
     }));
   for (auto& one : running) one.get();
 }
@@ -231,111 +206,20 @@ TEST(buffers_are_filled) {
   }
 }
 
-TEST(exceptions_of_the_index_reach_the_caller_and_the_ticket) {
+TEST(exceptions_of_the_index_reach_the_caller) {
   const Rows rows(10);
-  std::atomic<int> calls{0};
-  TransferEngine engine(
+  int calls = 0;
+  const TransferEngine engine(
       rows.table(),
       [&](int64_t n, const float*, int64_t k, float*, int64_t* ids) {
-        if (++calls % 2 == 1) throw std::domain_error("not now");
-        std::fill_n(ids, n * k, calls > 3 ? 10 : 1);
+        if (++calls == 1) throw std::domain_error("not now");
+        std::fill_n(ids, n * k, calls > 2 ? 10 : 1);
       },
       options(2));
   const TransferRequest request{2, 1.0, true};
-  const auto asked = std::make_shared<std::vector<float>>(queries(4));
-  CHECK(MESSAGE_OF(std::domain_error, engine.transfer(asked->data(), 4, request, {})) == "not now");
-  (void)engine.transfer(asked->data(), 4, request, {});
-  const auto ticket = engine.submit(job(asked, request));
-  wait(ticket);
-  for (int i = 0; i < 2; ++i) CHECK(MESSAGE_OF(std::domain_error, ticket->result()) == "not now");
-  CHECK(MESSAGE_OF(std::invalid_argument, engine.transfer(asked->data(), 4, request, {})) ==
+  const auto asked = queries(4);
+  CHECK(MESSAGE_OF(std::domain_error, engine.transfer(asked.data(), 4, request, {})) == "not now");
+  (void)engine.transfer(asked.data(), 4, request, {});
+  CHECK(MESSAGE_OF(std::invalid_argument, engine.transfer(asked.data(), 4, request, {})) ==
         "`index` must number the database's rows, 0 to 9, it returned 10");
 }
-
-TEST(an_engine_ends_while_work_is_under_way) {
-  const Rows rows(10);
-  for (int i = 0; i < 30; ++i) {
-    std::vector<std::shared_ptr<Ticket>> tickets;
-    const auto asked = std::make_shared<std::vector<float>>(queries(50));
-    {
-      TransferEngine engine(rows.table(), rows.search(), options(2));
-      for (int t = 0; t < 5; ++t) {
-        auto ticket = engine.submit(job(asked, {2, 1.0, true}));
-        if (t % 2 == 0) tickets.push_back(std::move(ticket));  // the others are dropped
-      }
-      if (i % 3 == 0) wait(tickets[0]);
-      if (i % 5 == 0) engine.close();
-    }
-    CHECK(asked.use_count() == 1);
-    for (const auto& ticket : tickets) {
-      CHECK(ticket->wait_for(std::chrono::milliseconds(0)));
-      try {
-        CHECK(ticket->result()->count == 50);
-      } catch (const EngineClosed& error) {
-        CHECK(std::string(error.what()) ==
-              "the transfer engine was closed before this batch was searched");
-      }
-    }
-  }
-}
-
-TEST(the_worker_may_drop_the_last_reference) {
-  const Rows rows(10);
-  std::promise<void> gone;
-  const auto asked = std::make_shared<std::vector<float>>(queries(3));
-  {
-    auto engine = std::shared_ptr<TransferEngine>(
-        new TransferEngine(rows.table(), rows.search(), options(1)), [&](TransferEngine* held) {
-          delete held;
-          gone.set_value();
-        });
-    std::promise<void> go;
-    auto started = std::make_shared<std::shared_future<void>>(go.get_future());
-    TransferJob last = job(asked, {1, 1.0, true});
-    last.queries = [asked, started] {
-      started->wait();
-      return static_cast<const float*>(asked->data());
-    };
-    last.owner = engine;
-    (void)engine->submit(std::move(last));
-    engine.reset();
-    go.set_value();
-  }
-  gone.get_future().wait();
-}
-
-TEST(a_loop_has_its_helpers_to_itself_and_keeps_its_first_exception) {
-  ThreadPool pool(4);
-  std::vector<std::future<void>> running;
-  for (int t = 0; t < 4; ++t)
-    running.push_back(std::async(std::launch::async, [&] {
-      for (int round = 0; round < 200; ++round) {
-        std::vector<int> seen(37);
-        pool.run(37, [&](int64_t i) { ++seen[static_cast<size_t>(i)]; });
-        CHECK(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }));
-      }
-    }));
-  for (auto& one : running) one.get();
-  CHECK(MESSAGE_OF(std::range_error, pool.run(100, [](int64_t i) {
-          if (i % 10 == 3) throw std::range_error("in a task");
-        })) == "in a task");
-  pool.run(0, [](int64_t) { CHECK(false); });
-}
-
-#if !defined(__SANITIZE_THREAD__)  // which cannot follow a fork of a process with threads
-TEST(a_forked_process_is_told_and_ends) {
-  const Rows rows(10);
-  const auto asked = std::make_shared<std::vector<float>>(queries(3));
-  auto engine = std::make_unique<TransferEngine>(rows.table(), rows.search(), options(2));
-  wait(engine->submit(job(asked, {1, 1.0, true})));
-  const pid_t child = fork();
-  if (child == 0) {
-    const auto words = MESSAGE_OF(UsedAfterFork, engine->submit(job(asked, {1, 1.0, true})));
-    CHECK(words.find("forked from it") != std::string::npos);
-    engine.reset();
-    _exit(7);
-  }
-  int status = 0;
-  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 7);
-}
-#endif

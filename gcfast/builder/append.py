@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gcfast.builder.describe import changed_settings, identity, report_of
+from gcfast.builder.describe import changed_settings, identity, report_of, zero_rows
 from gcfast.builder.embed import Totals, embed
 from gcfast.builder.rows import Made, Rows
 from gcfast.builder.spool import one_table
@@ -17,10 +17,10 @@ from gcfast.database.database import Database
 from gcfast.database.float16 import in_storage
 from gcfast.database.manifest import CALIBRATION, require_same_rows
 from gcfast.database.write import commit, disk_errors, next_number, write_shard, writing
-from gcfast.errors import GcfastError, ModelMismatchError
+from gcfast.errors import GcfastError
 from gcfast.method.labels import column
 from gcfast.method.settings import Settings
-from gcfast.model.fingerprint import difference
+from gcfast.model.fingerprint import check_model
 from gcfast.model.network import Network
 
 
@@ -89,7 +89,7 @@ class _Further:
             embeddings=table[len(database) :],
             mean_activation=torch.tensor(database.manifest["mean_activation"], dtype=torch.float64),
         )
-        self.rows = self.hardest = 0
+        self.rows = self.hardest = self.zero = 0
 
     def made(self, capacity: int | None) -> Iterator[Made]:
         """Make the rows, in the database's storage; ``capacity`` as for :meth:`Rows.made`."""
@@ -107,6 +107,7 @@ class _Further:
                 )
             self.rows += len(part.ids)
             self.hardest += int((part.rows.triplet_counts == 0).sum())
+            self.zero += zero_rows(part.rows.weights)
             yield part
 
     def manifest(self, stored: dict[str, Any]) -> dict[str, Any]:
@@ -119,12 +120,14 @@ class _Further:
         _, inverse, seen = np.unique(labels.numpy(), return_inverse=True, return_counts=True)
         before = np.isin(labels.numpy(), self.stored_labels)
         alone = torch.from_numpy((seen[inverse] == 1) & ~before)
-        report = report_of(labels, self.rows, self.hardest, self.settings, alone=alone)
+        report = report_of(labels, self.rows, self.hardest, self.zero, self.settings, alone=alone)
+        before_this = self.database.report
+        if "zero_rows" not in before_this:  # built before these were counted
+            stored_zero = sum(zero_rows(shard.weights) for shard in self.database.shards)
+            before_this["zero_rows"] = stored_zero
         return {key: value for key, value in stored.items() if key != CALIBRATION} | {
             "class_names": self.embedded.class_names,
-            "report": {
-                name: count + report.get(name, 0) for name, count in self.database.report.items()
-            },
+            "report": {name: count + report.get(name, 0) for name, count in before_this.items()},
             # Stored rows have drawn their triplets without the newest ones.
             "older_rows": len(self.database),
         }
@@ -144,11 +147,7 @@ def check_appendable(database: Database, network: Network, settings: Settings) -
             "a compressed database takes no further rows: append to the whole one, and compress it"
         )
     now = identity(network, settings, None, database.storage)
-    other = difference(manifest["fingerprint"], now["fingerprint"])
-    if other:
-        raise ModelMismatchError(
-            f"the database was built with another model than this one: {other}"
-        )
+    check_model(manifest["fingerprint"], network)
     changed = changed_settings(manifest["settings"], now["settings"])
     if changed:
         raise ValueError(

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from gcfast._checks import require_choice
-from gcfast.builder.describe import describe, identity, report_of
+from gcfast.builder.describe import describe, identity, report_of, zero_rows
 from gcfast.builder.embed import Embedded, embed
 from gcfast.builder.resumable import build_into
 from gcfast.builder.rows import Rows
@@ -93,11 +93,14 @@ def in_memory(
         (the database, [N] int64: the number of each row's image).
 
     Raises:
-        ValueError: no row has a triplet; as :meth:`gcfast.builder.rows.Rows.made`.
+        ValueError: no row has a triplet, or all weights are zero; as
+            :meth:`gcfast.builder.rows.Rows.made`.
     """
     parts = list(Rows(network, embedded, settings).made(loader, progress=progress))
     hardest = sum(int((part.rows.triplet_counts == 0).sum()) for part in parts)
-    report = report_of(embedded.labels, sum(len(part.ids) for part in parts), hardest, settings)
+    zero = sum(zero_rows(part.rows.weights) for part in parts)
+    rows = sum(len(part.ids) for part in parts)
+    report = report_of(embedded.labels, rows, hardest, zero, settings)
     (made,) = parts
     same = identity(network, settings, preprocessing, "float32")
     manifest = describe(network, embedded, same, report)

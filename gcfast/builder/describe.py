@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from gcfast.builder.embed import Embedded
 from gcfast.database.manifest import FORMAT, FORMAT_VERSION
 from gcfast.method.settings import Settings
-from gcfast.model.fingerprint import fingerprint
+from gcfast.model.fingerprint import fingerprint, with_outputs
 from gcfast.model.network import Network
 
 
@@ -38,8 +39,19 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def zero_rows(weights: Tensor) -> int:
+    """Return how many rows of weights [n, M] are zero throughout: such a row's map is empty."""
+    return int((weights == 0).all(1).sum())
+
+
 def report_of(
-    labels: Tensor, rows: int, hardest: int, settings: Settings, *, alone: Tensor | None = None
+    labels: Tensor,
+    rows: int,
+    hardest: int,
+    zero: int,
+    settings: Settings,
+    *,
+    alone: Tensor | None = None,
 ) -> dict[str, int]:
     """The counts of a build.
 
@@ -47,6 +59,7 @@ def report_of(
         labels: [N], of the images.
         rows: how many of them have a row.
         hardest: how many of those took their hardest triplet.
+        zero: how many of those have no weight but 0.
         settings: of the build.
         alone: [N] bool, images whose label is seen once; None for those of ``labels``.
 
@@ -67,6 +80,7 @@ def report_of(
         "skipped_single": single,
         "skipped_no_triplet": len(labels) - rows - single,
         "hardest_triplet": hardest,
+        "zero_rows": zero,
     }
     if rows == 0:
         raise ValueError(
@@ -87,11 +101,23 @@ def describe(
         embedded: what stage 1 found out.
         same: of :func:`identity`.
         report: of :func:`report_of`.
+
+    Raises:
+        ValueError: the weights of all the rows are zero.
     """
+    rows, zero = report["rows"], report["zero_rows"]
+    what_to_do = (
+        f"the embedding's gradient does not reach the layer {network.layer_name!r} at its places; "
+        "take another one (gcfast.layers(model, images) lists them), or check `reshape`"
+    )
+    if zero == rows:
+        raise ValueError(f"the weights of all {rows} rows are zero: {what_to_do}")
+    if zero > rows / 2:
+        warnings.warn(f"the weights of {zero} of {rows} rows are zero: {what_to_do}", stacklevel=2)
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "fingerprint": same["fingerprint"],
+        "fingerprint": with_outputs(same["fingerprint"], network),
         "layer": network.layer_name,
         "settings": same["settings"],
         "closed_form": embedded.head is not None,

@@ -251,9 +251,14 @@ class Rows:
     def _kept(self, table: RowTable, columns: Columns, start: int) -> Iterator[Made]:
         """Put the rows that have a triplet into the table, and yield it when it is full."""
         found = columns["found"]
-        require_finite_rows(
-            "grad-weights", torch.where(columns["finite"], 0.0, torch.nan)[:, None], first=start
-        )
+        try:
+            finite = torch.where(columns["finite"], 0.0, torch.nan)[:, None]
+            require_finite_rows("grad-weights", finite, first=start)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: the gradient at the layer {self.network.layer_name!r} is not finite "
+                "there; take another layer (gcfast.layers lists them) or the model in float32"
+            ) from None
         channels, values = columns["channels"][found], columns["values"][found]
         offsets = (values * self.embedded.mean_activation[channels]).sum(1).float()
         images = found.nonzero().flatten() + start

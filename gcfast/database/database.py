@@ -31,12 +31,11 @@ VERIFY_BYTES = 256 * 2**20  # up to which `open` compares checksums: a fifth of 
 
 
 class Database(Columns):
-    """Rows in the order of the training images, as CPU tensors (memory-mapped once opened).
+    """Rows in the order of the training images, as CPU tensors; memory-mapped if opened.
 
     An opened database reads a page of its rows when it is first touched, and any number of threads
-    and processes may read one. ``shards`` is how to reach rows without joining them; the columns
-    below are one tensor each, and where there are several shards that is a copy of the whole
-    column, made at first use and kept.
+    and processes may read it. ``shards`` gives the rows without joining them. Each column below is
+    one tensor; where there are several shards that is a copy, made at first use and kept.
 
     Attributes:
         embeddings: [N, D] float32, or float16 where it is stored so.
@@ -48,10 +47,10 @@ class Database(Columns):
         labels: [N] int64; with names where those were strings (see :meth:`label_name`). float64
             where it was built with an objective over real-valued labels.
         triplet_counts: [N] int64, valid pairs found for the row.
-        ids: the images' names, a sequence of N strings; decoded as they are read once opened.
-        manifest: what else is known, as JSON has it: settings, layer, fingerprint of the model,
-            mean activation, counts of the build.
-        path: the folder it was opened from or saved to last; None before that.
+        ids: the images' names, a sequence of N strings; if opened, decoded as they are read.
+        manifest: everything else, as in the manifest's JSON: settings, layer, fingerprint of the
+            model, mean activation, counts of the build.
+        path: the folder it was opened from or last saved to; None before that.
     """
 
     def __init__(
@@ -79,6 +78,16 @@ class Database(Columns):
         self.members: Members | PackedMembers | None = None
         self._members_file: MembersFile | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the path, which the other process opens.
+
+        Raises:
+            TypeError: a database that is in memory alone.
+        """
+        if self.path is None:
+            raise TypeError("a database in memory cannot be pickled: save it, and open it there")
+        return type(self).open, (os.fspath(self.path),)
+
     def __repr__(self) -> str:
         return f"Database({len(self)} rows, D={self.dim}, M={self.m}, path={self.path})"
 
@@ -98,7 +107,7 @@ class Database(Columns):
         return torch.tensor(self.manifest["mean_activation"], dtype=torch.float32)
 
     def label_name(self, label: float) -> str:
-        """The class name of a label; the number itself where labels have no names; "" for -1."""
+        """Return the class name of a label, or the number where labels have no names; "" for -1."""
         if isinstance(label, float):
             return "" if math.isnan(label) else f"{label:.12g}"
         names = self.manifest["class_names"]
@@ -107,7 +116,7 @@ class Database(Columns):
         return str(names[int(label)]) if names else str(label)
 
     def members_of(self, row: int) -> list[str]:
-        """The ids of the rows that a row of a compressed database stands for.
+        """Return the ids of the rows that a row of a compressed database stands for.
 
         Raises:
             GcfastError: the database is not compressed.
@@ -134,10 +143,11 @@ class Database(Columns):
             factory: a FAISS factory string, "IVF4096,PQ32" for one; trained on 2^20 rows at most.
 
         Raises:
-            NoDatabaseError: the database is in memory alone.
+            NoDatabaseError: the database is in memory only.
             MissingExtraError: FAISS is not installed.
-            TypeError, ValueError: no factory string, or too few rows to train it.
-            GcfastError: the folder has changed since, or another process writes to it.
+            TypeError, ValueError: not a factory string, or too few rows to train it.
+            GcfastError: the folder has changed since it was opened, or another process writes to
+                it.
             OSError: the disk is full, or another failure to write; the database is as it was.
         """
         if self.path is None:
@@ -147,13 +157,13 @@ class Database(Columns):
         self.manifest = {**self.manifest, "index": entry}
 
     def read_index(self) -> Any:
-        """The stored FAISS index; its checksum is compared unless ``open`` was told not to.
+        """Read the stored FAISS index; compare its checksum unless ``open`` was told not to.
 
         Raises:
             MissingExtraError: FAISS is not installed.
             NoDatabaseError: none is stored.
-            GcfastError: the database has got other rows since it was made, or since it was opened.
-            DamagedDatabaseError: the file is missing, cut off, or not what was written.
+            GcfastError: the rows have changed since the index was made or the database opened.
+            DamagedDatabaseError: the file is missing, truncated, or not what was written.
         """
         manifest = self.manifest
         index, entry = stored_index.read(self.path, manifest, len(self), verify=self._checked)
@@ -161,23 +171,23 @@ class Database(Columns):
         return index
 
     def compress(self, centers: int = 50, *, seed: int = 0, iterations: int = 25) -> Database:
-        """The paper's compressed database: k-means centres in the embedding space, as rows.
+        """Make the paper's compressed database: k-means centres of the embeddings, as rows.
 
-        A centre's grad-weights are the mean over its rows, a channel that a row did not keep
-        counting 0, of which the M highest are kept; its offset is made anew of them. Its label is
-        the majority's (ties to the smaller one; the mean of real-valued ones), its id that of the
-        row nearest to it, and ``members_of`` gives those of all its rows; the manifest counts them.
-        Centres are not normalised again; they are searched by L2 like any rows. A calibration is
-        left behind, a distance to a centre being another thing: an explainer of the centres can be
-        calibrated anew. Memory: [centers, C] float64 and 256 embeddings a centre.
+        A centre's grad-weights are the M highest of the mean over its rows, where a channel that a
+        row did not keep counts as 0; its offset is computed from them. Its label is the most
+        frequent one (ties to the smaller; the mean of real-valued labels), its id that of the row
+        nearest to it. ``members_of`` gives the ids of all its rows, and the manifest counts them.
+        Centres are not normalised; they are searched by L2 like any rows. A calibration is dropped,
+        because a distance to a centre means something else: calibrate an explainer of the centres
+        again. Memory: [centers, C] float64 and 256 embeddings per centre.
 
         Args:
-            centers: how many; empty ones, which FAISS hardly leaves, are dropped.
+            centers: how many; empty ones, which FAISS rarely leaves, are dropped.
             seed: of the k-means.
             iterations: of the k-means.
 
         Returns:
-            A database in memory, to be saved; embeddings and weights are float32.
+            A database in memory; embeddings and weights are float32.
 
         Raises:
             MissingExtraError: FAISS is not installed.
@@ -199,12 +209,13 @@ class Database(Columns):
         return one
 
     def in_storage(self, storage: str) -> Database:
-        """This database with embeddings and weights in float32 or float16, in memory.
+        """Return the database in memory, with embeddings and weights in float32 or float16.
 
-        Itself where it is in that storage already. The offsets are made anew of rounded weights.
+        It is this database if that is its storage already. Offsets are computed again from the
+        rounded weights.
 
         Raises:
-            ValueError: another ``storage``, or weights that float16 cannot hold, with the row.
+            ValueError: another ``storage``, or weights that float16 cannot hold; it names the row.
         """
         conversion = Conversion(self.manifest, self.rows, storage)
         if not conversion.changes:
@@ -216,29 +227,28 @@ class Database(Columns):
     def save(
         self, path: str | os.PathLike[str], *, overwrite: bool = False, storage: str | None = None
     ) -> None:
-        """Write the database as a folder: whole or not at all.
+        """Write the database as a folder, as a whole or not at all.
 
-        The order of writing is that of :mod:`gcfast.database.write`. A stored index is not written
-        with it.
+        :mod:`gcfast.database.write` has the order of writing. A stored index is not copied.
 
         Args:
             path: the folder to make.
             overwrite: replace a gcfast database that is there.
-            storage: "float32" or "float16" for embeddings and weights; None is as they are. Where
-                it changes, this database stays what and where it was.
+            storage: "float32" or "float16" for embeddings and weights; None for no change. If it
+                changes, this database stays as it is, and so does its ``path``.
 
         Raises:
-            FileExistsError: ``path`` exists and is not to be, or must not be, replaced.
+            FileExistsError: ``path`` exists, and may not or must not be replaced.
             ValueError: another ``storage``, or weights that float16 cannot hold.
             DamagedDatabaseError: this database was opened and is not what was written.
-            GcfastError: another process writes to the database that is to be replaced.
+            GcfastError: another process writes to the database at ``path``.
             OSError: the disk is full, or another failure to write; ``path`` is as it was.
         """
         conversion = Conversion(
             self.manifest, self.rows, self.storage if storage is None else storage
         )
         target = Path(path).absolute()
-        _ = self.shards  # compares checksums before damage is copied
+        _ = self.shards  # compares checksums, so that damage is not copied
         if self.members is not None:
             self.members_of(0)  # compares theirs
         manifest = write_database(
@@ -254,16 +264,15 @@ class Database(Columns):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool | None = None) -> Database:
-        """Open a database folder; the rows are memory-mapped and read when they are needed.
+        """Open a database folder; rows are memory-mapped and read as they are needed.
 
-        Presence, sizes and headers of all the shards are always checked.
+        That all shards are there, their sizes and their headers are always checked.
 
         Args:
             path: the folder.
-            verify: whether each shard is compared with its checksum, which reads all of it: True
-                at once; False never; None at once where the shards together have at most
-                gcfast.database.database.VERIFY_BYTES, and where they have more when rows are first
-                used.
+            verify: whether to compare each shard with its checksum, which reads all of it. True:
+                now. False: never. None: now if the shards have at most
+                ``gcfast.database.database.VERIFY_BYTES`` together, else when rows are first used.
 
         Raises:
             NoDatabaseError: there is no database at ``path``.

@@ -14,12 +14,12 @@ from gcfast.builder.loader import check_embeddings
 from gcfast.database.database import Database
 from gcfast.errors import ModelMismatchError
 from gcfast.explain.calibration import Calibration
-from gcfast.explain.maps import Explained, Transferred, explained
+from gcfast.explain.maps import Explained, Transferred, explained, on_images
 from gcfast.explain.result import Explanation, Finish
 from gcfast.explain.transfer import Transfer, make_transfer
 from gcfast.method.head import normalized
 from gcfast.model.capture import Captured
-from gcfast.model.fingerprint import difference, fingerprint
+from gcfast.model.fingerprint import check_model
 from gcfast.model.network import Network
 from gcfast.ops.precision import full_precision
 
@@ -87,7 +87,7 @@ class Attached:
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer(embeddings)
-            return _maps(captured.activations, embeddings, found, finish, waits)
+            return _maps(captured.activations, captured.share, embeddings, found, finish, waits)
 
     def begin(self, images: Tensor, finish: Finish) -> Callable[[], Explained]:
         """Run the forward pass and start the transfer; what is returned waits for it.
@@ -100,12 +100,12 @@ class Attached:
         captured = self.network.embed(images)
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
-            pending = self.transfer.start(embeddings)
-        activations = captured.activations
+            found = self.transfer.start(embeddings)
+        activations, share = captured.activations, captured.share
 
         def finished() -> Explained:
             with torch.no_grad(), full_precision(embeddings.device):
-                return _maps(activations, embeddings, pending.wait(), finish, waits)
+                return _maps(activations, share, embeddings, found(), finish, waits)
 
         return finished
 
@@ -138,14 +138,19 @@ class Attached:
 
 
 def _maps(
-    activations: Tensor, embeddings: Tensor, found: Transferred, finish: Finish, waits: bool
+    activations: Tensor,
+    share: tuple[float, float],
+    embeddings: Tensor,
+    found: Transferred,
+    finish: Finish,
+    waits: bool,
 ) -> Explained:
     return explained(
         activations,
         embeddings,
         found,
         finish,
-        sparse_cam=ops.sparse_cam if waits else ops.sparse_cam.trusted,
+        sparse_cam=on_images(ops.sparse_cam if waits else ops.sparse_cam.trusted, share),
         marks=not waits,
     )
 
@@ -168,11 +173,7 @@ def check_database(database: Database, network: Network, *, l2_normalize: bool) 
         raise ModelMismatchError(
             f"the database was built with the layer {layer!r}, which the model lacks"
         )
-    differs = difference(manifest["fingerprint"], fingerprint(network.model))
-    if differs:
-        raise ModelMismatchError(
-            f"the database was built with another model than this one: {differs}"
-        )
+    check_model(manifest["fingerprint"], network)
     if network.layer_name is not None and layer != network.layer_name:
         raise ModelMismatchError(
             f"the database was built with the layer {layer!r}, not with {network.layer_name!r}"

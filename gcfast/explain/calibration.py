@@ -29,6 +29,7 @@ from gcfast._checks import require_finite_rows, require_shape
 from gcfast.builder.loader import batches, on_device
 from gcfast.database.manifest import CALIBRATION
 from gcfast.errors import DamagedDatabaseError
+from gcfast.explain.maps import on_images
 from gcfast.metrics import cosine, flat_maps, spearman
 from gcfast.metrics.controls import random_rows
 
@@ -277,8 +278,9 @@ def _maps_of(rows: Tensor, images: Tensor, network: Network, database: Database)
     """Maps [B, h, w] of images with the weights of given rows [B]."""
     # A few rows of possibly many shards: joining the columns would copy them all.
     taken = [database.rows(row, row + 1) for row in rows.tolist()]
-    return ops.sparse_cam(
-        network.embed(images).activations,
+    captured = network.embed(images)
+    return on_images(ops.sparse_cam, captured.share)(
+        captured.activations,
         torch.arange(len(rows), device=images.device)[:, None],
         torch.cat([row.channels for row in taken]).to(images.device),
         torch.cat([row.weights for row in taken]).float().to(images.device),

@@ -1,22 +1,39 @@
-"""Whole explanations as CUDA graphs: captured once for each shape, then replayed."""
+"""Whole explanations as CUDA graphs: captured once for each shape, then replayed.
+
+A network of some hundred kernels takes the host longer to launch than the GPU to run, in small
+batches; a graph is launched at once. Where the GPU is the slower one a graph gains nothing, so
+``"auto"`` runs the first calls of a shape without one, measures both by events that nothing waits
+for, and captures what is bound by the host.
+
+Memory: each graph keeps its images and its maps; what lies between is shared by all graphs of a
+device, and is as large as the largest forward pass. GRAPHS_KEPT shapes are kept.
+"""
 
 from __future__ import annotations
 
+import statistics
 import threading
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter
+from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from gcfast.errors import UnsupportedModelError
 from gcfast.explain.maps import Explained
 
 GRAPHS_KEPT = 8  # shapes whose graphs are kept, the last used
 WARM_UPS = 3  # runs before a capture, in which libraries choose their algorithms
+TRIALS_UNTIMED, TRIALS = 2, 3  # calls of a shape before "auto" decides: the first ones compile
+# The GPU's time of a call by the host's, up to which the host is what it waits for: the GPU ends a
+# little after the last launch.
+HOST_BOUND = 1.15
 
 _R = TypeVar("_R")
 _version = attrgetter("_version")
@@ -37,6 +54,16 @@ class Recorder(Protocol):
 
     def in_order(self) -> Any:
         """A block that begins on the device when the block before has ended, on any stream."""
+
+    def timed(self, function: Callable[[], Explained]) -> tuple[Explained, Trial]:
+        """Run a function of no arguments, and measure it without waiting for it."""
+
+
+class Trial(Protocol):
+    """A measured run."""
+
+    def ratio(self) -> float | None:
+        """The device's time by the host's; None while the device has not ended."""
 
 
 class CudaRecorder:
@@ -74,6 +101,50 @@ class CudaRecorder:
         finally:
             self.done.record(stream)
 
+    def timed(self, function: Callable[[], Explained]) -> tuple[Explained, Trial]:
+        """See :class:`Recorder`."""
+        trial = _CudaTrial()
+        stream = torch.cuda.current_stream(self.device)
+        trial.begin.record(stream)
+        started = time.perf_counter()
+        out = function()
+        trial.host_ms = 1e3 * (time.perf_counter() - started)
+        trial.end.record(stream)
+        return out, trial
+
+
+class _CudaTrial:
+    def __init__(self) -> None:
+        self.begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.host_ms = 0.0
+
+    def ratio(self) -> float | None:
+        if not self.end.query():  # type: ignore[no-untyped-call]
+            return None
+        return float(self.begin.elapsed_time(self.end)) / self.host_ms
+
+
+@dataclass
+class _Trials:
+    """What "auto" knows of a shape."""
+
+    calls: int = 0
+    pending: list[Trial] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+    def wants_one(self) -> bool:
+        """Count a run without a graph; whether it is to be timed."""
+        self.calls += 1
+        return self.calls > TRIALS_UNTIMED and len(self.ratios) + len(self.pending) < TRIALS
+
+    def host_bound(self) -> bool:
+        """Whether the host is the slower one, as far as enough runs have ended to tell."""
+        told = [(trial, trial.ratio()) for trial in self.pending]
+        self.ratios += [ratio for _, ratio in told if ratio is not None]
+        self.pending = [trial for trial, ratio in told if ratio is None]
+        return len(self.ratios) >= TRIALS and statistics.median(self.ratios) <= HOST_BOUND
+
 
 class _Captured(NamedTuple):
     recording: Recording
@@ -85,24 +156,35 @@ class Graphs:
     """The graphs of one model, for each shape of its images.
 
     A graph reads the weights where they were when it was captured. So all are dropped when a
-    module, a parameter or a buffer has been replaced, moved or written to, and when the database is
-    another one. A model that cannot be captured (it waits for the device, or its work depends on
-    values) is named in a warning and runs without graphs until then.
+    module, a parameter or a buffer has been replaced, moved or written to, when a module's own
+    numbers, flags or names have changed (an adapter that is switched off), and when the database
+    is another one. A model that cannot be captured (it waits for the device, its work depends on
+    values, or its forward pass changes such a number) is named in one warning and runs without
+    graphs until then.
 
     Args:
         model: whose tensors are watched.
         recorder: makes what captures, on a device.
+        auto: capture only the shapes that the host is too slow for.
     """
 
     def __init__(
-        self, model: nn.Module, recorder: Callable[[torch.device], Recorder] = CudaRecorder
+        self,
+        model: nn.Module,
+        recorder: Callable[[torch.device], Recorder] = CudaRecorder,
+        *,
+        auto: bool = False,
     ) -> None:
         self._model = model
+        self.auto = auto
+        self._trials: dict[Hashable, _Trials] = {}
+        self._warned = False
+        self._restless = False  # whether the model changes numbers of its own in each pass
         self._make_recorder = recorder
         self._lock = threading.Lock()
         self._recorders: dict[torch.device, Recorder] = {}
         self._watch = _Watch(model)
-        self._state: Hashable = None
+        self._state: tuple[Hashable, Hashable] | None = None
         self._owner: object = None
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._refused: set[Hashable] = set()
@@ -136,11 +218,11 @@ class Graphs:
         )
         with self._lock:
             self._drop_what_is_stale(owner)
-            if key not in self._refused:
-                recorder = self._recorders.get(images.device)
-                if recorder is None:
-                    recorder = self._make_recorder(images.device)
-                    self._recorders[images.device] = recorder
+            recorder = self._recorders.get(images.device)
+            if recorder is None:
+                recorder = self._recorders[images.device] = self._make_recorder(images.device)
+            trials = self._trials.setdefault(key, _Trials()) if self.auto else None
+            if key not in self._refused and (trials is None or trials.host_bound()):
                 with recorder.in_order():
                     captured = self._captured.get(key)
                     if captured is None:
@@ -150,7 +232,12 @@ class Graphs:
                         captured.images.copy_(images)
                         captured.recording.replay()
                         return take(captured.out)
-        return take(function(images))
+            timed = trials is not None and trials.wants_one()
+        if trials is None or not timed:
+            return take(function(images))
+        out, trial = recorder.timed(lambda: function(images))
+        trials.pending.append(trial)
+        return take(out)
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -166,20 +253,26 @@ class Graphs:
         # A cast that autocast has kept from before would be outside the graph, and freed after.
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(False)
+        before = self._watch.state()
         try:
             # Outside inference mode, so that what is captured in it can be replayed outside.
             with torch.inference_mode(False), torch.no_grad():
                 own = torch.empty_like(images, memory_format=torch.preserve_format)
                 own.copy_(images)
                 recording, out = recorder.record(lambda: function(own))
+            if before is not None and self._watch.numbers() != before[1]:
+                self._restless = True  # each pass would look like another model
+                raise UnsupportedModelError("its forward pass changes a number of its own")
         except Exception as error:  # whatever the user's model does that a capture forbids
             self._refused.add(key)
-            warnings.warn(
-                "the model cannot be captured in a CUDA graph, and runs without one: "
-                f"{type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=5,
-            )
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "the model cannot be captured in a CUDA graph, and runs without one: "
+                    f"{type(error).__name__}: {error}",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
             return None
         finally:
             torch.set_autocast_cache_enabled(cached)
@@ -195,9 +288,14 @@ class Graphs:
         if state is None:
             self._watch = _Watch(self._model)
             state = self._watch.state()
-        if state != self._state or owner is not self._owner:
+        known = self._state
+        if self._restless and state is not None and known is not None:
+            state = (state[0], known[1])
+        if state != known or owner is not self._owner:
             self._captured.clear()
             self._refused.clear()
+            self._trials.clear()
+            self._warned = self._restless = False
             self._state, self._owner = state, owner
 
 
@@ -214,9 +312,20 @@ class _Watch:
             for name, tensor in held.items()
             if tensor is not None
         ]
+        # `training` is ours during a pass. PyTorch's own modules, which are most, are not asked:
+        # nobody turns a convolution's stride while it is in use.
+        self.plain = [
+            (vars(m), itemgetter(*names))
+            for m in modules
+            if not type(m).__module__.startswith("torch.nn.")
+            and (names := [n for n, v in vars(m).items() if _is_plain(v) and n != "training"])
+        ]
 
-    def state(self) -> Hashable:
-        """Where each tensor is and how often it was written to; None where a module is another."""
+    def state(self) -> tuple[Hashable, Hashable] | None:
+        """Where each tensor is and how often it was written to, and the modules' own numbers.
+
+        None where a module is another.
+        """
         if any(held.get(name) is not child for held, name, child in self.children):
             return None
         tensors = [held.get(name) for held, name in self.slots]
@@ -224,6 +333,20 @@ class _Watch:
             return None
         places = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
         try:
-            return places, tuple(map(_version, tensors))
+            versions: Hashable = tuple(map(_version, tensors))
         except RuntimeError:  # tensors made in inference mode count no writes
-            return places
+            versions = None
+        return (places, versions), self.numbers()
+
+    def numbers(self) -> Hashable:
+        """The modules' own numbers, flags and names, as text; None where one is gone."""
+        try:
+            return str([get(held) for held, get in self.plain])
+        except KeyError:
+            return None
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(element) for element in value)
+    return value is None or isinstance(value, bool | int | float | str)

@@ -64,10 +64,12 @@ class Explainer:
         output_key: where the embedding is in an output that is not a tensor.
         reshape: from the layer's output to [B, C, H, W]; ``TokenGrid`` for transformers.
         seed: of the draws, 0 to 2^63 − 1.
-        cuda_graphs: on a CUDA device, capture :meth:`explain_batch` for each shape of images and
-            replay it: for small batches, whose time is spent on launching kernels. Captured again
-            when a weight or the database has changed; a model that cannot be captured runs
-            without graphs, with a warning.
+        cuda_graphs: on a CUDA device, capture :meth:`explain_batch` for a shape of images and
+            replay it: "auto" where launching kernels takes longer than running them, as the first
+            calls of a shape tell; True for every shape, False for none. Captured again when a
+            weight, a flag of the model or the database has changed; a model that cannot be
+            captured runs without graphs, with one warning. Needs ``index="exact"``, without which
+            "auto" is False.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range, by its name.
@@ -95,7 +97,7 @@ class Explainer:
         output_key: str | int | None = None,
         reshape: Reshape | None = None,
         seed: int = 0,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | Literal["auto"] = "auto",
     ) -> None:
         self.settings = Settings.checked(
             objective=TripletLoss() if objective is None else objective,
@@ -109,17 +111,39 @@ class Explainer:
         )
         self.k = require_int("k", k, 1)
         self.index = index
-        if not isinstance(cuda_graphs, bool):
-            raise TypeError(f"`cuda_graphs` must be a bool, got {cuda_graphs!r}")
-        if cuda_graphs and not self._exact:
+        if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
+            raise TypeError(f"`cuda_graphs` must be True, False or 'auto', got {cuda_graphs!r}")
+        if cuda_graphs is True and not self._exact:
             raise ValueError("`index` must be 'exact' with `cuda_graphs`, which FAISS cannot be in")
         self.network = Network(model, layer, output_key=output_key, reshape=reshape)
-        self._graphs = Graphs(self.network.model) if cuda_graphs else None
+        self._graphs: Graphs | None = None
+        if cuda_graphs is not False and self._exact:
+            self._graphs = Graphs(self.network.model, auto=cuda_graphs == "auto")
         self._lock = threading.Lock()
         self._database: Database | None = None
         self._attached: Attached | None = None
         if database is not None:
             self.database = database
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the model, the settings and the database's path; TypeError without."""
+        own = {"_lock": None, "_attached": None, "_graphs": None}
+        auto = None if self._graphs is None else self._graphs.auto
+        return vars(self) | own | {"_graphs_auto": auto}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        auto = state.pop("_graphs_auto")
+        vars(self).update(state)
+        self._lock = threading.Lock()
+        if auto is not None:
+            self._graphs = Graphs(self.network.model, auto=auto)
+
+    def __repr__(self) -> str:
+        rows = "no database" if self._database is None else f"{len(self._database):,} rows"
+        return (
+            f"Explainer({type(self.network.model).__name__}, layer={self.layer_name!r}, "
+            f"method={self.settings.method!r}, evidence={self.settings.evidence!r}, {rows})"
+        )
 
     @property
     def layer_name(self) -> str | None:
@@ -336,16 +360,13 @@ class Explainer:
         attached = self._attach()
         if len(images) == 0:
             return attached.result(attached.empty(finish.size), details)
-        if self._graphs is None:
+        if not self._replays(images):
             return attached.result(attached.explain(images, finish), details)
-        if not images.is_cuda:
-            raise ValueError(
-                f"`cuda_graphs` must be False for a model on {images.device}, got True"
-            )
+        assert self._graphs is not None
         return self._graphs.run(
             self.network.prepared(images),
             lambda images: attached.explain(images, finish),
-            lambda out: attached.result(out.copied(), details),
+            lambda out: attached.result(out.copied() if details else out.copied_maps(), details),
             owner=attached,
             key=finish,
         )
@@ -393,7 +414,7 @@ class Explainer:
 
         def begin(images: Tensor) -> Callable[[], Tensor | Explanation]:
             images = self.network.checked("images", images)
-            if self._graphs is not None or len(images) == 0:
+            if len(images) == 0 or self._replays(images):
                 explained = self.explain_batch(images, details=details, **options)
                 return lambda: explained
             finish = Finish.checked(images, **options)
@@ -526,6 +547,14 @@ class Explainer:
     @property
     def _exact(self) -> bool:
         return isinstance(self.index, str) and self.index == "exact"
+
+    def _replays(self, images: Tensor) -> bool:
+        """Whether a CUDA graph may stand for the forward pass and the maps."""
+        if self._graphs is None or images.is_cuda:
+            return self._graphs is not None
+        if self._graphs.auto:
+            return False
+        raise ValueError(f"`cuda_graphs` must not be True for a model on {images.device}, got True")
 
     def _attach(self) -> Attached:
         """Return the database on the model's device; made once."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gcfast.errors import UnsupportedModelError
-from gcfast.explain.maps import Tables, explained, from_tables
+from gcfast.explain.maps import Tables, explained, from_tables, on_images
 from gcfast.explain.result import Finish
 from gcfast.explain.transfer import ExactTransfer
 from gcfast.method.head import normalized
@@ -46,7 +46,7 @@ class ExportedExplainer(nn.Module):
         details: bool,
     ) -> None:
         super().__init__()
-        self._kept: list[Tensor] = []
+        self._kept = _Kept()
         self.model = _recording_copy(network, self._kept)
         self.model.eval()
         self.register_buffer("table", transfer.search.table)
@@ -56,6 +56,7 @@ class ExportedExplainer(nn.Module):
         self._run = network.layer_run
         self._names_run = network.names_run
         # The parts of a Network that work on what a pass gave, without its hooks.
+        self._share: Callable[[Tensor, tuple[int, int]], tuple[float, float]] = network.share
         self._arranged: Callable[[Tensor, tuple[int, int]], Tensor] = network.arranged
         self._embedding: Callable[[Any, int], Tensor] = network.embedding
         # What no pass has shown is not assumed.
@@ -87,7 +88,9 @@ class ExportedExplainer(nn.Module):
             if self._channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             output = self._embedding(self.model(images), images.shape[0])
-            activations = self._activations((images.shape[2], images.shape[3]))
+            image_size = (images.shape[2], images.shape[3])
+            activations = self._activations(image_size)
+            share = self._share(activations, image_size)
             embeddings = normalized(output, self._l2_normalize)
             distances, neighbors = torch.ops.gcfast.knn(
                 embeddings, self.table, self._k, squares=self.squares
@@ -98,7 +101,7 @@ class ExportedExplainer(nn.Module):
                 embeddings,
                 from_tables(distances, neighbors, tables, self._temperature),
                 finish,
-                sparse_cam=torch.ops.gcfast.sparse_cam,
+                sparse_cam=on_images(torch.ops.gcfast.sparse_cam, share),
                 marks=True,
             )
             if not self._details:
@@ -107,8 +110,7 @@ class ExportedExplainer(nn.Module):
             return out.maps, out.embeddings, out.neighbors, out.distances, labels
 
     def _activations(self, image_size: tuple[int, int]) -> Tensor:
-        taken = list(self._kept)
-        self._kept.clear()
+        taken = self._kept.taken()
         if len(taken) < self._run or (len(taken) > 1 and not self._names_run):
             times = "not at all" if not taken else f"{len(taken)} times"
             raise UnsupportedModelError(
@@ -118,7 +120,26 @@ class ExportedExplainer(nn.Module):
         return self._arranged(taken[self._run - 1], image_size)
 
 
-def _recording_copy(network: Network, kept: list[Tensor]) -> nn.Module:
+KEPT, CLONES = "_gcfast_kept", "_gcfast_clones"  # attributes of an exported layer
+
+
+class _Kept:
+    """The layer's outputs in the pass under way.
+
+    A class and not a list: ``torch.export`` puts copies in the place of a module's lists, and the
+    layer would go on filling the one that was there before.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def taken(self) -> list[Tensor]:
+        """The outputs, which are kept no longer."""
+        taken, self.tensors = self.tensors, []
+        return taken
+
+
+def _recording_copy(network: Network, kept: _Kept) -> nn.Module:
     """A copy of the model's modules, on the same tensors, whose layer appends its output to a list.
 
     The layer's class is replaced by a subclass of it rather than the layer by a wrapper, so that a
@@ -134,16 +155,36 @@ def _recording_copy(network: Network, kept: list[Tensor]) -> nn.Module:
         ) from error
     assert network.layer_name is not None
     layer = copied.get_submodule(network.module_name)
-    kind = type(layer)
-    clones = network.clone is not False
+    layer.__class__ = _recording(type(layer))
+    vars(layer)[KEPT] = kept
+    # A later layer may write over it.
+    vars(layer)[CLONES] = network.clone is not False
+    return copied
+
+
+def _recording(kind: type[nn.Module]) -> type[nn.Module]:
+    """A module's class whose instances keep what they give, if they are told where."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = kind.forward(self, *args, **kwargs)
         tensor = first_tensor(output)
         if tensor is not None:
-            # A later layer may write over it.
-            kept.append(tensor.clone() if clones else tensor)
+            own = vars(self)
+            own[KEPT].tensors.append(tensor.clone() if own[CLONES] else tensor)
         return output
 
-    layer.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
-    return copied
+    def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
+        del protocol
+        return _new, (kind,), object.__getstate__(self)
+
+    return type(
+        kind.__name__,
+        (kind,),
+        {"forward": forward, "__module__": __name__, "__reduce_ex__": reduce},
+    )
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    """An empty layer, for unpickling."""
+    recording = _recording(kind)
+    return recording.__new__(recording)

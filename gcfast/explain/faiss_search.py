@@ -22,42 +22,46 @@ NORM_TOLERANCE = 1e-2  # of |row|: embeddings in float16 are within 1e-3
 
 
 class ExactSearch:
-    """Exact search over a table [N, D] on its device, tiled."""
+    """Exact search over a table [N, D] on its device.
+
+    Args:
+        table: float32 or float16.
+    """
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
-        dtype = torch.promote_types(table.dtype, torch.float32)  # the table may be in float16
+        dtype = torch.promote_types(table.dtype, torch.float32)
         self.squares = torch.linalg.vector_norm(table, dim=1, dtype=dtype).square()
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(squared L2 distances [B, K] float32, rows [B, K] int64; +inf and -1 where none).
+        """Return (squared L2 distances [B, K] float32, rows [B, K] int64); +inf and -1 for none.
 
         The caller has turned gradients and autocast off.
 
         Raises:
             ValueError: queries of another width than the table's.
         """
-        # The table was looked at when it was brought here; what may change is the model's output.
+        # The table was checked when it was built; only the model's output can be wrong.
         fits = queries.ndim == 2 and queries.shape[1] == self.table.shape[1]
         search = ops.knn.trusted if fits else ops.knn
         return search(queries, self.table, k, squares=self.squares)
 
 
 def open_index(index: Any, shards: list[Shard], device: torch.device) -> Any:
-    """A FAISS index that holds the rows of the shards, in order.
+    """Return a FAISS index that holds the rows of the shards, in order.
 
     Args:
-        index: a factory string ("HNSW32", "IVF256,Flat", …; made, trained and filled here, on the
-            device if FAISS and the index can), or a ``faiss.Index`` that holds the rows in order,
-            or an empty trained one, which is filled.
+        index: a factory string ("HNSW32", "IVF256,Flat", …: made, trained and filled here, and
+            moved to the device if FAISS can), a ``faiss.Index`` that holds the rows in order, or
+            an empty trained one, which is filled.
         shards: the rows.
         device: where the queries come from.
 
     Raises:
         MissingExtraError: FAISS is not installed.
         ValueError: an unknown factory string; an index of another size, dimension or metric; an
-            empty one that is not trained or takes no rows; one of inner products over rows that are
-            not of unit length.
+            empty index that is not trained or takes no rows; inner products over rows that are not
+            of unit length.
         TypeError: neither a string nor an index.
     """
     faiss = import_faiss("index")
@@ -83,7 +87,7 @@ def open_index(index: Any, shards: list[Shard], device: torch.device) -> Any:
         try:
             for shard in shards:
                 index.add(as_array(shard.embeddings))
-        except RuntimeError as error:  # one that wants ids, say
+        except RuntimeError as error:  # an index that wants ids, for example
             raise ValueError(
                 f"`index` must hold the database's {count} rows or take them, got an empty "
                 f"{type(index).__name__}: {error}"
@@ -96,7 +100,7 @@ def open_index(index: Any, shards: list[Shard], device: torch.device) -> Any:
 
 
 def one_at_a_time(index: Any) -> bool:
-    """Whether an index runs on a GPU, in whole or in part, and so takes one thread at a time."""
+    """Whether an index runs on a GPU, wholly or in part, and so allows one thread at a time."""
     faiss = import_faiss("index")
     if not hasattr(faiss, "GpuIndex"):
         return False
@@ -112,9 +116,9 @@ def one_at_a_time(index: Any) -> bool:
 
 
 def temperature(table: Tensor, k: int) -> float:
-    """The mean distance (squared L2) of a row to its k-th nearest other row.
+    """Return the mean squared L2 distance of a row to its k-th nearest other row.
 
-    Over TEMPERATURE_ROWS rows spread evenly where there are more.
+    It is taken over at most TEMPERATURE_ROWS rows, evenly spread.
     """
     rows = spread_rows(len(table), TEMPERATURE_ROWS)
     # The row itself is the nearest; a twin in its place has the same distance, 0.
@@ -123,12 +127,12 @@ def temperature(table: Tensor, k: int) -> float:
 
 
 def temperature_queries(shards: list[Shard]) -> Tensor:
-    """The rows [≤ TEMPERATURE_ROWS, D] that :func:`temperature` measures from."""
+    """Return the rows [≤ TEMPERATURE_ROWS, D] that :func:`temperature` measures from."""
     return spread(shards, TEMPERATURE_ROWS).float()
 
 
 def mean_distance(kth: Tensor) -> float:
-    """The mean of the distances that are finite; 1 where none is."""
+    """Return the mean of the finite distances; 1 where there is none."""
     kth = kth[torch.isfinite(kth)]
     return float(kth.mean()) if len(kth) else 1.0
 
@@ -141,7 +145,7 @@ def _check_metric(faiss: Any, index: Any, shards: list[Shard]) -> None:
             "`index` must be of metric METRIC_L2, or METRIC_INNER_PRODUCT over rows of unit "
             f"length, got metric {index.metric_type}"
         )
-    # The order by inner product is the order by distance only where all rows are equally long.
+    # Inner products order rows as distances do only where all rows are equally long.
     norms = torch.linalg.vector_norm(spread(shards, NORM_ROWS).float(), dim=1)
     if len(norms) and float((norms - 1).abs().max()) > NORM_TOLERANCE:
         raise ValueError(
@@ -152,7 +156,7 @@ def _check_metric(faiss: Any, index: Any, shards: list[Shard]) -> None:
 
 
 class _Overridden:
-    """An index whose class has a ``search`` of its own, in Python, which is called."""
+    """An index whose class overrides ``search`` in Python: calls that."""
 
     def __init__(self, index: Any) -> None:
         self.index = index
@@ -183,15 +187,15 @@ _gpu = threading.local()
 
 
 def _on_gpu(faiss: Any, index: Any, device: torch.device) -> Any:
-    """The index on the device, or as it was where FAISS has no GPU code for it."""
+    """Return the index on the device, or itself where FAISS has no GPU code for it."""
     number = device.index or 0
     if not hasattr(faiss, "StandardGpuResources") or number >= faiss.get_num_gpus():
         return index
-    # To make these takes about 0.1 s, and no two threads may share them: one a thread and device.
+    # They take about 0.1 s to make, and threads must not share them: one per thread and device.
     resources = vars(_gpu).setdefault("resources", {})
     if number not in resources:
         resources[number] = faiss.StandardGpuResources()
     try:
         return faiss.index_cpu_to_gpu(resources[number], number, index)
-    except RuntimeError:  # HNSW, say, has none
+    except RuntimeError:  # HNSW, for example, has none
         return index

@@ -7,9 +7,10 @@ embedding is not finite gets a map of NaN where on the CPU it is an error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gcfast.explain.result import Explanation, Finish
@@ -55,6 +56,10 @@ class Explained(NamedTuple):
     def copied(self) -> Explained:
         """The same in memory of its own."""
         return Explained(*(None if tensor is None else tensor.clone() for tensor in self))  # type: ignore[arg-type]
+
+    def copied_maps(self) -> Explained:
+        """The same, with the maps in memory of their own."""
+        return self._replace(maps=self.maps.clone())
 
     def explanation(
         self,
@@ -116,6 +121,24 @@ def marked(embeddings: Tensor, found: Transferred) -> tuple[Tensor, Tensor]:
     if found.mixing is None:
         return rows, torch.rsub(total, 1.0, alpha=0).expand(rows.shape)
     return rows, torch.add(found.mixing, total, alpha=0)
+
+
+def on_images(
+    sparse_cam: Callable[..., Tensor], share: tuple[float, float]
+) -> Callable[..., Tensor]:
+    """``sparse_cam`` for activations that lie on a share of the images' height and width.
+
+    Maps are 0 where no patch lies, and end where the image does.
+    """
+    if share == (1.0, 1.0):
+        return sparse_cam
+
+    def placed(*arguments: Any, size: tuple[int, int], **options: Any) -> Tensor:
+        height, width = (max(1, round(s * part)) for s, part in zip(size, share, strict=True))
+        maps = sparse_cam(*arguments, size=(height, width), **options)
+        return F.pad(maps, (0, size[1] - width, 0, size[0] - height))  # below 0 it cuts off
+
+    return placed
 
 
 def explained(

@@ -13,6 +13,7 @@ from gcfast import ops
 from gcfast.builder.loader import check_embeddings
 from gcfast.builder.rows import signed_parts
 from gcfast.database.database import Database
+from gcfast.explain.maps import on_images
 from gcfast.explain.result import Finish, MapOptions, TripletMaps
 from gcfast.method.head import normalized, vjp_grad_weights
 from gcfast.method.labels import numbers_like
@@ -158,7 +159,7 @@ def _maps(
     if finish.center != 0:
         assert mean_activation is not None
         offsets = (kept * mean_activation.to(kept.device)[channels]).sum(1)
-    return ops.sparse_cam(
+    return on_images(ops.sparse_cam, captured.share)(
         captured.activations.detach(),
         torch.arange(B, device=kept.device)[:, None],
         channels,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gcfast._extras import import_faiss
 from gcfast.database.database import Database
 from gcfast.database.shards import Shard
+from gcfast.errors import GcfastError
 from gcfast.explain.faiss_search import (
     ExactSearch,
     mean_distance,
@@ -24,15 +30,11 @@ from gcfast.ops.precision import full_precision
 if TYPE_CHECKING:
     from gcfast import _core
 
+_Arrays = tuple[np.ndarray[Any, Any], ...]  # as the engine returns them
+_Buffers = tuple[Tensor, Tensor, Tensor]  # channels, weights and offsets in pinned memory
+
 COLUMNS = ("embeddings", "channels", "weights", "offsets", "labels")  # what the engine reads
-MEMORY_BYTES = 64 * 2**20  # of temporary memory that the engine holds at once for a batch
-
-
-class Pending(Protocol):
-    """A transfer under way."""
-
-    def wait(self) -> Transferred:
-        """What came of it, or its exception."""
+MEMORY_BYTES = 64 * 2**20  # of temporary memory that the engine holds at once for one batch
 
 
 class Transfer(Protocol):
@@ -47,18 +49,14 @@ class Transfer(Protocol):
     labels: Tensor | None
 
     def __call__(self, embeddings: Tensor) -> Transferred:
-        """Of unit embeddings [B, D] on the database's device."""
+        """Look up unit embeddings [B, D] on the database's device."""
 
-    def start(self, embeddings: Tensor) -> Pending:
-        """The same in the background, as far as that is any use."""
+    def start(self, embeddings: Tensor) -> Callable[[], Transferred]:
+        """Do the same in the background, where that gains anything.
 
-
-class _Done:
-    def __init__(self, value: Transferred) -> None:
-        self._value = value
-
-    def wait(self) -> Transferred:
-        return self._value
+        Returns:
+            A function that waits for the result and returns it, or raises its exception.
+        """
 
 
 class ExactTransfer:
@@ -67,7 +65,7 @@ class ExactTransfer:
     Args:
         database: whose rows.
         device: where the table is kept and embeddings come from.
-        k: neighbours.
+        k: neighbors.
     """
 
     def __init__(self, database: Database, device: torch.device, k: int) -> None:
@@ -88,21 +86,24 @@ class ExactTransfer:
         distances, neighbors = self.search(embeddings, self.k)
         return from_tables(distances, neighbors, self.tables, self.temperature)
 
-    def start(self, embeddings: Tensor) -> Pending:
-        """See :class:`Transfer`: at once, since it runs on the device that the model runs on."""
-        return _Done(self(embeddings))
+    def start(self, embeddings: Tensor) -> Callable[[], Transferred]:
+        """See :class:`Transfer`: at once, since it runs where the model runs."""
+        found = self(embeddings)
+        return lambda: found
 
 
 class IndexTransfer:
     """Search through a FAISS index and gather from the shards, in C++.
 
-    What the index finds is measured again exactly (float32 differences, summed in double), ordered
-    by that, ties to the lower row, and so a result does not depend on the number of threads.
+    What the index finds is measured again exactly (float32 differences, summed in double) and
+    ordered by that, ties to the lower row, so that results do not depend on the number of threads.
+    Transfers that are started run on one thread, in the order they came; the C++ runs without the
+    interpreter lock, so that the model goes on meanwhile.
 
     Args:
         database: whose rows; they stay where they are, memory-mapped if they are.
         device: where embeddings come from and results go.
-        k: neighbours.
+        k: neighbors.
         index: as :func:`gcfast.explain.faiss_search.open_index`.
 
     Raises:
@@ -110,6 +111,7 @@ class IndexTransfer:
     """
 
     def __init__(self, database: Database, device: torch.device, k: int, index: Any) -> None:
+        faiss = import_faiss("index")
         shards = database.shards
         self.k = k
         self.labels: Tensor | None = None
@@ -120,6 +122,11 @@ class IndexTransfer:
         self.width = shards[0].channels.shape[1]
         self.real_labels = shards[0].labels.is_floating_point()
         self.engine = make_engine(self.index, shards, threads=torch.get_num_threads())
+        self._process = os.getpid()
+        # FAISS keeps its number of threads per thread; a new one starts with the default.
+        self._worker = ThreadPoolExecutor(
+            1, "gcfast-transfer", faiss.omp_set_num_threads, (faiss.omp_get_max_threads(),)
+        )
         self.temperature = 1.0
         if k > 1:
             # By the index too: an exact search among millions of rows would take minutes.
@@ -132,27 +139,26 @@ class IndexTransfer:
         """See :class:`Transfer`.
 
         Raises:
-            GcfastError: the process was forked since the index was first used.
-            ValueError: the index returned what is no row.
+            GcfastError: this process was forked from the one that made it.
+            ValueError: the index returned an id that is no row.
             Exception: whatever the index raises.
         """
         if self.device.type == "cuda":
-            return self.start(embeddings).wait()
-        queries = embeddings.detach().float().contiguous().numpy()
-        return self._transferred(
-            self.engine.transfer(queries, k=self.k, temperature=self.temperature)
-        )
+            return self.start(embeddings)()
+        self.check_process()
+        queries = embeddings.detach().float().contiguous()
+        return self._transferred(self._search(queries.numpy()))
 
-    def start(self, embeddings: Tensor) -> Pending:
-        """See :class:`Transfer`: on the engine's worker."""
+    def start(self, embeddings: Tensor) -> Callable[[], Transferred]:
+        """See :class:`Transfer`; raises GcfastError as a call does."""
+        self.check_process()
         embeddings = embeddings.detach().float()
         if self.device.type != "cuda":
             queries = embeddings.contiguous()
-            # The worker reads them later, and the model may give the same memory again.
+            # They are read later, and the model may give the same memory again.
             if queries.data_ptr() == embeddings.data_ptr():
                 queries = queries.clone()
-            ticket = self.engine.submit(queries.numpy(), k=self.k, temperature=self.temperature)
-            return _Submitted(self, ticket, None)
+            return partial(self._wait, self._worker.submit(self._search, queries.numpy()))
         with torch.cuda.device(self.device):
             B, M, K = len(embeddings), self.width, self.k
             pinned = (
@@ -163,21 +169,43 @@ class IndexTransfer:
             queries = torch.empty(embeddings.shape, dtype=torch.float32, pin_memory=True)
             queries.copy_(embeddings, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
-        ticket = self.engine.submit(
-            queries.numpy(),
+            copied.record()  # in order with the caller's stream
+        found = self._worker.submit(self._search, queries.numpy(), pinned, copied)
+        return partial(self._wait, found, pinned)
+
+    def _wait(self, found: Future[_Arrays], pinned: _Buffers | None = None) -> Transferred:
+        self.check_process()  # a forked process would wait for a thread it does not have
+        return self._transferred(found.result(), pinned)
+
+    def check_process(self) -> None:
+        """Refuse a forked process, where FAISS's threads and the worker are missing.
+
+        Raises:
+            GcfastError: this process was forked from the one that made it.
+        """
+        if os.getpid() != self._process:
+            raise GcfastError(
+                f"the search through an index belongs to process {self._process} and cannot be "
+                f"used in process {os.getpid()}, forked from it: make the Explainer after the "
+                'fork, or start processes by "spawn"'
+            )
+
+    def _search(
+        self,
+        queries: np.ndarray[Any, Any],
+        pinned: _Buffers | None = None,
+        copied: torch.cuda.Event | None = None,
+    ) -> _Arrays:
+        if copied is not None:
+            copied.synchronize()
+        return self.engine.transfer(
+            queries,
             k=self.k,
             temperature=self.temperature,
-            buffers=tuple(buffer.numpy() for buffer in pinned),
-            ready=copied.synchronize,  # in order with the caller's stream
+            buffers=None if pinned is None else tuple(buffer.numpy() for buffer in pinned),
         )
-        return _Submitted(self, ticket, pinned)
 
-    def _transferred(
-        self,
-        arrays: tuple[np.ndarray[Any, Any], ...],
-        pinned: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> Transferred:
+    def _transferred(self, arrays: _Arrays, pinned: _Buffers | None = None) -> Transferred:
         tensors = [torch.from_numpy(array) for array in arrays]
         if pinned is not None:
             # The pinned tensors themselves: PyTorch must know when their copy is over.
@@ -202,19 +230,6 @@ class IndexTransfer:
         )
 
 
-class _Submitted:
-    def __init__(
-        self,
-        transfer: IndexTransfer,
-        ticket: _core.Ticket,
-        pinned: tuple[Tensor, Tensor, Tensor] | None,
-    ) -> None:
-        self._transfer, self._ticket, self._pinned = transfer, ticket, pinned
-
-    def wait(self) -> Transferred:
-        return self._transfer._transferred(self._ticket.wait(), self._pinned)
-
-
 def make_engine(
     index: Any,
     shards: list[Shard],
@@ -222,30 +237,26 @@ def make_engine(
     threads: int,
     memory_bytes: int = MEMORY_BYTES,
 ) -> _core.TransferEngine:
-    """The C++ engine over an index of the shards' rows.
+    """Make the C++ engine over an index of the shards' rows.
 
     Args:
         index: from :func:`gcfast.explain.faiss_search.open_index`.
         shards: the rows.
-        threads: of measuring and gathering. FAISS takes as many as it does in this thread.
-        memory_bytes: what is held at once beyond a batch's result; the batch is split to stay below
+        threads: of measuring and gathering. FAISS uses its own for the calling thread.
+        memory_bytes: held at once beyond a batch's result; the batch is split to stay below
             (FAISS's own memory for a search shrinks with it, and is not counted). Rows that are
             mixed, for k > 1, are made in the result.
     """
-    import faiss
-
     from gcfast import _core
 
     parts = []
     for shard in shards:
         tensors = [getattr(shard, name).detach().contiguous() for name in COLUMNS]
         if tensors[-1].is_floating_point():
-            # The engine moves eight bytes a label, whatever they mean; its -1 for "none" is all
-            # ones, which as float64 is NaN.
+            # The engine copies eight bytes per label, whatever they mean; its -1 for "none" is
+            # all ones, which as float64 is NaN.
             tensors[-1] = tensors[-1].view(torch.int64)
         parts.append(tuple(tensor.numpy() for tensor in tensors))
-    # FAISS keeps its number of threads for each thread; the worker would start with its default.
-    faiss_threads = faiss.omp_get_max_threads()
     return _core.TransferEngine(
         index,
         parts,
@@ -254,12 +265,11 @@ def make_engine(
         threads=threads,
         memory_bytes=memory_bytes,
         exclusive=one_at_a_time(index),
-        on_worker_start=lambda: faiss.omp_set_num_threads(faiss_threads),
     )
 
 
 def make_transfer(database: Database, device: torch.device, k: int, index: Any) -> Transfer:
-    """The transfer that ``Explainer(index=…)`` asks for."""
+    """Make the transfer that ``Explainer(index=…)`` asks for."""
     with torch.no_grad(), full_precision(device):
         if isinstance(index, str) and index == "exact":
             return ExactTransfer(database, device, k)

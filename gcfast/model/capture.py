@@ -24,6 +24,9 @@ class Captured(NamedTuple):
     activations: Tensor  # [B, C, H, W]
     leaf: Tensor | None  # the layer's output as the graph's first node, where a graph was asked for
     image_size: tuple[int, int]  # h, w
+    # The part of the image's height and width that the activations lie on, from the top left; 1
+    # but for patches that do not come out even, which leave a rest or reach beyond.
+    share: tuple[float, float]
 
 
 class Capture:

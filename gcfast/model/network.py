@@ -87,6 +87,7 @@ class Network:
         self.layer: nn.Module | None = None
         self.layer_name: str | None = None
         self.layer_run = 1  # which of the layer's runs in a forward pass
+        self.image_shape: tuple[int, ...] | None = None  # of the first images that came
         self.names_run = False  # whether the layer's name says so; else there may be only one
         if layer is not None:
             self.set_layer(layer)
@@ -110,6 +111,14 @@ class Network:
         self.layer_name = found if run is None else f"{found}@{run}"
         self.layer_run = run or 1
         self.names_run = run is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the lock and the hook of passes under way."""
+        return vars(self) | {"_lock": None, "_hooks": 0, "_handle": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
 
     @property
     def module_name(self) -> str:
@@ -220,6 +229,8 @@ class Network:
         replace: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Capture, Tensor]:
         with evaluating(self.model):
+            if self.image_shape is None:
+                self.image_shape = tuple(images.shape[1:])
             if self.layer is None:
                 self._resolve(images)
             with self._hooked():
@@ -265,13 +276,13 @@ class Network:
             return reshape(tensor, image_size)  # type: ignore[call-arg]
         return reshape(tensor)  # type: ignore[call-arg]
 
-    def covered(self, grid: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
-        """The pixels of an image, from the top left, that a layer's H x W places lie on.
-
-        Those of the whole image, but for tokens whose patches do not come out even.
-        """
+    def share(self, activations: Tensor, image_size: tuple[int, int]) -> tuple[float, float]:
+        """The part of the images that activations [B, C, H, W] lie on; see :class:`Captured`."""
         reshape = self.reshape or self.layout
-        return reshape.covered(grid, image_size) if isinstance(reshape, TokenGrid) else image_size
+        if not isinstance(reshape, TokenGrid):
+            return 1.0, 1.0
+        covered = reshape.covered((activations.shape[2], activations.shape[3]), image_size)
+        return covered[0] / image_size[0], covered[1] / image_size[1]
 
     def _captured(self, capture: Capture, output: Tensor, images: Tensor) -> Captured:
         tensor = capture.tensor
@@ -294,7 +305,7 @@ class Network:
                 "and gcfast.layers(model, image) lists the layers that can be explained"
             )
         leaf = capture.tensor if capture.differentiable else None
-        return Captured(output, tensor, leaf, size)
+        return Captured(output, tensor, leaf, size, self.share(tensor, size))
 
     def _lay_out(self, tensor: Tensor, images: Tensor) -> None:
         """Find the layout of the layer's output, by a pass of one image where tokens need it."""

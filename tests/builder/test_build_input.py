@@ -112,6 +112,7 @@ def test_labels_seen_once_are_left_out_and_counted() -> None:
         "skipped_single": 2,
         "skipped_no_triplet": 0,
         "hardest_triplet": 0,
+        "zero_rows": 0,
     }
 
 

@@ -32,7 +32,7 @@ def truth(labels: list[str]) -> Truth:
 
 def measured(
     test_labels: list[str], **settings: Any
-) -> tuple[Evaluation, gcfast.Explainer, Tensor, list[tuple[Tensor, list[str]]]]:
+) -> tuple[Evaluation, gcfast.Explainer, Tensor, list[Any]]:
     """An evaluation on 24 rows of three classes and two batches of test images."""
     images, labels = pictures(24)
     train = loader(images, [NAMES[i] for i in labels])

@@ -1,5 +1,8 @@
 """Explainer.export: one graph without hooks, equal to explain_batch."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,3 +194,21 @@ def test_bad_options():
     explainer, _ = _explainer("in place")
     with pytest.raises(ValueError, match="`normalize` must be one of"):
         explainer.export(normalize="sum")
+
+
+def test_an_exported_program_leaves_the_module_as_it_was() -> None:
+    explainer, options = _explainer("in place")
+    module, images = explainer.export(**options), pictures(4)[0]
+    wanted = module(images)
+    for _ in range(2):
+        program = torch.export.export(module, (images,))
+        torch.testing.assert_close(module(images), wanted)
+        torch.testing.assert_close(program.module()(images), wanted)
+
+
+def test_pickled_and_copied() -> None:
+    explainer, options = _explainer("in place")
+    module, images = explainer.export(**options), pictures(4)[0]
+    for other in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        torch.testing.assert_close(other(images), module(images))
+        torch.testing.assert_close(other(images), module(images))

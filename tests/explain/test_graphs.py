@@ -2,13 +2,14 @@
 
 import contextlib
 import threading
+import warnings
 
 import pytest
 import torch
-from networks import common, loader, pictures
+from networks import Net, common, loader, pictures
 
 from gcfast import Explainer
-from gcfast.explain.cuda_graphs import GRAPHS_KEPT, Graphs
+from gcfast.explain.cuda_graphs import GRAPHS_KEPT, TRIALS, TRIALS_UNTIMED, Graphs
 from gcfast.explain.maps import Explained
 from gcfast.explain.result import Finish
 from gcfast.ops import _operation
@@ -45,16 +46,30 @@ class Recorder:
         yield
         self.inside -= 1
 
+    def timed(self, function):
+        trial = Trial()
+        self.trials = [*getattr(self, "trials", ()), trial]
+        return function(), trial
+
+
+class Trial:
+    """A measured run that ends when it is told to."""
+
+    told = None
+
+    def ratio(self):
+        return self.told
+
 
 class Case:
     """An explainer and the graphs of its forward pass."""
 
-    def __init__(self, **settings):
+    def __init__(self, *, auto=False, **settings):
         Recorder.made = ()
         self.explainer = Explainer(common(norm=True).eval(), channels=4, triplets=5, **settings)
         self.explainer.build(loader(*pictures(12)))
         self.model = self.explainer.network.model
-        self.graphs = Graphs(self.model, Recorder)
+        self.graphs = Graphs(self.model, Recorder, auto=auto)
 
     def run(self, images, **options):
         attached = self.explainer._attach()
@@ -233,11 +248,11 @@ def test_explain_batch_goes_through_the_graphs(monkeypatch):
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match="`cuda_graphs` must be a bool, got 1"):
+    with pytest.raises(TypeError, match="`cuda_graphs` must be True, False or 'auto', got 1"):
         Explainer(common(), cuda_graphs=1)
     explainer = Explainer(common().eval(), channels=4, triplets=5, cuda_graphs=True)
     explainer.build(loader(*pictures(12)))
-    with pytest.raises(ValueError, match="`cuda_graphs` must be False for a model on cpu, got Tr"):
+    with pytest.raises(ValueError, match="`cuda_graphs` must not be True for a model on cpu, got"):
         explainer.explain_batch(pictures(2)[0])
 
 
@@ -254,3 +269,95 @@ def test_graphs_on_a_gpu():
     with torch.no_grad():
         model.backbone.last.weight.add_(0.1)
     torch.testing.assert_close(explainer.explain_batch(images), plain.explain_batch(images))
+
+
+# --- "auto"
+
+
+@pytest.mark.parametrize(("ratio", "captures"), [(1.02, True), (3.0, False)])
+def test_auto_captures_what_the_host_is_too_slow_for(ratio, captures):
+    case = Case(auto=True)
+    images = pictures(3)[0]
+    for _ in range(TRIALS_UNTIMED + TRIALS + 2):
+        case.run(images)
+    (recorder,) = Recorder.made
+    assert len(recorder.trials) == TRIALS  # none of the first calls, nor more than it takes
+    assert case.counts == (0, 0)  # nothing waits for a run that has not ended
+    for trial in recorder.trials[:-1]:
+        trial.told = ratio
+    case.run(images)
+    assert case.counts == (0, 0)
+    recorder.trials[-1].told = ratio
+    for _ in range(3):
+        case.run(images)
+    assert case.counts == ((1, 3) if captures else (0, 0))
+    assert len(recorder.trials) == TRIALS
+    case.run(pictures(2)[0])  # another shape begins anew
+    assert case.counts[0] == captures
+
+
+def test_auto_leaves_the_cpu_and_other_searches_alone():
+    explainer = Explainer(common().eval(), channels=4, triplets=5)
+    explainer.build(loader(*pictures(12)))
+    assert len(explainer._graphs) == 0
+    for _ in range(8):
+        explainer.explain_batch(pictures(2)[0])
+    assert len(explainer._graphs) == 0
+    assert Explainer(common(), index="Flat")._graphs is None
+    assert Explainer(common(), cuda_graphs=False)._graphs is None
+
+
+# --- a model's own numbers
+
+
+class Switched(Net):
+    def __init__(self):
+        super().__init__(common().head)
+        self.sign, self.on, self.names = 1, True, ["a"]
+
+    def forward(self, images):
+        return self.sign * super().forward(images) * len(self.names)
+
+
+def switched():
+    case = Case()
+    model = Switched().eval()
+    case.explainer = Explainer(model, channels=4, triplets=5)
+    case.explainer.build(loader(*pictures(12)))
+    case.model, case.graphs = model, Graphs(model, Recorder)
+    return case
+
+
+def test_captured_again_when_a_flag_changes():
+    case = switched()
+    images = pictures(3)[0]
+    case.run(images)
+    case.run(images)
+    assert case.counts == (1, 2)
+    case.model.sign = -1
+    case.run(images)
+    assert case.counts == (2, 3)
+    case.model.names.append("b")
+    case.run(images)
+    assert case.counts == (3, 4)
+    case.model.train()
+    case.run(images)
+    assert case.counts == (3, 5)
+
+
+def test_a_model_that_counts_its_passes_is_not_captured():
+    case = switched()
+
+    class Counting(Switched):
+        def forward(self, images):
+            self.on = not self.on
+            return super().forward(images)
+
+    case.model.__class__ = Counting
+    images = pictures(3)[0]
+    with pytest.warns(RuntimeWarning, match="its forward pass changes a number of its own"):
+        case.run(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case.run(images)
+    assert case.counts[1] == 0

@@ -115,7 +115,7 @@ def test_bad_options_come_with_the_first_batch(explainer: gcfast.Explainer) -> N
 def test_an_index_that_raises_stops_the_stream() -> None:
     faiss = pytest.importorskip("faiss")
 
-    class Moody(faiss.IndexFlatL2):  # type: ignore[misc]
+    class Moody(faiss.IndexFlatL2):  # type: ignore[misc,name-defined]
         def search(self, queries: Any, k: int) -> Any:
             if len(queries) == 3:
                 raise LookupError("not three")
@@ -147,7 +147,7 @@ def test_the_model_runs_while_the_index_is_searched() -> None:
     faiss = pytest.importorskip("faiss")
     forward, searched = threading.Event(), threading.Event()
 
-    class Waiting(faiss.IndexFlatL2):  # type: ignore[misc]
+    class Waiting(faiss.IndexFlatL2):  # type: ignore[misc,name-defined]
         def search(self, queries: Any, k: int) -> Any:
             # Only the forward pass of the next batch lets the search of the first one end.
             if len(queries) == 1:

@@ -233,14 +233,11 @@ def test_given_buffers_are_filled(k: int) -> None:
         np.full(21, np.nan, np.float32),
     )
     wanted = named(made.transfer(asked, k=k))
-    for got in (
-        named(made.transfer(asked, k=k, buffers=buffers)),
-        named(made.submit(asked, k=k, buffers=buffers).wait()),
-    ):
-        for name, buffer in zip(("channels", "weights", "offsets"), buffers, strict=True):
-            np.testing.assert_array_equal(got[name], wanted[name])
-            assert np.shares_memory(got[name], buffer)
-            assert buffer[-1] == -7 or np.isnan(buffer[-1])
+    got = named(made.transfer(asked, k=k, buffers=buffers))
+    for name, buffer in zip(("channels", "weights", "offsets"), buffers, strict=True):
+        np.testing.assert_array_equal(got[name], wanted[name])
+        assert np.shares_memory(got[name], buffer)
+        assert buffer[-1] == -7 or np.isnan(buffer[-1])
     with pytest.raises(ValueError, match=r"`buffers` must be int64 and float32 of at least B\*K"):
         made.transfer(asked, k=k + 1, buffers=buffers)
 
@@ -257,7 +254,7 @@ def test_approximate_indices_are_as_good_as_by_themselves(factory: str, least: f
     index.train(rows.numpy())
     index.add(rows.numpy())
     if "IVF" in factory:
-        index.nprobe = 8
+        index.nprobe = 8  # type: ignore[attr-defined]
     asked = queries(300)
     best = exact_distances(asked, whole).argmin(1)
     got = named(engine(index, [whole]).transfer(asked, k=3))
@@ -287,61 +284,10 @@ def test_sharded_and_replicated_indices() -> None:
         assert_nearest(got["neighbors"], got["distances"], exact_distances(asked, whole))
 
 
-# --- in the background
+# --- several threads
 
 
-def test_tickets_come_back_in_order_with_what_a_call_gives() -> None:
-    whole = table(200)
-    ended: list[float] = []
-    index = flat(whole)
-
-    def answer(part: torch.Tensor, k: int) -> Any:
-        ended.append(float(part[0, 0]))
-        return index.search(part.numpy(), k)[1]
-
-    made = engine(Scripted(200, answer), [whole])
-    batches = [queries(5 + i) for i in range(8)]
-    tickets = [made.submit(batch, k=2) for batch in batches]
-    for batch, ticket in reversed(list(zip(batches, tickets, strict=True))):
-        for one, two in zip(
-            ticket.wait(), engine(index, [whole]).transfer(batch, k=2), strict=True
-        ):
-            np.testing.assert_array_equal(one, two)
-        assert ticket.done()
-        assert ticket.wait()[0] is ticket.wait()[0]
-    assert ended == pytest.approx([float(batch[0, 0]) for batch in batches])
-
-
-def test_several_threads_may_wait_for_one_ticket() -> None:
-    whole = table(200)
-    made, asked = engine(flat(whole), [whole]), queries(300)
-    for _ in range(20):
-        ticket = made.submit(asked, k=3)
-        with ThreadPoolExecutor(4) as pool:
-            first, *others = pool.map(lambda _, ticket=ticket: ticket.wait(), range(4))
-        assert all(other is first for other in others)
-
-
-def test_the_worker_waits_until_the_queries_are_there() -> None:
-    whole = table(200)
-    asked, late = queries(4), np.zeros((4, WIDTH), np.float32)
-
-    def ready() -> None:
-        late[:] = asked
-
-    made = engine(flat(whole), [whole])
-    got = made.submit(late, k=2, ready=ready).wait()
-    np.testing.assert_array_equal(got[0], made.transfer(asked, k=2)[0])
-
-    def broken() -> None:
-        raise KeyError("no queries")
-
-    with pytest.raises(KeyError, match="no queries"):
-        made.submit(late, k=2, ready=broken).wait()
-
-
-@pytest.mark.parametrize("way", ["transfer", "submit"])
-def test_eight_threads_on_one_engine(way: str) -> None:
+def test_eight_threads_on_one_engine() -> None:
     whole = table(3000)
     made = engine(flat(whole), cut(whole, 700, 2000))
     batches = [queries(300) for _ in range(8)]
@@ -349,10 +295,7 @@ def test_eight_threads_on_one_engine(way: str) -> None:
 
     def work(number: int) -> None:
         for _ in range(10):
-            if way == "transfer":
-                got = made.transfer(batches[number], k=3)
-            else:
-                got = made.submit(batches[number], k=3).wait()
+            got = made.transfer(batches[number], k=3)
             for one, two in zip(got, wanted[number], strict=True):
                 np.testing.assert_array_equal(one, two)
 

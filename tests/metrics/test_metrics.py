@@ -197,8 +197,8 @@ def test_mask_score_is_quantus_relevance_mass_accuracy() -> None:
         pytest.skip(f"quantus is not installed, or lacks a part of its own: {error}")
     maps, masks = torch.rand(4, 8, 8), torch.rand(4, 8, 8) > 0.5
     metric = RelevanceMassAccuracy(abs=False, normalise=False, disable_warnings=True)
-    theirs = metric.evaluate_batch(maps[:, None].numpy(), masks[:, None].numpy()).tolist()
-    assert mask_score(maps, masks).tolist() == pytest.approx(theirs, abs=1e-6)
+    theirs = metric.evaluate_batch(maps[:, None].numpy(), masks[:, None].numpy())
+    assert mask_score(maps, masks).tolist() == pytest.approx(list(theirs), abs=1e-6)
 
 
 def test_shares_refuse_what_gives_no_share() -> None:
