@@ -6,26 +6,13 @@ import sys
 
 import numpy as np
 import pytest
-from cli_case import SETTINGS, VIEW, fails, prepare, run
+from cli_case import SETTINGS, VIEW, fails, run
 from PIL import Image
 
 from gcfast.cli.outputs import MapWriter
 
 # Python 3.12 and later warn of any fork of a process with threads, which PyTorch always has.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("cli"))
-
-
-@pytest.fixture
-def here(made, monkeypatch):
-    """The working directory of the commands; what they import from it is forgotten afterwards."""
-    monkeypatch.chdir(made)
-    yield made
-    sys.modules.pop("cli_net", None)
 
 
 def read_results(out):

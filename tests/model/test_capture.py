@@ -235,37 +235,25 @@ def test_a_layer_may_be_the_module_itself() -> None:
     assert Network(model, model.backbone.last).layer_name == "backbone.last"
 
 
-def test_an_unknown_layer_lists_the_close_ones() -> None:
-    with pytest.raises(
-        ValueError, match=r"`layer` must name a module .* got 'backbone.lsat'; .*'backbone.last'"
-    ):
-        Network(common(), "backbone.lsat")
-
-
-def test_a_module_of_another_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`layer` must be a module of `model`, got a Backbone"):
-        Network(common(), Backbone())
-
-
-def test_a_layer_of_another_kind_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"`layer` must be a dotted name or a module, got int"):
-        Network(common(), 3)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
-    ("layer", "got"),
-    [("head.1", r"\[2, 6\]"), ("head.0", r"\[2, 12\]")],
-    ids=["linear", "pooled"],
+    ("layer", "error", "words"),
+    [
+        (
+            "backbone.lsat",
+            ValueError,
+            "must name a module .* got 'backbone.lsat'; .*'backbone.last'",
+        ),
+        (Backbone(), ValueError, "must be a module of `model`, got a Backbone"),
+        (3, TypeError, "must be a dotted name or a module, got int"),
+        ("head.1", ValueError, r"must have a spatial output .* with \[1, 6\]"),
+        ("head.0", ValueError, r"must have a spatial output .* with \[1, 12\]"),
+        ("backbone", ValueError, r".*H\*W > 1, got 'backbone' with \[1, 12, 1, 1\]"),
+    ],
+    ids=["unknown", "of another model", "of another kind", "linear", "pooled", "one pixel"],
 )
-def test_a_layer_with_no_spatial_output_is_refused(layer: str, got: str) -> None:
-    with pytest.raises(ValueError, match=rf"`layer` must have a spatial output .* with {got}"):
-        Network(common(), layer).embed(pictures(2)[0])
-
-
-def test_a_layer_of_one_pixel_is_refused() -> None:
-    network = Network(common(), "backbone")
-    with pytest.raises(ValueError, match=r"H\*W > 1, got 'backbone' with \[2, 12, 1, 1\]"):
-        network.embed(torch.randn(2, 3, 2, 2))
+def test_a_layer_that_is_refused(layer: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=f"`layer` {words}"):
+        Network(common(), layer).embed(torch.randn(1, 3, 2, 2))
 
 
 def test_a_layer_that_runs_twice_is_refused() -> None:
@@ -384,22 +372,15 @@ def test_an_output_key_that_is_not_there_lists_those_that_are(
         Network(model, "0.backbone", output_key=key).embed(pictures(2)[0])
 
 
-def test_an_output_without_key_lists_the_choices() -> None:
-    model = nn.Sequential(common(), Lambda(OUTPUTS["dict"][0]))
-    with pytest.raises(
-        TypeError, match=r"must return a tensor .* got dict; .*'logits', 'embedding'"
-    ):
-        Network(model, "0.backbone").embed(pictures(2)[0])
-
-
 @pytest.mark.parametrize(
     ("wrap", "error", "words"),
     [
+        (OUTPUTS["dict"][0], TypeError, r"a tensor .* got dict; .*'logits', 'embedding'"),
         (lambda x: x.view(2, 3, 2), ValueError, r"\[B, D\] with B = 2, got \[2, 3, 2\]"),
         (lambda x: x[:1], ValueError, r"\[B, D\] with B = 2, got \[1, 6\]"),
         (lambda x: x.long(), TypeError, "must return floating point, got torch.int64"),
     ],
-    ids=["rank", "count", "dtype"],
+    ids=["no key", "rank", "count", "dtype"],
 )
 def test_an_output_that_is_no_embedding_is_refused(
     wrap: object, error: type[Exception], words: str
