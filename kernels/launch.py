@@ -119,73 +119,79 @@ def fitting_warps(num_warps: int, lanes: int | None = None) -> int:
     return min(num_warps, MAX_THREADS // lanes)
 
 
-class KnnConfig(NamedTuple):
-    """How `knn` is launched: `splits` stretches of `rows_per_split` rows cover the table."""
+def fitting_stages(num_stages: int, lanes: int | None = None) -> int:
+    """That many stages of a pipeline, or one where shared memory is 64 KiB (AMD)."""
+    if lanes is None:
+        lanes = 64 if torch.version.hip else 32
+    return num_stages if lanes == 32 else 1
 
-    is_dot: bool
-    widened: bool  # the queries are made float32
-    keep: int
+
+class KnnConfig(NamedTuple):
+    """How `knn` is launched: program s of ``splits`` takes the tiles s, s + splits, ..."""
+
+    is_scaled: bool  # the queries are scaled and rounded by a launch of their own
     block_b: int
-    block_n: int
+    block_n: int  # rows of a tile
     block_d: int
     num_warps: int
     num_stages: int
     splits: int
-    rows_per_split: int
-    block_c: int
-    merge_block_d: int
-    merge_warps: int
+    list: int  # slots for the K nearest
+    taken: int  # groups measured at once
+    block_c: int  # at least the classes of all splits
+    measured_block_d: int
+    measured_warps: int
+    allowed: int  # rows left to measure for a query that one program measures
+    slices: int  # of the table in the exhaustive pass; 0 leaves no query to it
+    programs: int  # of the exhaustive pass
 
 
-KNN_SPARE = 7  # candidates held beyond K, at least
+KNN_MAX_CLASSES = 4096  # of all splits, which one program holds in registers
+KNN_MIN_SPLITS = 64  # or neighbours would share classes of too many rows
+KNN_SMALL_N = 4096  # rows that one program may have to measure by itself
 
 
-def knn_config(
-    B: int,
-    N: int,
-    K: int,
-    query_dtype: torch.dtype,
-    table_dtype: torch.dtype,
-    processors: int,
-) -> KnnConfig:
+def knn_config(B: int, N: int, D: int, K: int, processors: int) -> KnnConfig:
     """The launch of `knn` for these shapes on a GPU with so many multiprocessors.
 
-    Two numbers of candidates and three of queries keep the forms of the kernel few.
+    Three sizes of lists and four of batches keep the forms of the kernels few. The blocks of the
+    first pass and TAKEN of the second are the fastest of some ten each on an H200 (triton 3.6, D =
+    128 and 512), where rows still had scales of their own; the rest is reasoned.
     """
-    keep = 16 if K + KNN_SPARE <= 16 else 64
-    is_dot = B > 2
-    is_16_bit = is_dot and query_dtype == table_dtype != torch.float32
-    if not is_dot:
-        block_b, block_n, block_d, num_warps, resident = 1, 64, 64, 4, 4
-    elif is_16_bit:
-        block_b, num_warps, resident = (16, 4, 3) if B <= 16 else (64, 8, 2)
-        block_n, block_d = 128, 32
+    block_d = max(16, min(128, triton.next_power_of_2(D)))
+    if B <= 16:
+        block_b, block_n, num_warps, resident = 16, 64, 4, 2
+    elif B <= 64:
+        block_b, block_n, num_warps, resident = 64, 32, 4, 3
+    elif B <= 128:
+        block_b, block_n, num_warps, resident = 128, 32, 8, 3
+    elif block_d >= D:
+        block_b, block_n, num_warps, resident = 256, 32, 8, 2
     else:
-        # As many warps as it takes for operands of float32 to stay in registers.
-        is_mixed = table_dtype != torch.float32
-        if B <= 16:
-            block_b, num_warps, resident = 16, 4 if keep == 16 and not is_mixed else 8, 4
-        else:
-            block_b, num_warps, resident = 64, 8 if is_mixed else 16, 2
-        block_n, block_d = 32 if is_mixed and B > 16 else 64, 16
-    # Enough programs for every multiprocessor to be full, and none with less than a tile of rows.
-    wanted = -(-resident * processors // -(-B // block_b))
-    tiles = max(1, -(-N // block_n))
-    rows = -(-tiles // wanted) * block_n
+        block_b, block_n, num_warps, resident = 256, 64, 8, 1
+    if block_d < D:
+        block_d = 64
+    classes = block_n // 4
+    splits = max(KNN_MIN_SPLITS, -(-resident * processors // -(-B // block_b)))
+    splits = min(splits, -(-N // block_n), KNN_MAX_CLASSES // classes)
+    is_small = N <= KNN_SMALL_N
+    slots = 2 if K <= 2 else 8 if K <= 8 else 32
     return KnnConfig(
-        is_dot=is_dot,
-        widened=not is_16_bit,
-        keep=keep,
+        is_scaled=B > 16,
         block_b=block_b,
         block_n=block_n,
         block_d=block_d,
         num_warps=num_warps,
-        num_stages=2,
-        splits=max(1, -(-N // rows)),
-        rows_per_split=rows,
-        block_c=512,
-        merge_block_d=32 if keep == 16 else 8,
-        merge_warps=4,
+        num_stages=3,
+        splits=splits,
+        list=slots,
+        taken=min(16, slots),
+        block_c=2048 if splits * classes <= 2048 else KNN_MAX_CLASSES,
+        measured_block_d={2: 128, 8: 64, 32: 32}[slots],
+        measured_warps=4,
+        allowed=2**30 if is_small else 1024,
+        slices=0 if is_small else min(-(-N // 64), 2 * processors),
+        programs=4 * processors,
     )
 
 

@@ -89,15 +89,23 @@ def _head_grad_weights() -> None:
 
 
 def _knn() -> None:
-    kinds = [(torch.float32, table) for table in FLOATS] + [(half, half) for half in FLOATS[1:]]
-    for B, K, (query, table) in itertools.product((1, 16, 17), (9, 32), kinds):
-        if B == 1 and query != torch.float32:
-            continue  # a query or two are widened in any case
-        # Rows of any width, and of one that 16 divides: both for float32.
-        for D in {torch.float32: (129, 128), torch.float16: (129,), torch.bfloat16: (128,)}[table]:
-            queries = torch.empty(B, D, dtype=query)
-            launch_knn(queries, torch.empty(10**6, D, dtype=table), K)
-    launch_knn(torch.empty(17, 128), torch.empty(10**6 + 1, 128), 9, metric="ip")
+    # Each choice of blocks with each dtype of table; D that 16 divides and that it does not, of one
+    # block and of many, with and without a rest.
+    for B in (1, 17, 65, 129):
+        for D, dtype, metric in (
+            (128, torch.float32, "l2"),
+            (129, torch.float32, "ip"),
+            (100, torch.float16, "l2"),
+            (512, torch.bfloat16, "l2"),
+        ):
+            queries = torch.empty(B, D, dtype=dtype)
+            launch_knn(queries, torch.empty(10**6, D, dtype=dtype), 1, metric=metric)
+    for N, K, metric in itertools.product((10**3, 10**6), (1, 3, 32), ("l2", "ip")):
+        launch_knn(torch.empty(17, 129), torch.empty(N, 129), K, metric=metric)
+    # Small tables, and strides of queries that need 64 bits.
+    launch_knn(torch.empty(1, 128), torch.empty(10**4, 128), 1)
+    queries = torch.empty_strided((17, 16), (FAR, 2))
+    launch_knn(queries, torch.empty_strided((10**6, 16), (2**20, 3)), 3)
 
 
 def _triplets(launch: Callable[..., object], N: int, **options: object) -> None:
@@ -173,9 +181,11 @@ def _top_m() -> None:
 LAUNCHES: dict[str, Callable[[], None]] = {
     "anchor_pairs": _mean_cotangents,
     "grad_weights": _grad_weights,
+    "group_bounds": _knn,
     "head_grad_weights": _head_grad_weights,
     "knn": _knn,
     "mean_cotangents": _mean_cotangents,
+    "measured_rows": _knn,
     "row_squares": _knn,
     "sample_triplets": _sample_triplets,
     "sparse_cam": _sparse_cam,

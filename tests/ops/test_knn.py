@@ -8,8 +8,10 @@ import torch
 from helpers import guarded, strided
 
 from gcfast import ops, reference
+from gcfast.kernels.group_bounds import launch_group_bounds
 from gcfast.kernels.knn import launch_knn
 from gcfast.kernels.launch import knn_config
+from gcfast.kernels.row_squares import row_squares
 
 
 def _brute_force(queries, table, metric):
@@ -119,7 +121,7 @@ def test_one_row_that_stands_for_all_of_a_table_too_large_to_hold(device):
 def test_columns_too_far_apart_for_32_bits_are_copied(device):
     # Only the strides are so large; nothing of the size of their product exists.
     buffer = torch.randn(4, 2, device=device)
-    config = knn_config(1, 4, 1, torch.float32, torch.float32, 1)
+    config = knn_config(1, 4, 2, 1, 1)
     table = buffer.as_strided((1, 2), (2**30 // config.block_n, 1))
     distances, rows = launch_knn(buffer[:1], table, 1)
     assert rows.tolist() == [[0]]
@@ -127,15 +129,15 @@ def test_columns_too_far_apart_for_32_bits_are_copied(device):
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
-@pytest.mark.parametrize("processors", [1, 5, 40])
+@pytest.mark.parametrize("splits", [1, 2, 5, 6])
 @pytest.mark.parametrize("B", [1, 3])
-def test_any_number_of_stretches_gives_the_same_answer(B, processors, metric, device):
+def test_any_number_of_programs_gives_the_same_answer(B, splits, metric, device):
     queries, table = torch.randn(B, 16, device=device), torch.randn(331, 16, device=device)
     table[300] = table[4]
     queries[0] = table[4]
-    config = knn_config(B, 331, 3, torch.float32, torch.float32, processors)
-    assert config.splits == {1: 3, 5: 6, 40: 6}[processors]
-    assert config.rows_per_split * config.splits >= 331
+    config = knn_config(B, 331, 16, 3, 5)
+    assert config.splits == 6  # a tile of 64 rows each
+    config = config._replace(splits=splits)
     got = launch_knn(queries, table, 3, metric=metric, config=config)
     wanted = reference.knn(queries, table, 3, metric=metric)
     assert torch.equal(got[1], wanted[1])
@@ -159,7 +161,7 @@ def test_orthogonal_rows_tie_whatever_the_sign_of_their_zero(device):
         assert [math.copysign(1, p) for p in products[0].tolist()] == [1, 1, 1, -1]
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("B", [2, 4])
 def test_nan_and_infinite_queries_get_rows_that_exist_and_leave_others_alone(B, device):
     queries, table = torch.randn(B, 7, device=device), torch.randn(70, 7, device=device)
@@ -174,6 +176,161 @@ def test_nan_and_infinite_queries_get_rows_that_exist_and_leave_others_alone(B, 
     assert sorted(rows[0].tolist())[-1] < 70
     assert (distances[0] == math.inf).all()
     assert not (rows[1:] == 2).any()
+
+
+def _exact(queries, table, k, metric="l2"):
+    """The k lowest by (distance rounded to float32, id), NaN after infinity."""
+    left = queries.double()[:, None]
+    if metric == "l2":
+        distances = (left - table.double()).square().sum(-1).float()
+    else:
+        distances = (left * table.double()).sum(-1).float()
+    distances = distances.cpu()
+    distances[distances.isnan()] = math.nan  # of one sign, for the sort
+    ordered = (distances if metric == "l2" else -distances).sort(dim=1, stable=True)
+    return (ordered.values if metric == "l2" else -ordered.values)[:, :k], ordered.indices[:, :k]
+
+
+def _check_exactly(queries, table, k, metric="l2", *, reference_agrees=True, **config):
+    """Equal to what float64 says; where their rounding allows it, to the reference as well."""
+    choice = knn_config(len(queries), len(table), queries.shape[1], k, 2)._replace(**config)
+    distances, rows = launch_knn(queries, table, k, metric=metric, config=choice)
+    wanted = _exact(queries, table, k, metric)
+    assert rows.tolist() == wanted[1].tolist()
+    torch.testing.assert_close(distances.cpu(), wanted[0], rtol=2e-7, atol=0, equal_nan=True)
+    if reference_agrees:
+        assert torch.equal(rows, reference.knn(queries, table, k, metric=metric)[1])
+
+
+def _unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+METRICS = pytest.mark.parametrize("metric", ["l2", "ip"])
+BATCHES = pytest.mark.parametrize("B", [2, 17])
+
+
+@METRICS
+@BATCHES
+def test_distances_that_differ_by_less_than_a_products_error(B, metric, device):
+    queries, table = _unit(B, 24), _unit(300, 24)
+    # 40 rows a query that differ by 2e-5 in distance, a hundredth of the error; five queries.
+    for i in range(min(B, 5)):
+        steps = 1 + 1e-5 * torch.randperm(40)
+        side = torch.nn.functional.normalize(torch.randn(24), dim=0)
+        if metric == "l2":
+            table[i * 40 : i * 40 + 40] = queries[i] + 0.3 * steps[:, None] * side
+        else:
+            table[i * 40 : i * 40 + 40] = 2 * steps[:, None] * queries[i]
+    _check_exactly(queries.to(device), table.to(device), 7, metric)
+
+
+@pytest.mark.parametrize(("slices", "allowed"), [(0, 2**30), (3, 100)])
+def test_neighbours_that_share_a_class(slices, allowed, device):
+    # Two programs, so each place of every second tile of 64 rows is of one class.
+    queries, table = _unit(3, 24), _unit(700, 24)
+    table[3::128] = queries[0] + 0.01 * torch.randn(6, 24)
+    table[11::128] = queries[0] + 0.01 * torch.randn(6, 24)  # of the same groups
+    table[64::64] = queries[1] + 0.01 * torch.randn(10, 24)
+    queries, table = queries.to(device), table.to(device)
+    _check_exactly(queries, table, 9, splits=2, slices=slices, allowed=allowed)
+
+
+@METRICS
+@BATCHES
+def test_copies_of_rows(B, metric, device):
+    table = _unit(3, 20).repeat(60, 1)
+    table[100:] += 0.2 * torch.randn(80, 20)
+    queries = torch.cat([table[:2], _unit(B - 2, 20)])
+    _check_exactly(queries.to(device), table.to(device), 32, metric)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@METRICS
+@pytest.mark.parametrize("scale", [1e-25, 1e-14, 1e-6, 1e6, 1e17, 1e19])
+def test_norms_far_from_one(scale, metric, device):
+    queries, table = scale * _unit(3, 20), scale * _unit(80, 20)
+    # In float32 all of these products, or squares, are 0 or infinite.
+    is_lost = scale in (1e-25, 1e19)
+    _check_exactly(queries.to(device), table.to(device), 4, metric, reference_agrees=not is_lost)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@METRICS
+def test_norms_far_from_each_other(metric, device):
+    queries = _unit(5, 20) * torch.exp(4 * torch.randn(5, 1))
+    table = _unit(150, 20) * torch.exp(4 * torch.randn(150, 1))
+    _check_exactly(queries.to(device), table.to(device), 5, metric)
+    queries[3], table[7] = 0, 0
+    _check_exactly(queries.to(device), table.to(device), 5, metric)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@METRICS
+@pytest.mark.parametrize(("slices", "allowed"), [(0, 2**30), (3, 0)])
+@pytest.mark.parametrize("k", [3, 32])
+def test_nan_and_infinity_among_the_rows(k, slices, allowed, metric, device):
+    queries, table = _unit(5, 20), _unit(150, 20)
+    table[5], table[7, 2], table[90, 3] = math.nan, math.inf, -math.inf
+    queries[1, 4], queries[2, 2] = math.nan, math.inf
+    _check_exactly(
+        queries.to(device), table.to(device), k, metric,
+        reference_agrees=False, slices=slices, allowed=allowed,
+    )  # fmt: skip
+
+
+@METRICS
+@pytest.mark.parametrize(("B", "k"), [(2, 9), (11, 2)])
+def test_the_exhaustive_pass_gives_the_same(k, B, metric, device):
+    queries, table = _unit(B, 40), _unit(300, 40)
+    table[200:260] = table[3]
+    queries[1] = table[3]
+    # Nothing may be measured after the first groups, so every query is left to the last pass.
+    _check_exactly(queries.to(device), table.to(device), k, metric, slices=4, allowed=0, programs=3)
+
+
+@METRICS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@BATCHES
+def test_bounds_are_below_every_score_of_their_class(B, dtype, metric, device):
+    """The proof's claim, on the hardware that multiplies: rounding, sums and classes."""
+    N, D, splits = 704, 48, 3
+    queries = (_unit(B, D) * torch.exp(torch.randn(B, 1))).to(device)
+    table = (_unit(N, D) * torch.exp(torch.randn(N, 1))).to(device, dtype)
+    config = knn_config(B, N, D, 1, 2)._replace(splits=splits)
+    is_l2 = metric == "l2"
+    found = launch_group_bounds(queries, table, row_squares(table), is_l2=is_l2, config=config)
+    products = (queries.double() @ table.double().T).cpu()
+    squares, lengths = table.double().square().sum(1).cpu(), queries.double().norm(dim=1).cpu()
+    scores = squares - 2 * products if is_l2 else -products
+    bounds, others = found.bounds.double().cpu(), found.others.double().cpu()
+    unit = found.units.double().cpu()
+    assert ((unit <= lengths.max()) & (lengths.max() <= 2 * unit)).all()
+    error = 2**-11 + 2**-20 + 2**-22 * D
+    shrunk, part = 1.0, 2**-25 * D**0.5 * lengths * unit
+    if is_l2:
+        shrunk = 1 - error - 2**-23 * D - 2**-20
+        part = 2 * part + (error + 2**-20) * lengths**2
+    bounds, others = shrunk * bounds - part[:, None], shrunk * others - part[:, None]
+
+    # Sixteen rows of a tile make four groups, of which g has the rows 2 g and 2 g + 8 and the next.
+    tiles, places = torch.arange(N) // config.block_n, torch.arange(N) % config.block_n
+    groups = places // 16 * 4 + places % 8 // 2
+    width = config.block_n // 4
+    classes = tiles % splits * width + groups  # [N]
+    is_first = found.groups.cpu()[:, classes] == tiles * width + groups  # [B, N]
+    assert (scores >= bounds[:, classes]).all()
+    assert (is_first | (scores >= others[:, classes])).all()
+    # And not far below: by all the errors of both sides.
+    most = 3 * (error + 2**-20) * (lengths[:, None] ** 2 + squares) + 2**-20
+    for c in range(splits * width):
+        inside = classes == c
+        lowest = torch.where(inside & is_first, scores, math.inf)
+        lowest, row = lowest.min(1)
+        assert (lowest - bounds[:, c] <= most.gather(1, row[:, None])[:, 0]).all()
+        rest = torch.where(inside & ~is_first, scores, math.inf).min(1)
+        near = rest.values - others[:, c] <= most.gather(1, rest.indices[:, None])[:, 0]
+        assert (near | (others[:, c] == math.inf)).all()
 
 
 def test_beyond_the_kernel_the_reference_runs(monkeypatch, device):
