@@ -281,9 +281,9 @@ def launch_knn(
         table = table.contiguous()
     if D * queries.stride(1) >= 2**30:
         queries = queries.contiguous()
+    if squares is None or squares.dtype.itemsize < 4:
+        squares = row_squares(table)
     with torch.cuda.device_of(table):
-        if squares is None or squares.dtype.itemsize < 4:
-            squares = row_squares(table)
         found = launch_group_bounds(queries, table, squares.float(), is_l2=is_l2, config=config)
         sizes = (*queries.stride(), *table.stride())
         shared = {

@@ -138,12 +138,16 @@ class KnnConfig(NamedTuple):
     splits: int
     list: int  # slots for the K nearest
     taken: int  # groups measured at once
-    block_c: int  # at least the classes of all splits
     measured_block_d: int
     measured_warps: int
     allowed: int  # rows left to measure for a query that one program measures
     slices: int  # of the table in the exhaustive pass; 0 leaves no query to it
     programs: int  # of the exhaustive pass
+
+    @property
+    def block_c(self) -> int:
+        """Room for the classes of all splits: one size, for few forms of the kernel."""
+        return max(KNN_MAX_CLASSES, triton.next_power_of_2(self.splits * self.block_n // 4))
 
 
 KNN_MAX_CLASSES = 4096  # of all splits, which one program holds in registers
@@ -159,18 +163,20 @@ def knn_config(B: int, N: int, D: int, K: int, processors: int) -> KnnConfig:
     128 and 512), where rows still had scales of their own; the rest is reasoned.
     """
     block_d = max(16, min(128, triton.next_power_of_2(D)))
+    is_whole = block_d >= D
+    if not is_whole:
+        block_d = 64
     if B <= 16:
         block_b, block_n, num_warps, resident = 16, 64, 4, 2
     elif B <= 64:
         block_b, block_n, num_warps, resident = 64, 32, 4, 3
-    elif B <= 128:
+    elif B <= 128 or D % block_d:
+        # With a rest to mask, more queries at once need more registers than there are.
         block_b, block_n, num_warps, resident = 128, 32, 8, 3
-    elif block_d >= D:
+    elif is_whole:
         block_b, block_n, num_warps, resident = 256, 32, 8, 2
     else:
         block_b, block_n, num_warps, resident = 256, 64, 8, 1
-    if block_d < D:
-        block_d = 64
     classes = block_n // 4
     splits = max(KNN_MIN_SPLITS, -(-resident * processors // -(-B // block_b)))
     splits = min(splits, -(-N // block_n), KNN_MAX_CLASSES // classes)
@@ -186,8 +192,7 @@ def knn_config(B: int, N: int, D: int, K: int, processors: int) -> KnnConfig:
         splits=splits,
         list=slots,
         taken=min(16, slots),
-        block_c=2048 if splits * classes <= 2048 else KNN_MAX_CLASSES,
-        measured_block_d={2: 128, 8: 64, 32: 32}[slots],
+        measured_block_d=64 if slots < 32 else 32,
         measured_warps=4,
         allowed=2**30 if is_small else 1024,
         slices=0 if is_small else min(-(-N // 64), 2 * processors),

@@ -50,8 +50,9 @@ def batches():
         table = torch.empty(10**4, 50, dtype=torch.int64), torch.empty(10**4, 50)
         launches.launch_sparse_cam(maps, rows, *table, size=(224, 224), mixing=torch.empty(B, 1))
 
-launches.LAUNCHES["knn"] = launches.LAUNCHES["sparse_cam"] = batches
-for kernel in ("knn", "sparse_cam"):
+for kernel in ("group_bounds", "knn", "sparse_cam"):
+    launches.LAUNCHES[kernel] = batches
+for kernel in ("group_bounds", "knn", "sparse_cam"):
     for form in offline.recorded("launches", kernel):
         print(form.kernel.__name__)
 """
@@ -63,7 +64,8 @@ def test_batches_of_any_size_share_compiled_kernels(tmp_path):
 
     few = ["_candidates_kernel", "_nearest_kernel", "_sparse_cam_kernel"]
     assert sorted(forms(3, 4, 7, 16)) == few
-    assert sorted(forms(3, 4, 7, 16, 17, 32, 33)) == ["_candidates_kernel", *few]
+    more = ["_candidates_kernel", "_nearest_kernel", "_scaled_queries_kernel"]
+    assert sorted(forms(3, 4, 7, 16, 17, 32, 33)) == sorted([*few, *more])
 
 
 def test_every_file_of_kernels_is_compiled():
