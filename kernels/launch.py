@@ -192,7 +192,7 @@ def knn_config(B: int, N: int, D: int, K: int, processors: int) -> KnnConfig:
         splits=splits,
         list=slots,
         taken=min(16, slots),
-        measured_block_d=64 if slots < 32 else 32,
+        measured_block_d={2: 128, 8: 64, 32: 32}[slots],
         measured_warps=4,
         allowed=2**30 if is_small else 1024,
         slices=0 if is_small else min(-(-N // 64), 2 * processors),
