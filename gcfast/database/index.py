@@ -161,12 +161,18 @@ def spread_rows(count: int, most: int) -> Tensor:
 
 def spread(shards: list[Shard], most: int) -> Tensor:
     """Embeddings of at most ``most`` rows, evenly spread over the shards, as they are stored."""
-    rows, first, parts = spread_rows(sum(len(shard.labels) for shard in shards), most), 0, []
+    return rows_at(shards, spread_rows(sum(len(shard.labels) for shard in shards), most).numpy())
+
+
+def rows_at(shards: list[Shard], numbers: np.ndarray[Any, Any]) -> Tensor:
+    """Return the embeddings [n, D] of the rows of these numbers, as they are stored."""
+    where, first = torch.from_numpy(numbers), 0
+    out = shards[0].embeddings.new_empty((len(where), shards[0].embeddings.shape[1]))
     for shard in shards:
-        inside = rows[(rows >= first) & (rows < first + len(shard.labels))]
-        parts.append(shard.embeddings[inside - first])
+        inside = (where >= first) & (where < first + len(shard.labels))
+        out[inside] = shard.embeddings[where[inside] - first]
         first += len(shard.labels)
-    return torch.cat(parts)
+    return out
 
 
 def as_array(rows: Tensor) -> np.ndarray[Any, Any]:

@@ -45,6 +45,7 @@ class Attached:
         l2_normalize: bool,
         k: int,
         index: Any,
+        ids: Any = None,
     ) -> Attached:
         """Read the database's tables or its index, which may take long.
 
@@ -55,6 +56,7 @@ class Attached:
             l2_normalize: normalize the network's output.
             k: neighbors.
             index: as for :class:`gcfast.Explainer`.
+            ids: as there.
 
         Raises:
             DamagedDatabaseError: the stored index or the calibration cannot be read.
@@ -69,7 +71,7 @@ class Attached:
             l2_normalize=l2_normalize,
             database=database,
             device=device,
-            transfer=make_transfer(database, device, k, index),
+            transfer=make_transfer(database, device, k, index, ids),
             calibration=None if calibration is None else calibration.to(device),
         )
 

@@ -56,7 +56,11 @@ class Explainer:
         k: neighbors mixed for an explanation, by softmax(−distance / τ), τ the mean distance of a
             row to its k-th nearest. 1 is the paper.
         index: "exact", a FAISS factory string, a ``faiss.Index``, or "stored" for the one in the
-            database's folder (``gcfast index``).
+            database's folder (``gcfast index``). That an index of your own holds the database's
+            rows is checked on a spread of them before the first explanation, and their number with
+            every batch; an empty one is copied, and the copy filled.
+        ids: [N] whole numbers, the id of each row in an index of your own that has other ids
+            (``IndexIDMap``, ``add_with_ids``); None where they are the rows' numbers.
         l2_normalize: normalize the model's output (no change where it is normalized already).
         on_no_triplet: a row without a valid triplet takes its farthest positive and nearest
             negative, hinge ignored ("hardest"), or is left out ("skip"). A row whose label is seen
@@ -92,6 +96,7 @@ class Explainer:
         evidence: str = "for",
         k: int = 1,
         index: Any = "exact",
+        ids: Any = None,
         l2_normalize: bool = True,
         on_no_triplet: str = "hardest",
         output_key: str | int | None = None,
@@ -111,6 +116,12 @@ class Explainer:
         )
         self.k = require_int("k", k, 1)
         self.index = index
+        self.ids = ids
+        if ids is not None and isinstance(index, str):
+            raise ValueError(
+                f"`ids` must be left out with index={index!r}, which numbers rows as the database "
+                "does: they are for a faiss.Index of your own"
+            )
         if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
             raise TypeError(f"`cuda_graphs` must be True, False or 'auto', got {cuda_graphs!r}")
         if cuda_graphs is True and not self._exact:
@@ -572,5 +583,6 @@ class Explainer:
                     l2_normalize=self.settings.l2_normalize,
                     k=self.k,
                     index=self.index,
+                    ids=self.ids,
                 )
             return self._attached

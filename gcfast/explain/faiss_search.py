@@ -13,12 +13,18 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast._extras import import_faiss
-from gcfast.database.index import as_array, made, spread, spread_rows
+from gcfast.database.index import as_array, made, rows_at, spread, spread_rows
 from gcfast.database.shards import Shard
 
 TEMPERATURE_ROWS = 1024  # rows that the mixing temperature is averaged over, evenly spread
 NORM_ROWS = 1024  # rows whose norm is looked at, evenly spread
 NORM_TOLERANCE = 1e-2  # of |row|: embeddings in float16 are within 1e-3
+IDENTITY_ROWS = 1024  # rows that are looked for in an index of the caller's, evenly spread
+IDENTITY_TOLERANCE = 1e-2  # of |row|: the same network in float16 or with TF32 is within 5e-3
+# Share of these rows that a lossy index must hold as it encodes them: a row that was embedded on
+# another device may fall on the other side of a border between two codes.
+SAME_CODES = 0.9
+SEARCHED_NEIGHBORS = 16  # among which a row must find itself, where an index gives no vectors back
 
 
 class ExactSearch:
@@ -47,56 +53,71 @@ class ExactSearch:
         return search(queries, self.table, k, squares=self.squares)
 
 
-def open_index(index: Any, shards: list[Shard], device: torch.device) -> Any:
-    """Return a FAISS index that holds the rows of the shards, in order.
+def open_index(index: Any, shards: list[Shard], device: torch.device, ids: Any = None) -> Any:
+    """Return a FAISS index of the shards' rows, whose ids are the rows' numbers.
+
+    An index of the caller's is compared with IDENTITY_ROWS rows, evenly spread: the vector that it
+    holds for a row must be the row, within IDENTITY_TOLERANCE of its length. A lossy index must
+    hold what it makes of the row when it encodes it, for SAME_CODES of the rows. Where the index
+    does not give its vectors back, the rows are searched for. :func:`check_count` notices a later
+    change of the count; rows that are exchanged afterwards, at the same count, go unnoticed.
 
     Args:
-        index: a factory string ("HNSW32", "IVF256,Flat", …: made, trained and filled here, and
-            moved to the device if FAISS can), a ``faiss.Index`` that holds the rows in order, or
-            an empty trained one, which is filled.
+        index: a factory string ("HNSW32", "IVF256,Flat", …; made, trained and filled here, on the
+            device if FAISS and the index can), or a ``faiss.Index`` that holds the rows, or an
+            empty trained one, a copy of which is filled.
         shards: the rows.
         device: where the queries come from.
+        ids: [N] whole numbers, the id of each row in the caller's index; None where they are the
+            rows' numbers.
 
     Raises:
         MissingExtraError: FAISS is not installed.
-        ValueError: an unknown factory string; an index of another size, dimension or metric; an
-            empty index that is not trained or takes no rows; inner products over rows that are not
-            of unit length.
-        TypeError: neither a string nor an index.
+        ValueError: an unknown factory string; an index of another size, dimension or metric, or of
+            other rows; an empty one that is not trained or takes no rows; one of inner products
+            over rows that are not of unit length; ``ids`` that are not one a row.
+        TypeError: neither a string nor an index; ``ids`` that are not whole numbers.
     """
     faiss = import_faiss("index")
     dim = shards[0].embeddings.shape[1]
     count = sum(len(shard.embeddings) for shard in shards)
-    ours = isinstance(index, str)
-    if ours:
+    if isinstance(index, str):
         index = made(index, shards, name="index")
-    elif not isinstance(index, faiss.Index):
+        return _on_gpu(faiss, index, device) if device.type == "cuda" else index
+    if not isinstance(index, faiss.Index):
         raise TypeError(
             "`index` must be 'exact', 'stored', a FAISS factory string or a faiss.Index, "
             f"got {type(index).__name__}"
         )
     if index.d != dim:
-        raise ValueError(f"`index` must have the dimension of the database, {dim}, got {index.d}")
+        raise ValueError(
+            f"`index` must have the dimension of the database, {dim}, got {index.d}: make it of "
+            "the database's embeddings"
+        )
     _check_metric(faiss, index, shards)
+    numbers = None if ids is None else _row_ids(ids, count)
     if index.ntotal == 0:
-        if not index.is_trained:
-            raise ValueError(
-                f"`index` must hold the database's {count} rows or be trained to take them, got an "
-                f"empty {type(index).__name__} that is not trained"
-            )
-        try:
-            for shard in shards:
-                index.add(as_array(shard.embeddings))
-        except RuntimeError as error:  # an index that wants ids, for example
-            raise ValueError(
-                f"`index` must hold the database's {count} rows or take them, got an empty "
-                f"{type(index).__name__}: {error}"
-            ) from error
+        return _numbered(_filled(faiss, index, shards, numbers), numbers)
     if index.ntotal != count:
-        raise ValueError(f"`index` must hold the database's {count} rows, got {index.ntotal}")
-    if ours and device.type == "cuda":
-        index = _on_gpu(faiss, index, device)
-    return _Overridden(index) if _overrides_search(index) else index
+        raise ValueError(
+            f"`index` must hold the database's {count} rows, got {index.ntotal}: add or remove "
+            "rows until both have the same, or take index='Flat', which is made of the database"
+        )
+    _check_rows(faiss, index, shards, numbers)
+    return _numbered(_Overridden(index) if _overrides_search(index) else index, numbers)
+
+
+def check_count(index: Any, count: int) -> None:
+    """Refuse an index that has got or lost rows since :func:`open_index`.
+
+    Raises:
+        ValueError: it does not hold ``count`` rows.
+    """
+    if index.ntotal != count:
+        raise ValueError(
+            f"`index` must hold the database's {count} rows, as it did when it was given, got "
+            f"{index.ntotal}: make an Explainer with an index and a database that agree"
+        )
 
 
 def one_at_a_time(index: Any) -> bool:
@@ -104,7 +125,7 @@ def one_at_a_time(index: Any) -> bool:
     faiss = import_faiss("index")
     if not hasattr(faiss, "GpuIndex"):
         return False
-    if isinstance(index, _Overridden):
+    while isinstance(index, _Wrapped):
         index = index.index
     index = faiss.downcast_index(index) if hasattr(index, "this") else index
     if isinstance(index, faiss.GpuIndex):
@@ -155,8 +176,166 @@ def _check_metric(faiss: Any, index: Any, shards: list[Shard]) -> None:
         )
 
 
-class _Overridden:
-    """An index whose class overrides ``search`` in Python: calls that."""
+def _row_ids(ids: Any, count: int) -> np.ndarray[Any, Any]:
+    """Return the index's id of each row, [N] int64, checked."""
+    numbers = np.asarray(ids.detach().cpu() if isinstance(ids, Tensor) else ids)
+    if not (numbers.dtype.kind in "iu" and numbers.ndim == 1):
+        raise TypeError(
+            f"`ids` must be [N] whole numbers, the index's id of each row, got "
+            f"{numbers.dtype} of shape {list(numbers.shape)}"
+        )
+    if len(numbers) != count:
+        raise ValueError(
+            f"`ids` must have one id for each of the database's {count} rows, got {len(numbers)}"
+        )
+    numbers = numbers.astype(np.int64)
+    order = np.sort(numbers)
+    twice = order[1:][np.diff(order) == 0]
+    if len(twice):
+        raise ValueError(f"`ids` must be unique, got {twice[0]} for more than one row")
+    if (order == -1).any():
+        raise ValueError("`ids` must not hold -1, which FAISS returns for no row")
+    return numbers
+
+
+def _filled(faiss: Any, index: Any, shards: list[Shard], numbers: Any) -> Any:
+    """Return a copy of the caller's empty index, with the rows in it."""
+    count = sum(len(shard.embeddings) for shard in shards)
+    empty = f"`index` must hold the database's {count} rows or take them, got an empty "
+    empty += type(index).__name__
+    if not index.is_trained:
+        raise ValueError(f"{empty} that is not trained: train it, or give its factory string")
+    if _overrides_search(index):
+        raise ValueError(
+            f"{empty}, which overrides `search` and cannot be copied: add the database's "
+            "embeddings to it"
+        )
+    try:
+        index = faiss.clone_index(index)
+        if numbers is None and not isinstance(index, faiss.IndexIDMap):
+            for shard in shards:
+                index.add(as_array(shard.embeddings))
+            return index
+        numbers, first = np.arange(count) if numbers is None else numbers, 0
+        for shard in shards:
+            stop = first + len(shard.embeddings)
+            index.add_with_ids(as_array(shard.embeddings), numbers[first:stop])
+            first = stop
+    except RuntimeError as error:
+        raise ValueError(f"{empty}: {error}") from error
+    return index
+
+
+def _check_rows(faiss: Any, index: Any, shards: list[Shard], numbers: Any) -> None:
+    """Refuse an index of other rows, or of these under other ids; see :func:`open_index`."""
+    count = sum(len(shard.labels) for shard in shards)
+    asked = spread_rows(count, IDENTITY_ROWS).numpy()
+    rows = as_array(rows_at(shards, asked))
+    keys = asked if numbers is None else numbers[asked]
+    right = None
+    held = _held(faiss, index, keys, rows)
+    if held is not None:
+        keys, vectors = held
+        asked = _rows_of(keys, numbers, count)
+        right = _same(faiss, index, vectors, as_array(rows_at(shards, asked.clip(min=0))))
+    if right is None or (_overrides_search(index) and not right.all()):
+        asked = spread_rows(count, IDENTITY_ROWS).numpy()
+        keys = asked if numbers is None else numbers[asked]
+        right = _finds_itself(index, rows, asked, shards, numbers)
+    right &= asked >= 0
+    if not right.all():
+        at = int(np.flatnonzero(~right)[0])
+        what = f"row {asked[at]}" if asked[at] >= 0 else "any row"
+        raise ValueError(
+            f"`index` must hold the database's rows, and what it has under id {keys[at]} is not "
+            f"{what}: make it of the database's embeddings in their order, say with `ids` which "
+            "id each row has in it, or take index='Flat'"
+        )
+
+
+def _rows_of(keys: Any, numbers: Any, count: int) -> np.ndarray[Any, Any]:
+    """Return the rows of an index's ids, -1 where an id is no row's."""
+    if numbers is None:
+        return np.where((keys >= 0) & (keys < count), keys, -1)
+    order = numbers.argsort()
+    places = order[np.searchsorted(numbers, keys, sorter=order).clip(max=count - 1)]
+    return np.where(numbers[places] == keys, places, -1)
+
+
+def _held(faiss: Any, index: Any, keys: Any, rows: Any) -> tuple[Any, Any] | None:
+    """Return (ids [n], vectors [n, D]) of an index; None where it does not give its vectors.
+
+    They are those under the keys, or, of an index that does not find a vector by its id, those
+    that a search for the rows finds; -1 is an id of none.
+    """
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexIDMap):
+        ids = faiss.vector_to_array(index.id_map)
+        places = _rows_of(keys, ids, len(ids))
+        if (places < 0).any():
+            return keys, np.where((places < 0)[:, None], np.nan, rows)
+        inner = _held(faiss, index.index, places, rows)
+        return None if inner is None else (np.where(inner[0] < 0, -1, ids[inner[0]]), inner[1])
+    try:
+        if isinstance(index, faiss.IndexIVF) or keys.max() < index.ntotal:
+            return keys, index.reconstruct_batch(keys)
+    except RuntimeError:
+        pass
+    try:
+        _, found, vectors = index.search_and_reconstruct(rows, 1)
+        return found[:, 0], vectors[:, 0]
+    except RuntimeError:
+        return None
+
+
+def _same(faiss: Any, index: Any, vectors: Any, rows: Any) -> np.ndarray[Any, Any] | None:
+    """Whether an index holds these rows [n] bool; None where it is lossy and cannot tell."""
+
+    def near(vectors: Any, rows: Any) -> np.ndarray[Any, Any]:
+        distances = np.linalg.norm(vectors - rows, axis=1)
+        return np.asarray(distances <= IDENTITY_TOLERANCE * np.linalg.norm(rows, axis=1))
+
+    right = near(vectors, rows)
+    if right.all():
+        return right
+    index = faiss.downcast_index(index)
+    while isinstance(index, (faiss.IndexIDMap, faiss.IndexHNSW)):
+        index = index.index if isinstance(index, faiss.IndexIDMap) else index.storage
+        index = faiss.downcast_index(index)
+    try:
+        decoded = index.sa_decode(index.sa_encode(rows))
+    except RuntimeError:
+        return None
+    if near(decoded, rows).all():
+        return right  # not lossy, and so other rows
+    coded = near(vectors, decoded)
+    return np.ones_like(coded) if coded.mean() >= SAME_CODES else coded
+
+
+def _finds_itself(
+    index: Any, rows: Any, asked: Any, shards: list[Shard], numbers: Any
+) -> np.ndarray[Any, Any]:
+    """Whether an index finds each of these rows [n] bool, as far as a search can tell.
+
+    One that is not lossy must find SAME_CODES of them in the first place; a lossy one must find
+    half of them among SEARCHED_NEIGHBORS, and in the first place the rows more often than those
+    before or after them, which it would find if a row were missing from it.
+    """
+    count = sum(len(shard.labels) for shard in shards)
+    _, ids = index.search(rows, min(count, SEARCHED_NEIGHBORS))
+    found = _rows_of(ids, numbers, count)
+    first = found[:, 0]
+    twins = np.linalg.norm(as_array(rows_at(shards, first.clip(min=0))) - rows, axis=1)
+    itself = (twins <= IDENTITY_TOLERANCE * np.linalg.norm(rows, axis=1)) & (first >= 0)
+    among = (found == asked[:, None]).any(1)
+    others = max((first == asked - 1).mean(), (first == asked + 1).mean())
+    if itself.mean() >= SAME_CODES or (among.mean() >= 0.5 and itself.mean() > others):
+        return np.ones(len(rows), dtype=bool)
+    return np.asarray(itself)
+
+
+class _Wrapped:
+    """An index that is searched in another way."""
 
     def __init__(self, index: Any) -> None:
         self.index = index
@@ -164,11 +343,44 @@ class _Overridden:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.index, name)
 
+
+class _Overridden(_Wrapped):
+    """An index whose class overrides ``search`` in Python: calls that."""
+
     def search_c(self, n: int, queries: Any, k: int, distances: Any, ids: Any) -> None:
         """As FAISS's: through pointers."""
         D, I = self.index.search(_view(queries, ctypes.c_float, n, self.index.d), k)  # noqa: E741
         _view(distances, ctypes.c_float, n, k)[:] = D
         _view(ids, ctypes.c_int64, n, k)[:] = I
+
+
+class _Numbered(_Wrapped):
+    """An index that has ids of its own: returns the rows' numbers.
+
+    Args:
+        index: the index.
+        numbers: [N] int64, the id of each row.
+    """
+
+    def __init__(self, index: Any, numbers: np.ndarray[Any, Any]) -> None:
+        super().__init__(index)
+        self._order = numbers.argsort()
+        self._sorted = numbers[self._order]
+
+    def search_c(self, n: int, queries: Any, k: int, distances: Any, ids: Any) -> None:
+        """As FAISS's: through pointers."""
+        self.index.search_c(n, queries, k, distances, ids)
+        found = _view(ids, ctypes.c_int64, n, k)
+        places = np.searchsorted(self._sorted, found).clip(max=len(self._sorted) - 1)
+        known = self._sorted[places] == found
+        strange = found[~known & (found != -1)]
+        if len(strange):
+            raise ValueError(f"`ids` must name every row of `index`, it returned {strange[0]}")
+        found[:] = np.where(known, self._order[places], -1)
+
+
+def _numbered(index: Any, numbers: np.ndarray[Any, Any] | None) -> Any:
+    return index if numbers is None else _Numbered(index, numbers)
 
 
 def _overrides_search(index: Any) -> bool:

@@ -18,6 +18,7 @@ from gcfast.database.shards import Shard
 from gcfast.errors import GcfastError
 from gcfast.explain.faiss_search import (
     ExactSearch,
+    check_count,
     mean_distance,
     one_at_a_time,
     open_index,
@@ -105,12 +106,15 @@ class IndexTransfer:
         device: where embeddings come from and results go.
         k: neighbors.
         index: as :func:`gcfast.explain.faiss_search.open_index`.
+        ids: as there.
 
     Raises:
         MissingExtraError, TypeError, ValueError: as :func:`gcfast.explain.faiss_search.open_index`.
     """
 
-    def __init__(self, database: Database, device: torch.device, k: int, index: Any) -> None:
+    def __init__(
+        self, database: Database, device: torch.device, k: int, index: Any, ids: Any = None
+    ) -> None:
         faiss = import_faiss("index")
         shards = database.shards
         self.k = k
@@ -118,7 +122,8 @@ class IndexTransfer:
         # What float16 weights were multiplied by to keep their digits.
         self.weight_scale = database.weight_scale
         self.device = device
-        self.index = open_index(index, shards, device)
+        self.index = open_index(index, shards, device, ids)
+        self.count = len(database)
         self.width = shards[0].channels.shape[1]
         self.real_labels = shards[0].labels.is_floating_point()
         self.engine = make_engine(self.index, shards, threads=torch.get_num_threads())
@@ -140,7 +145,7 @@ class IndexTransfer:
 
         Raises:
             GcfastError: this process was forked from the one that made it.
-            ValueError: the index returned an id that is no row.
+            ValueError: the index has got or lost rows, or returned an id that is no row.
             Exception: whatever the index raises.
         """
         if self.device.type == "cuda":
@@ -198,6 +203,7 @@ class IndexTransfer:
     ) -> _Arrays:
         if copied is not None:
             copied.synchronize()
+        check_count(self.index, self.count)
         return self.engine.transfer(
             queries,
             k=self.k,
@@ -268,9 +274,11 @@ def make_engine(
     )
 
 
-def make_transfer(database: Database, device: torch.device, k: int, index: Any) -> Transfer:
-    """Make the transfer that ``Explainer(index=…)`` asks for."""
+def make_transfer(
+    database: Database, device: torch.device, k: int, index: Any, ids: Any = None
+) -> Transfer:
+    """Make the transfer that ``Explainer(index=…, ids=…)`` asks for."""
     with torch.no_grad(), full_precision(device):
         if isinstance(index, str) and index == "exact":
             return ExactTransfer(database, device, k)
-        return IndexTransfer(database, device, k, index)
+        return IndexTransfer(database, device, k, index, ids)

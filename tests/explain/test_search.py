@@ -87,9 +87,9 @@ def test_a_users_index_full_or_empty_or_of_inner_products(faiss: Any) -> None:
     for kind in (faiss.IndexFlatL2, faiss.IndexFlatIP):
         empty, full = kind(WIDTH), kind(WIDTH)
         full.add(np.ascontiguousarray(rows.numpy()))
-        for index in (empty, full):
+        for index, count in ((empty, 0), (full, TABLE_ROWS)):
             assert search(index, rows, queries, 2)[1].tolist() == wanted
-            assert index.ntotal == TABLE_ROWS
+            assert index.ntotal == count  # an empty one is copied, and the copy filled
 
 
 @pytest.mark.parametrize("index", ["exact", "Flat"])
@@ -118,10 +118,10 @@ def test_indices_that_do_not_fit_are_refused(faiss: Any) -> None:
         opened("nonsense")
     with pytest.raises(ValueError, match="must be trainable on the database's 60 rows"):
         opened("IVF100,Flat")
-    with pytest.raises(ValueError, match="60 rows or be trained to take them, got an empty Index"):
+    with pytest.raises(
+        ValueError, match=r"60 rows or take them, got an empty Index.* not trained: train it"
+    ):
         opened(faiss.index_factory(WIDTH, "IVF4,Flat"))
-    with pytest.raises(ValueError, match="60 rows or take them, got an empty IndexIDMap: "):
-        opened(faiss.IndexIDMap(faiss.IndexFlatL2(WIDTH)))
     with pytest.raises(ValueError, match=r"METRIC_L2, or METRIC_INNER_PRODUCT .* got metric 2"):
         opened(faiss.IndexFlat(WIDTH, faiss.METRIC_L1))
     with pytest.raises(ValueError, match=r"not of unit length, got METRIC_INNER_PRODUCT and rows"):
@@ -175,7 +175,11 @@ def test_an_index_that_finds_nothing_gives_a_flat_map(faiss: Any) -> None:
         def search(self, queries: Any, k: int) -> tuple[Any, Any]:
             return np.full((len(queries), k), np.inf, "f4"), np.full((len(queries), k), -1)
 
-    one = gcfast.Explainer(model, database=database, index=Blind(WIDTH), k=3)
+    blind = Blind(WIDTH)
+    with pytest.raises(ValueError, match="overrides `search` and cannot be copied: add the data"):
+        gcfast.Explainer(model, database=database, index=blind).explain_batch(images[:2])
+    blind.add(database.embeddings.numpy())
+    one = gcfast.Explainer(model, database=database, index=blind, k=3)
     why = one.explain_batch(images[:2], details=True)
     assert why.flat.tolist() == [True, True]
     assert why.labels.tolist() == why.neighbors.tolist() == [[-1] * 3] * 2
