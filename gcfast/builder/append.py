@@ -15,6 +15,7 @@ from gcfast.builder.spool import one_table
 from gcfast.database import shards
 from gcfast.database.database import Database
 from gcfast.database.float16 import in_storage
+from gcfast.database.ids import repeated
 from gcfast.database.manifest import CALIBRATION, require_same_rows
 from gcfast.database.write import commit, disk_errors, next_number, write_shard, writing
 from gcfast.errors import GcfastError
@@ -82,6 +83,12 @@ class _Further:
         )
         totals = Totals(first=database.report["images"], labels=known)
         embedded = embed(network, loader, settings, progress=progress, totals=totals)
+        twice = repeated(database.ids, embedded.ids)
+        if twice is not None and twice[2] >= len(database):
+            raise ValueError(
+                f"`ids` must be new to the database, got {twice[0]!r}, which row {twice[1]} has: "
+                "give the image another id, or remove that row first (Database.remove)"
+            )
         stored = database.shards
         table = one_table([*(shard.embeddings for shard in stored), embedded.embeddings])
         self.everyone = (table, torch.cat([*(s.labels for s in stored), embedded.labels]))

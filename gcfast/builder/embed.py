@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gcfast.builder.loader import Batch, batches, check_embeddings, on_device
 from gcfast.builder.offload import Columns, Offload, resident
 from gcfast.builder.spool import Spool
-from gcfast.database.ids import Ids, IdTable
+from gcfast.database.ids import Ids, IdTable, repeated
 from gcfast.method import labels
 from gcfast.method.head import AffineHead, normalized, probe
 from gcfast.method.labels import Labels, Values
@@ -157,7 +157,15 @@ def embed(
         _Stage(network, settings, spool, totals).run(loader, progress, after_batch)
         if not totals.first:
             totals.labels.require_two()
-        return totals.embedded(spool)
+        embedded = totals.embedded(spool)
+        twice = repeated(embedded.ids)
+        if twice is not None:
+            first, second = (totals.first + number for number in twice[1:])
+            raise ValueError(
+                f"`ids` must be unique, got {twice[0]!r} for images {first} and {second}: give "
+                "each image an id of its own, or no ids at all"
+            )
+        return embedded
     finally:
         spool.close()
 

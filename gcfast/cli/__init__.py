@@ -1,4 +1,4 @@
-"""The command ``gcfast``: build, explain, evaluate, compress, index, info, demo.
+"""The command ``gcfast``.
 
 Results go to standard output; progress, counts of what was left out and errors to standard error.
 Exit status: 0 done, 2 an error told in one line, 130 stopped by Ctrl-C.

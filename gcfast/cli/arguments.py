@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_compress,
         _add_index,
+        _add_remove,
+        _add_relabel,
+        _add_merge,
         _add_info,
         _add_demo,
     ):
@@ -234,6 +237,35 @@ def _add_index(commands: Any) -> None:
     index.add_argument(
         "--factory", required=True, metavar="STRING", help='FAISS factory string: "IVF4096,PQ32", …'
     )
+
+
+def _add_remove(commands: Any) -> None:
+    remove = _command(commands, "remove", "database:remove_rows", "take pictures out of a database")
+    remove.add_argument("database", type=Path, metavar="DB")
+    remove.add_argument("ids", nargs="*", metavar="ID", help="the picture's id: its path")
+    remove.add_argument("--ids-from", type=Path, metavar="FILE", help="one id a line")
+
+
+def _add_relabel(commands: Any) -> None:
+    relabel = _command(
+        commands, "relabel", "database:relabel_rows", "give pictures of a database other labels"
+    )
+    relabel.add_argument("database", type=Path, metavar="DB")
+    relabel.add_argument(
+        "--labels", type=Path, required=True, metavar="CSV", help="columns path and label"
+    )
+
+
+def _add_merge(commands: Any) -> None:
+    merge = _command(commands, "merge", "database:merge_databases", "join databases of one model")
+    merge.add_argument("databases", nargs="+", type=Path, metavar="DB")
+    merge.add_argument(
+        "--out", type=Path, required=True, metavar="DB", help="the new database's folder"
+    )
+    merge.add_argument(
+        "--prefixes", nargs="+", metavar="P", help="put before the ids of each database"
+    )
+    merge.add_argument("--force", action="store_true", help="replace an existing database")
 
 
 def _add_info(commands: Any) -> None:

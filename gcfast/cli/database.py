@@ -1,11 +1,14 @@
-"""The commands on an existing database: ``gcfast compress``, ``gcfast index``, ``gcfast info``."""
+"""The commands on an existing database: compress, index, remove, relabel, merge and info."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gcfast.database.database import Database
@@ -47,6 +50,87 @@ def index_database(options: argparse.Namespace) -> None:
     database.build_index(options.factory)
     size = database.manifest["index"]["bytes"]
     print(f"{database.index_path}: {options.factory} of {len(database):,} rows, {size:,} bytes")
+
+
+def remove_rows(options: argparse.Namespace) -> None:
+    """Take rows out of a database and tell how many stay.
+
+    Raises:
+        ValueError: no ids, one twice, one that no row has, or all of them.
+        GcfastError: there is no database, or another process writes to it.
+    """
+    ids = list(options.ids)
+    if options.ids_from is not None:
+        text = options.ids_from.read_text(encoding="utf-8", errors="surrogateescape")
+        ids += [line for line in text.splitlines() if line]
+    database = Database.open(options.database)
+    changed = _told(lambda: database.remove(ids))
+    print(f"{options.database}: {len(database) - len(changed)} rows removed, {len(changed)} stay")
+
+
+def relabel_rows(options: argparse.Namespace) -> None:
+    """Give rows other labels and tell how many.
+
+    Raises:
+        ValueError: no CSV with the columns path and label; an id twice, or one that no row has.
+        GcfastError: there is no database, or another process writes to it.
+    """
+    database = Database.open(options.database)
+    kind: Callable[[str], Any] = str
+    if not database.class_names:
+        kind = float if database.labels.is_floating_point() else int
+    labels: dict[str, Any] = {}
+    with options.labels.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if not {"path", "label"} <= set(reader.fieldnames or ()):
+            raise ValueError(
+                f"`--labels` must have the columns path and label, {options.labels} has "
+                f"{', '.join(reader.fieldnames or ()) or 'none'}"
+            )
+        for line in reader:
+            if line["path"] in labels:
+                raise ValueError(
+                    f"`--labels` must name each picture once, got {line['path']} twice"
+                )
+            try:
+                labels[line["path"]] = kind(line["label"])
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"`--labels` must give numbers, as the database's labels are, got "
+                    f"{line['label']!r} for {line['path']}"
+                ) from None
+    changed = _told(lambda: database.relabel(labels))
+    new = changed.class_names[len(database.class_names) :]
+    print(f"{options.database}: {len(labels)} rows relabelled, {len(new)} new classes")
+
+
+def merge_databases(options: argparse.Namespace) -> None:
+    """Join databases and tell how many rows they have together.
+
+    Raises:
+        FileExistsError: as :func:`gcfast.database.write.check_target`.
+        ValueError: fewer than two, of other settings, or with an id in common.
+        GcfastError: there is no database, or one of another model.
+    """
+    check_target(
+        options.out, overwrite=options.force, name="--out", remedies=("--force", "--resume")
+    )
+    parts = [Database.open(path) for path in options.databases]
+    merged = Database.merge(
+        *parts, out=options.out, prefixes=options.prefixes, overwrite=options.force
+    )
+    rows = " + ".join(f"{len(part):,}" for part in parts)
+    print(f"{options.out}: {rows} = {len(merged):,} rows")
+
+
+def _told(change: Callable[[], Database]) -> Database:
+    """Make a change; its warnings go to standard error as lines."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        changed = change()
+    for warning in said:
+        print(f"gcfast: {warning.message}", file=sys.stderr)
+    return changed
 
 
 def describe_database(options: argparse.Namespace) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from gcfast._checks import require_int
+from gcfast.database import edit
 from gcfast.database import index as stored_index
 from gcfast.database.columns import Columns
 from gcfast.database.compress import compressed
 from gcfast.database.float16 import Conversion
 from gcfast.database.ids import Ids
+from gcfast.database.manifest import opened
 from gcfast.database.members import Members, MembersFile, PackedMembers
-from gcfast.database.read import opened
 from gcfast.database.shards import FIELDS, Shard, ShardFile
 from gcfast.database.write import write_database
 from gcfast.errors import GcfastError, NoDatabaseError
@@ -200,6 +202,109 @@ class Database(Columns):
         )
         one = Database(rows._asdict(), ids, manifest)
         one.members = members
+        return one
+
+    def remove(self, ids: Iterable[str]) -> Database:
+        """Return the database without the rows of some images.
+
+        A database with a folder is changed there: shards that lose rows are written anew, and then
+        the manifest, so that a reader sees the old rows or the new. The rows that stay keep their
+        weights, some of which come from triplets with removed images: all count as ``older_rows``
+        until ``Explainer.rebuild``. A stored index and a calibration are dropped with a warning.
+
+        Args:
+            ids: of the images, as ``ids`` has them.
+
+        Returns:
+            The changed database, opened anew; in memory where this one is. This one stays as it is.
+
+        Raises:
+            TypeError, ValueError: ids that are no strings, come twice or are of no row; all rows.
+            GcfastError: a compressed database; one that another process writes to, or has changed.
+            OSError: the disk is full, or another failure to write; the database is as it was.
+        """
+        return self._edited(edit.removal(self, ids))
+
+    def relabel(self, labels: Mapping[str, Any]) -> Database:
+        """Return the database with other labels for some images.
+
+        It is written as :meth:`remove` does. A new name gets the next number, and a name that no
+        row has any more keeps its own. Weights stay, and come from triplets by the labels before:
+        all rows count as ``older_rows``. A calibration is dropped with a warning; a stored index
+        stays.
+
+        Args:
+            labels: the new label of each id: a name or a number, as the database's are.
+
+        Returns:
+            The changed database, as :meth:`remove`.
+
+        Raises:
+            TypeError, ValueError: labels of another kind than the database's; ids that are of no
+                row, or no strings.
+            GcfastError, OSError: as :meth:`remove`.
+        """
+        return self._edited(edit.relabelling(self, labels))
+
+    @staticmethod
+    def merge(
+        *databases: Database,
+        out: str | os.PathLike[str] | None = None,
+        prefixes: Sequence[str] | None = None,
+        overwrite: bool = False,
+    ) -> Database:
+        """Return one database of the rows of several, one after another.
+
+        Labels are matched by name. The mean activation is that of all, each weighted by its number
+        of images, and the offsets are made anew with it. No row has drawn its triplets from another
+        database's images: all count as ``older_rows``. Ids of pictures in different folders
+        (``preprocessing["images"]``) become paths from the folder that has them all.
+
+        Args:
+            databases: two or more, of one model, layer, settings, preprocessing and storage.
+            out: the folder to write to; None keeps the rows in memory.
+            prefixes: one for each database, put before its ids.
+            overwrite: replace a gcfast database at ``out``.
+
+        Raises:
+            TypeError, ValueError: fewer than two databases, or other settings; an id of two rows.
+            ModelMismatchError: other models.
+            GcfastError: a compressed database; another process writes to ``out``.
+            FileExistsError, OSError: as :meth:`save`.
+        """
+        for one in databases:
+            if not isinstance(one, Database):
+                raise TypeError(
+                    f"`databases` must be gcfast.Database, got {type(one).__name__}; "
+                    "gcfast.Database.open reads one"
+                )
+        if len(databases) < 2:
+            raise ValueError(f"`databases` must be two or more, got {len(databases)}")
+        merged = edit.Merged(databases, prefixes)
+        if out is None:
+            return Database(merged.rows(0, len(merged.ids))._asdict(), merged.ids, merged.manifest)
+        target = Path(out).absolute()
+        write_database(target, merged.manifest, merged.rows, merged.ids, None, overwrite=overwrite)
+        return Database.open(target)
+
+    def _edited(self, change: edit.Change) -> Database:
+        """Return the database with a change made, in its folder or in memory."""
+        names = {"index": "the stored index", "calibration": "the calibration"}
+        dropped = [names[key] for key in change.dropped if key in self.manifest]
+        if self.path is None:
+            parts = edit.applied(self, change)
+            one = Database.__new__(Database)
+            one._fill(parts.shards, parts.ids, parts.manifest)
+        else:
+            edit.written(self.path, self, change)
+            one = Database.open(self.path)
+        if dropped:
+            warnings.warn(
+                f"{' and '.join(dropped)} of the database held for the rows before and "
+                f"{'are' if len(dropped) > 1 else 'is'} dropped: gcfast index and calibrate make "
+                "them again",
+                stacklevel=3,
+            )
         return one
 
     def extended(self, rows: Shard, ids: Sequence[str], manifest: dict[str, Any]) -> Database:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+AT_ONCE = 65_536  # ids that are decoded at once where all of them are gone through
+
 
 class IdTable(NamedTuple):
     """Ids as bytes, one after another."""
@@ -38,6 +40,40 @@ class IdTable(NamedTuple):
         ends = np.cumsum([len(i) for i in encoded], dtype=np.int64)
         content = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
         return cls(torch.from_numpy(ends), torch.from_numpy(content))
+
+
+def repeated(*parts: Sequence[str]) -> tuple[str, int, int] | None:
+    """Return the first id that comes again in these sequences, and its two places in them.
+
+    Places are numbered through all sequences. Only a hash of each id is held, and no more than
+    AT_ONCE ids as strings.
+    """
+    hashes = np.fromiter(
+        (
+            hash(name)
+            for part in parts
+            for start in range(0, len(part), AT_ONCE)
+            for name in part[start : start + AT_ONCE]
+        ),
+        dtype=np.int64,
+        count=sum(map(len, parts)),
+    )
+    order = hashes.argsort(kind="stable")
+    same = np.flatnonzero(np.diff(hashes[order]) == 0)
+    for at in same[order[same + 1].argsort()].tolist():  # the first that comes again
+        one, two = int(order[at]), int(order[at + 1])
+        names = [_at(parts, one), _at(parts, two)]
+        if names[0] == names[1]:  # and not their hashes alone
+            return names[0], one, two
+    return None
+
+
+def _at(parts: Sequence[Sequence[str]], number: int) -> str:
+    for part in parts:
+        if number < len(part):
+            return part[number]
+        number -= len(part)
+    raise IndexError(number)
 
 
 class Ids(Sequence[str]):

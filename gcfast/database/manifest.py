@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from gcfast.database.members import MembersFile
+from gcfast.database.shards import ShardFile
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
 
 FORMAT = "gcfast-database"
@@ -87,6 +89,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise DamagedDatabaseError(f"{folder / MANIFEST} is damaged: {error}") from error
     return manifest
+
+
+def opened(path: Path) -> tuple[dict[str, Any], list[ShardFile], MembersFile | None]:
+    """Return the manifest and its files, all of one database, also while another replaces it.
+
+    Raises:
+        NoDatabaseError, DamagedDatabaseError, GcfastError: as :meth:`gcfast.Database.open`.
+    """
+    folder = path.absolute()  # the process may change its working directory
+    manifest = read_manifest(path)
+    while True:
+        damage, members = None, None
+        try:
+            files = [ShardFile(folder, entry) for entry in manifest["shards"]]
+            if "members" in manifest:
+                members = MembersFile(folder, manifest["members"])
+        except DamagedDatabaseError as error:
+            damage = error
+        now = read_manifest(path)
+        if now == manifest:
+            if damage is not None:
+                raise damage
+            return manifest, files, members
+        manifest = now
 
 
 def require_same_rows(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

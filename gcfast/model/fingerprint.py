@@ -77,6 +77,14 @@ def difference(stored: dict[str, Any], model: dict[str, Any]) -> str | None:
     return None
 
 
+def outputs_differ(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two fingerprints are of models that make other things of the same fixed images."""
+    if "outputs" not in one or "outputs" not in two or one["images"] != two["images"]:
+        return False
+    a, b = torch.tensor(one["outputs"]), torch.tensor(two["outputs"])
+    return float(((a - b).norm(dim=1) / a.norm(dim=1).clamp(min=1e-12)).max()) > SAME
+
+
 def check_model(stored: dict[str, Any], network: Network, *, what: str = "the database") -> None:
     """Refuse a model that is not the one that a fingerprint is of.
 

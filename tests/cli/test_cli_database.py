@@ -67,3 +67,52 @@ def test_info_compares_checksums_when_asked(capsys, tmp_path, here):
     assert run(capsys, "info", tmp_path / "db")[0] == 0
     assert "checksum differs" in fails(capsys, "info", tmp_path / "db", "--verify")
     assert run(capsys, "info", here / "db", "--verify")[0] == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_remove_relabel_and_merge(capsys, tmp_path):
+    """On copies: the pictures' ids are their paths."""
+    for name in ("one", "two"):
+        Database.open("db").save(tmp_path / name)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(capsys, "index", one, "--factory", "Flat")[0] == 0
+    (tmp_path / "gone.txt").write_text("green/1.png\n\nblue/0.png\n")
+    status, out, err = run(capsys, "remove", one, "red/0.png", "--ids-from", tmp_path / "gone.txt")
+    assert (status, out) == (0, f"{one}: 3 rows removed, 15 stay\n")
+    assert err.startswith("gcfast: the stored index of the database held for the rows before and")
+    left = Database.open(one, verify=True)
+    assert set(Database.open("db").ids) - set(left.ids) == {
+        "red/0.png",
+        "green/1.png",
+        "blue/0.png",
+    }
+    assert "has none of red/0.png" in fails(capsys, "remove", one, "red/0.png")
+    assert "must name at least one row" in fails(capsys, "remove", one)
+
+    table = tmp_path / "new.csv"
+    table.write_text("path,label\nred/1.png,green\nred/2.png,violet\n")
+    assert run(capsys, "relabel", one, "--labels", table) == (
+        0, f"{one}: 2 rows relabelled, 1 new classes\n", ""
+    )  # fmt: skip
+    now = Database.open(one, verify=True)
+    labels = {i: now.label_name(n) for i, n in zip(now.ids, now.labels.tolist(), strict=True)}
+    assert (labels["red/1.png"], labels["red/2.png"], labels["red/3.png"]) == (
+        "green", "violet", "red"
+    )  # fmt: skip
+    table.write_text("file,label\nred/1.png,green\n")
+    assert "columns path and label" in fails(capsys, "relabel", one, "--labels", table)
+    table.write_text("path,label\nred/1.png,green\nred/1.png,red\n")
+    assert "each picture once, got red/1.png" in fails(capsys, "relabel", one, "--labels", table)
+
+    both = tmp_path / "both"
+    assert "for more than one row" in fails(capsys, "merge", one, two, "--out", both)
+    status, out, _ = run(capsys, "merge", one, two, "--out", both, "--prefixes", "a/", "b/")
+    assert (status, out) == (0, f"{both}: 15 + 18 = 33 rows\n")
+    assert {name[:2] for name in Database.open(both, verify=True).ids} == {"a/", "b/"}
+    assert "; --force replaces it" in fails(capsys, "merge", one, two, "--out", both)
+    assert (
+        run(capsys, "merge", one, two, "--out", both, "--prefixes", "a/", "b/", "--force")[0] == 0
+    )
+    status, out, _ = run(capsys, "info", one)
+    assert "report.removed               3\n" in out
+    assert "report.zero_rows " in out

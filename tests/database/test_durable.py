@@ -17,7 +17,7 @@ from networks import common, loader, pictures
 
 import gcfast
 from gcfast.builder import append as append_module
-from gcfast.database import files, read, shards
+from gcfast.database import files, manifest, shards
 from gcfast.database.database import Database
 
 pytest.importorskip("fcntl")
@@ -181,7 +181,7 @@ def test_a_database_that_is_replaced_while_it_is_opened(
     larger = gcfast.Explainer(common(), "backbone", channels=4).build(loader(*pictures(31)))
     small, opened = len(Database.open(saved)), []
 
-    class Interrupted(read.ShardFile):
+    class Interrupted(manifest.ShardFile):
         def __init__(self, *arguments: Any) -> None:
             if at == 1:
                 super().__init__(*arguments)
@@ -191,7 +191,7 @@ def test_a_database_that_is_replaced_while_it_is_opened(
             if at == 0:
                 super().__init__(*arguments)
 
-    monkeypatch.setattr(read, "ShardFile", Interrupted)
+    monkeypatch.setattr(manifest, "ShardFile", Interrupted)
     got = Database.open(saved, verify=True)
     assert len(got) == 31 != small
     assert got.manifest == larger.manifest

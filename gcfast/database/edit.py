@@ -1,0 +1,331 @@
+"""Changing a database's rows without the model: removing, relabelling and merging them.
+
+The triplets of the rows that stay were drawn from other images or labels than the database has
+afterwards, so all of them count as ``older_rows``; ``Explainer.rebuild`` renews them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gcfast._checks import listed
+from gcfast.database.float16 import in_storage
+from gcfast.database.ids import repeated
+from gcfast.database.manifest import CALIBRATION, require_same_rows
+from gcfast.database.shards import Shard
+from gcfast.database.write import commit, disk_errors, next_number, write_shard, writing
+from gcfast.errors import GcfastError, ModelMismatchError
+from gcfast.method.labels import column
+from gcfast.model.fingerprint import difference, outputs_differ
+
+if TYPE_CHECKING:
+    from gcfast.database.database import Database
+
+IDS_AT_ONCE = 65_536
+OF_THE_ROWS = ("index", CALIBRATION)  # entries of a manifest that hold for its rows alone
+
+
+class Change(NamedTuple):
+    """What becomes of a database's rows."""
+
+    kept: Tensor  # [N] bool
+    labels: Tensor  # [N], of all of them
+    manifest: dict[str, Any]  # its entries that change
+    dropped: tuple[str, ...]  # and those that no longer hold
+
+
+class Parts(NamedTuple):
+    """A database in memory."""
+
+    shards: list[Shard]
+    ids: list[str]
+    manifest: dict[str, Any]
+
+
+def removal(database: Database, ids: Iterable[str]) -> Change:
+    """Return the change that :meth:`gcfast.Database.remove` makes."""
+    places = _places(database, _names(ids, "ids"))
+    kept = torch.ones(len(database), dtype=torch.bool)
+    kept[places] = False
+    if not kept.any():
+        raise ValueError(
+            f"`ids` must leave a row, got the ids of all {len(database)}: delete the folder instead"
+        )
+    labels = torch.cat([shard.labels for shard in database.shards])
+    report = database.report
+    gone: dict[str, Callable[[Shard], Tensor]] = {
+        "rows": lambda row: torch.ones(len(row.labels), dtype=torch.bool),
+        "hardest_triplet": lambda row: row.triplet_counts == 0,
+        "zero_rows": lambda row: (row.weights == 0).all(1),
+    }
+    for shard, (start, stop) in _ranges(database):
+        rows = Shard(*(values[~kept[start:stop]] for values in shard))
+        for name, is_one in gone.items():
+            if name in report:
+                report[name] -= int(is_one(rows).sum())
+    report["removed"] = report.get("removed", 0) + len(places)
+    return Change(kept, labels, {"report": report, "older_rows": int(kept.sum())}, OF_THE_ROWS)
+
+
+def relabelling(database: Database, labels: Mapping[str, Any]) -> Change:
+    """Return the change that :meth:`gcfast.Database.relabel` makes."""
+    if not isinstance(labels, Mapping):
+        raise TypeError(f"`labels` must map ids to labels, got {type(labels).__name__}")
+    names = _names(labels, "labels")
+    now = torch.cat([shard.labels for shard in database.shards])
+    numbers = column(now.is_floating_point(), database.class_names, now[:1].tolist())
+    given = numbers.listed(list(labels.values()), len(labels))
+    wanted = dict(zip(names, numbers.add(given).tolist(), strict=True))  # type: ignore[arg-type]
+    places = _places(database, names)
+    now[places] = torch.tensor([wanted[database.ids[at]] for at in places], dtype=now.dtype)
+    changes = {"class_names": numbers.names, "older_rows": len(database)}
+    return Change(torch.ones(len(now), dtype=torch.bool), now, changes, (CALIBRATION,))
+
+
+def applied(database: Database, change: Change) -> Parts:
+    """Return a database in memory with the change made."""
+    shards, ids = [], []
+    for shard, (start, stop) in _ranges(database):
+        rows, names = _changed(database, change, shard, start, stop)
+        shards.append(rows)
+        ids += names
+    manifest = {k: v for k, v in database.manifest.items() if k not in change.dropped}
+    return Parts([rows for rows in shards if len(rows.labels)], ids, manifest | change.manifest)
+
+
+def written(folder: Path, database: Database, change: Change) -> None:
+    """Make the change in the database's folder: shards without one stay as they are.
+
+    Raises:
+        GcfastError: the folder has changed since it was opened, or another process writes to it.
+        OSError: the disk is full, or another failure to write; the database is as it was.
+    """
+    with (
+        writing(folder, lambda: require_same_rows(folder, database.manifest)) as stored,
+        disk_errors(folder),
+    ):
+        number, stop, entries = next_number(folder), 0, []
+        for entry in stored["shards"]:  # a database that was saved from memory has other pieces
+            start, stop = stop, stop + entry["rows"]
+            shard = database.rows(start, stop)
+            same = torch.equal(shard.labels, change.labels[start:stop])
+            if same and bool(change.kept[start:stop].all()):
+                entries.append(entry)
+                continue
+            rows, names = _changed(database, change, shard, start, stop)
+            if names:
+                entries.append(write_shard(folder, number, rows, names))
+                number += 1
+        manifest = {key: value for key, value in stored.items() if key not in change.dropped}
+        commit(folder, manifest | change.manifest | {"shards": entries})
+
+
+class Merged:
+    """The rows of several databases, one after another.
+
+    Args:
+        databases: of one model, layer and settings.
+        prefixes: one for each, put before its ids.
+
+    Attributes:
+        manifest: theirs together, but for its shards.
+        ids: theirs.
+
+    Raises:
+        TypeError, ValueError, ModelMismatchError, GcfastError: as :meth:`gcfast.Database.merge`.
+    """
+
+    def __init__(self, databases: Sequence[Database], prefixes: Sequence[str] | None) -> None:
+        first = databases[0]
+        for number, other in enumerate(databases[1:], 2):
+            _check_mergeable(first, other, number)
+        if prefixes is not None and len(prefixes) != len(databases):
+            raise ValueError(
+                f"`prefixes` must be one for each of the {len(databases)} databases, got "
+                f"{len(prefixes)}"
+            )
+        preprocessing, own_prefixes = _preprocessing(databases)
+        self.databases = databases
+        self.ids = [
+            prefix + name
+            for prefix, database in zip(prefixes or own_prefixes, databases, strict=True)
+            for name in database.ids
+        ]
+        twice = repeated(self.ids)
+        if twice is not None:
+            raise ValueError(
+                f"`databases` must have different ids, got {twice[0]!r} for more than one row: "
+                "give `prefixes` to tell them apart, or remove the row from one"
+            )
+        self._starts = [0]
+        for database in databases:
+            self._starts.append(self._starts[-1] + len(database))
+        names = column(first.labels.is_floating_point())
+        self._labels = [self._relabelled(names, database) for database in databases]
+        images = [database.report["images"] for database in databases]
+        means = [
+            torch.tensor(d.manifest["mean_activation"], dtype=torch.float64) for d in databases
+        ]
+        pairs = zip(images, means, strict=True)
+        self._mean = sum((n * mean for n, mean in pairs), torch.zeros(len(means[0]))) / sum(images)
+        kept = {k: v for k, v in first.manifest.items() if k not in (*OF_THE_ROWS, "shards")}
+        counts = {name for database in databases for name in database.report}
+        self.manifest = kept | {
+            "class_names": names.names,
+            "report": {
+                name: sum(d.report.get(name, 0) for d in databases)
+                for name in (*first.report, *sorted(counts - set(first.report)))
+            },
+            "mean_activation": self._mean.tolist(),
+            "preprocessing": preprocessing,
+            "older_rows": len(self.ids),
+        }
+
+    def rows(self, start: int, stop: int) -> Shard:
+        """Return consecutive rows, their offsets made with the mean activation of all."""
+        pieces, scale = [], self.databases[0].weight_scale
+        for number, database in enumerate(self.databases):
+            first, end = self._starts[number : number + 2]
+            if first < stop and start < end:
+                low, high = max(start, first) - first, min(stop, end) - first
+                rows = database.rows(low, high)._replace(labels=self._labels[number][low:high])
+                factor = scale / database.weight_scale
+                pieces.append(
+                    in_storage(rows, database.storage, factor, self._mean, first=first + low)
+                )
+        return Shard(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    @staticmethod
+    def _relabelled(names: Any, database: Database) -> Tensor:
+        """Return a database's labels as the merged one numbers them."""
+        labels, own = torch.cat([shard.labels for shard in database.shards]), database.class_names
+        if own:
+            return torch.as_tensor(names.add(own))[labels]
+        names.add(labels[:1].tolist())
+        return labels
+
+
+def _check_mergeable(one: Database, two: Database, number: int) -> None:
+    """Refuse to merge databases whose rows do not mean the same."""
+    for database in (one, two):
+        if "compressed" in database.manifest:
+            raise GcfastError(
+                "a compressed database cannot be merged: merge the whole ones, and compress them"
+            )
+    a, b = one.manifest, two.manifest
+    differs = difference(a["fingerprint"], b["fingerprint"])
+    if differs or outputs_differ(a["fingerprint"], b["fingerprint"]):
+        why = differs or "other outputs for the same images"
+        raise ModelMismatchError(
+            f"`databases` must be of one model, number {number} is of another than the first "
+            f"({why}): build them with the same one"
+        )
+    changed = [
+        f"{name} is {x!r} and {y!r}"
+        for name, x, y in [
+            ("layer", a["layer"], b["layer"]),
+            *((k, v, b["settings"].get(k)) for k, v in a["settings"].items()),
+            ("storage", one.storage, two.storage),
+            ("channels kept", one.m, two.m),
+            ("preprocessing", *(_without_images(m.get("preprocessing")) for m in (a, b))),
+            ("kind of labels", *("names" if m["class_names"] else "numbers" for m in (a, b))),
+        ]
+        if x != y
+    ]
+    if changed:
+        raise ValueError(
+            f"`databases` must have the same settings, in number {number} and the first "
+            f"{'; '.join(changed)}: build them alike"
+        )
+
+
+def _without_images(preprocessing: Any) -> Any:
+    """Return what is known of the preprocessing, but for the folder of the pictures."""
+    if not isinstance(preprocessing, dict):
+        return preprocessing
+    return {key: value for key, value in preprocessing.items() if key != "images"}
+
+
+def _preprocessing(databases: Sequence[Database]) -> tuple[Any, list[str]]:
+    """Return the preprocessing, and what goes before each database's ids.
+
+    Ids of pictures in different folders become paths from the folder that has them all.
+    """
+    every = [database.manifest.get("preprocessing") for database in databases]
+    roots = [p.get("images") if isinstance(p, dict) else None for p in every]
+    kept = every[0]
+    if len(set(roots)) == 1 or not isinstance(kept, dict) or None in roots:
+        return kept, [""] * len(databases)
+    absolute = [os.path.abspath(str(root)) for root in roots]
+    common = os.path.commonpath(absolute)
+    paths = [Path(os.path.relpath(root, common)) for root in absolute]
+    prefixes = ["" if path == Path() else f"{path.as_posix()}/" for path in paths]
+    return kept | {"images": common}, prefixes
+
+
+def _ranges(database: Database) -> Iterator[tuple[Shard, tuple[int, int]]]:
+    """Yield each shard, and the numbers of its first row and of that after its last."""
+    start = 0
+    for shard in database.shards:
+        stop = start + len(shard.labels)
+        yield shard, (start, stop)
+        start = stop
+
+
+def _changed(
+    database: Database, change: Change, shard: Shard, start: int, stop: int
+) -> tuple[Shard, list[str]]:
+    """Return what becomes of a shard's rows and ids."""
+    kept = change.kept[start:stop]
+    rows = shard._replace(labels=change.labels[start:stop])
+    names = database.ids[start:stop]
+    if bool(kept.all()):
+        return rows, list(names)
+    return (
+        Shard(*(values[kept] for values in rows)),
+        [name for name, keep in zip(names, kept.tolist(), strict=True) if keep],
+    )
+
+
+def _names(ids: Iterable[str], what: str) -> list[str]:
+    """Return ids that are given, checked."""
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise TypeError(f"`{what}` must be several ids, got {ids!r}")
+    names = list(ids)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"`{what}` must hold ids, which are strings, got {name!r}")
+    if not names:
+        raise ValueError(f"`{what}` must name at least one row, got none")
+    twice = repeated(names)
+    if twice is not None:
+        raise ValueError(f"`{what}` must name each row once, got {twice[0]!r} twice")
+    return names
+
+
+def _places(database: Database, names: list[str]) -> list[int]:
+    """Return the numbers of the rows with these ids; of all that have one, where several do."""
+    if "compressed" in database.manifest:
+        raise GcfastError(
+            "the rows of a compressed database stand for others: change the whole one, and "
+            "compress it"
+        )
+    wanted, places, found = set(names), [], set()
+    for start in range(0, len(database), IDS_AT_ONCE):
+        for number, name in enumerate(database.ids[start : start + IDS_AT_ONCE], start):
+            if name in wanted:
+                places.append(number)
+                found.add(name)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(
+            f"the database must have rows of these ids, and has none of {listed(missing)}: "
+            "`database.ids` lists them"
+        )
+    return places
