@@ -121,8 +121,9 @@ def test_an_index_that_raises_stops_the_stream() -> None:
                 raise LookupError("not three")
             return super().search(queries, k)
 
-    one = gcfast.Explainer(common(), "backbone", channels=5, index=Moody(DIM))
-    one.build(loader(*pictures(30)))
+    index = Moody(DIM)
+    one = gcfast.Explainer(common(), "backbone", channels=5, index=index)
+    index.add(one.build(loader(*pictures(30))).embeddings.numpy())
     stream = one.explain_stream(batches())
     assert len(next(stream)) == 1
     assert len(next(stream)) == 2
@@ -156,8 +157,9 @@ def test_the_model_runs_while_the_index_is_searched() -> None:
             return super().search(queries, k)
 
     model = common()
-    one = gcfast.Explainer(model, "backbone", channels=5, index=Waiting(DIM))
-    one.build(loader(*pictures(30)))
+    index = Waiting(DIM)
+    one = gcfast.Explainer(model, "backbone", channels=5, index=index)
+    index.add(one.build(loader(*pictures(30))).embeddings.numpy())
 
     def note(module: Any, args: tuple[Tensor], output: Tensor) -> None:
         del module, output
