@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
         description="Explain image embeddings in one forward pass.",
         epilog="Model SPEC: package.module:function, timm/NAME, torchvision/NAME or hf/NAME.",
     )
+    whole.add_argument("--version", action="version", version=f"gcfast {version('gcfast')}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
     for add in (
         _add_build,
@@ -175,6 +177,12 @@ def _add_explain(commands: Any) -> None:
         "--center", type=float, default=0.0, help="share of the mean response to subtract"
     )
     explain.add_argument("--alpha", type=float, default=0.55, help="opacity of the hottest heat")
+    explain.add_argument(
+        "--overlays",
+        choices=["picture", "view"],
+        default="picture",
+        help="draw maps on the whole picture, what the network did not see dimmed, or on its view",
+    )
     explain.add_argument(
         "--page-rows", type=int, default=200, metavar="N", help="pictures shown on index.html"
     )

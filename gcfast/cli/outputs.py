@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +56,33 @@ def tell_doubts(doubts: Sequence[tuple[str, int]]) -> None:
     """Say what was assumed about pictures, and of how many, on standard error."""
     for text, count in doubts:
         print(f"warning: {text}: {count} pictures", file=sys.stderr)
+
+
+class JsonRows:
+    """A JSON array of objects, written one on a line as they come; complete also after an error.
+
+    Args:
+        path: the file; it is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._file.write("[")
+        self._count = 0
+
+    def __enter__(self) -> JsonRows:
+        return self
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append an object."""
+        self._file.write(",\n" if self._count else "\n")
+        self._file.write(json.dumps(row))  # ASCII: a name that is not UTF-8 is escaped
+        self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        """Close the array."""
+        with self._file:
+            self._file.write("\n]\n")
 
 
 class MapWriter:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gcfast.errors import MissingExtraError
 from gcfast.evaluation.table import Statistic
 from gcfast.explain.calibration import IMAGES_A_KNOT, Calibration, Fidelity
-from gcfast.images import overlay as overlays
+from gcfast.images import overlay as lay_over
 
 COLORMAP = "inferno"
 # Okabe and Ito's colors, which color-blind readers can tell apart: https://jfly.uni-koeln.de/color/
@@ -44,7 +44,7 @@ def overlay(image: Image, heat: Heat, *, alpha: float = 0.55, colormap: str = CO
         MissingExtraError: another color map than the default, and no matplotlib.
         TypeError, ValueError: as :func:`gcfast.images.overlay.overlay`; an unknown color map.
     """
-    return overlays.overlay(image, heat, alpha=alpha, table=_table(colormap))
+    return lay_over(image, heat, alpha=alpha, table=_table(colormap))
 
 
 def grid(

@@ -1,6 +1,7 @@
 """`gcfast explain`, end to end on small pictures and a small network."""
 
 import csv
+import json
 import os
 import sys
 
@@ -52,7 +53,7 @@ def test_explain(here, capsys, tmp_path):
     for row in rows[:-1]:
         assert int(row["flat"]) == (maps[int(row["map"])].max() == 0)
         with Image.open(out / row["overlay"]) as picture:
-            assert (picture.mode, picture.size) == ("RGB", (32, 32))
+            assert (picture.mode, picture.size) == ("RGB", (48, 40))
 
     page = (out / "index.html").read_text()
     assert page.count("<img ") == 7 * 3
@@ -215,3 +216,77 @@ def stream(path):
         maps.write(np.ones((2, 4, 5), np.float32))
         maps.write(np.ones((1, 4, 5), np.float32))
         maps.write(np.ones((1, 5, 5), np.float32))
+
+
+@pytest.mark.usefixtures("here")
+def test_the_way_back_from_a_map_to_its_picture(capsys, tmp_path):
+    from gcfast.images.preprocessing import Preprocessing
+
+    base = ("explain", "--database", "db", *SETTINGS, "pictures/red", "--out")
+    assert run(capsys, *base, tmp_path / "a")[0] == 0
+    rows = json.loads((tmp_path / "a" / "transforms.json").read_text())
+    assert [row["map"] for row in rows] == list(range(6))
+    assert rows[2] == {
+        "map": 2,
+        "path": "pictures/red/2.png",
+        "map_size": [32, 32],
+        "picture_size": [40, 48],
+        "x0": 4.0,
+        "y0": 0.0,
+        "scale_x": 1.25,
+        "scale_y": 1.25,
+    }
+    assert Preprocessing(32).window((48, 40)) == (4, 0, 44, 40)
+    # What the network did not see has no color.
+    with Image.open(tmp_path / "a" / read_results(tmp_path / "a")[0]["overlay"]) as picture:
+        pixels = np.asarray(picture).astype(int)
+    assert np.ptp(pixels[:, :4], axis=-1).max() == 0
+    assert np.ptp(pixels[:, 4:44], axis=-1).max() > 50
+    assert run(capsys, *base, tmp_path / "b", "--overlays", "view")[0] == 0
+    with Image.open(tmp_path / "b" / read_results(tmp_path / "b")[0]["overlay"]) as picture:
+        assert picture.size == (32, 32)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+@pytest.mark.usefixtures("here")
+def test_inputs_that_are_not_square(capsys, tmp_path, fit):
+    status, _, err = run(
+        capsys, "build", "--images", "pictures", "--out", tmp_path / "db", *SETTINGS,
+        "--size", "48", "24", "--fit", fit, "--channels", "5",
+    )  # fmt: skip
+    assert status == 0
+    assert "assumed where" in err
+    assert "(--mean, --std, --interpolation): 48 x 24, " in err
+    status, _, _ = run(
+        capsys, "explain", "--database", tmp_path / "db", *SETTINGS, "--out", tmp_path / "out",
+        "pictures/red/0.png",
+    )  # fmt: skip
+    assert status == 0
+    assert np.load(tmp_path / "out" / "maps.npy").shape == (1, 48, 24)
+    with Image.open(tmp_path / "out" / read_results(tmp_path / "out")[0]["overlay"]) as picture:
+        assert picture.size == (48, 40)
+
+
+def test_a_transform_of_the_users(here, capsys, tmp_path):
+    (here / "cli_views.py").write_text(
+        "import numpy as np, torch\n"
+        "def view(picture):\n"
+        "    values = np.asarray(picture.resize((40, 32)), np.float32) / 255 - 0.5\n"
+        "    return torch.from_numpy(values.transpose(2, 0, 1).copy())\n"
+    )
+    status, _, err = run(
+        capsys, "build", "--images", "pictures", "--out", tmp_path / "db", *SETTINGS, *VIEW[2:],
+        "--transform", "cli_views:view",
+    )  # fmt: skip
+    assert status == 0
+    assert "preprocessing: cli_views:view\n" in err
+    status, _, err = run(
+        capsys, "explain", "--database", tmp_path / "db", *SETTINGS, "--out", tmp_path / "out",
+        "pictures/red/0.png",
+    )  # fmt: skip
+    assert status == 0
+    assert "overlays show what cli_views:view gives" in err
+    assert np.load(tmp_path / "out" / "maps.npy").shape == (1, 32, 40)
+    (row,) = json.loads((tmp_path / "out" / "transforms.json").read_text())
+    assert row == {"map": 0, "path": "pictures/red/0.png", "map_size": [32, 40]}
+    sys.modules.pop("cli_views", None)
