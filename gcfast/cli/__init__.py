@@ -7,8 +7,9 @@ Exit status: 0 done, 2 an error told in one line, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 from gcfast.cli.arguments import parser
@@ -33,16 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, _, function = options.run.partition(":")
         getattr(import_module(f"gcfast.cli.{module}"), function)(options)
     except KeyboardInterrupt as stop:
-        print("; ".join(["gcfast: stopped", *_notes(stop)]), file=sys.stderr)
+        print(_said("; ".join(["gcfast: stopped", *_notes(stop)]), options.words), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (``gcfast info DB | head``) has closed it. Python would complain
         # once more while closing the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (GcfastError, ValueError, TypeError, OSError) as error:
-        print("; ".join([f"gcfast: {_one_line(error)}", *_notes(error)]), file=sys.stderr)
+        line = "; ".join([f"gcfast: {_one_line(error)}", *_notes(error)])
+        print(_said(line, options.words), file=sys.stderr)
         return 2
     return 0
+
+
+def _said(text: str, words: Mapping[str, str]) -> str:
+    """Say what the library calls its arguments in the words of the command line."""
+    text = text.replace("resume=True", "--resume").replace("overwrite=True", "--force")
+    return re.sub(r"`(\w+)`", lambda name: f"`{words.get(name[1], name[1])}`", text)
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -31,7 +31,10 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"gcfast {version('gcfast')}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
     for add in (
+        _add_layers,
         _add_build,
+        _add_append,
+        _add_calibrate,
         _add_explain,
         _add_evaluate,
         _add_compress,
@@ -43,7 +46,22 @@ def parser() -> argparse.ArgumentParser:
         _add_demo,
     ):
         add(commands)
+    for command in commands.choices.values():
+        command.set_defaults(words=_words(command))
     return whole
+
+
+def _words(command: argparse.ArgumentParser) -> dict[str, str]:
+    """Return what the command line calls the arguments that errors of the library name."""
+    words = {a.dest: a.option_strings[0] for a in command._actions if a.option_strings}
+    pictures = "--data" if "data" in words else "--images"
+    return {
+        "root": pictures,
+        "loader": pictures,
+        "labels_csv": "--labels",
+        "reshape": "--tokens",
+        **words,
+    }
 
 
 def _command(commands: Any, name: str, run: str, about: str) -> argparse.ArgumentParser:
@@ -51,6 +69,48 @@ def _command(commands: Any, name: str, run: str, about: str) -> argparse.Argumen
     assert isinstance(command, argparse.ArgumentParser)
     command.set_defaults(run=run)
     return command
+
+
+def _add_layers(commands: Any) -> None:
+    layers = _command(
+        commands, "layers", "build:show_layers", "list the layers of a model that can be explained"
+    )
+    layers.add_argument("model", metavar="SPEC", help="see gcfast --help")
+    layers.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="S",
+        help="of the image that is tried, in pixels; default: what the model's library says",
+    )
+    _add_source(layers)
+
+
+def _add_append(commands: Any) -> None:
+    append = _command(
+        commands, "append", "labelled:append_pictures", "add labelled pictures to a database"
+    )
+    _add_labelled(append, "further pictures, one folder per class")
+    _add_model(append)
+
+
+def _add_calibrate(commands: Any) -> None:
+    calibrate = _command(
+        commands,
+        "calibrate",
+        "labelled:calibrate_database",
+        "learn from held-out pictures how far a map can be relied on",
+    )
+    _add_labelled(calibrate, "pictures that are not in the database, one folder per class")
+    _add_model(calibrate)
+
+
+def _add_labelled(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--database", type=Path, required=True, metavar="DB")
+    command.add_argument("--images", type=Path, required=True, metavar="DIR", help=what)
+    command.add_argument(
+        "--labels", type=Path, metavar="CSV", help="columns path and label, not class folders"
+    )
 
 
 def _add_build(commands: Any) -> None:
@@ -198,7 +258,12 @@ def _add_evaluate(commands: Any) -> None:
     )
     _add_from_database(evaluate)
     evaluate.add_argument(
-        "--data", required=True, metavar="KIND:ROOT", help="cub:ROOT, coco:ROOT or folder:ROOT"
+        "--data",
+        required=True,
+        metavar="KIND:ROOT",
+        help="cub:ROOT, coco:ROOT or folder:ROOT; the last is your own: ROOT/images/CLASS/…, with "
+        "ROOT/masks/CLASS/….png (white is the object), or ROOT/boxes.csv (columns path, x0, y0, "
+        "x1, y1), or both",
     )
     evaluate.add_argument(
         "--train",
@@ -319,19 +384,23 @@ def _add_storage(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model and machine")
-    model.add_argument("--model", required=True, metavar="SPEC", help="see gcfast --help")
-    model.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a checkpoint")
-    model.add_argument(
+def _add_source(parser: Any) -> None:
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a checkpoint")
+    parser.add_argument(
         "--output-key", metavar="KEY", help="which output to use, if the model returns several"
     )
-    model.add_argument(
+    parser.add_argument(
         "--pool",
         choices=["class", "mean"],
         help="for hf/NAME: take the class token, or the mean of the patches, as the embedding",
     )
-    model.add_argument("--device", help='"cpu", "cuda", …; default: cuda if there is one')
+    parser.add_argument("--device", help='"cpu", "cuda", …; default: cuda if there is one')
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model and machine")
+    model.add_argument("--model", required=True, metavar="SPEC", help="see gcfast --help")
+    _add_source(model)
     model.add_argument(
         "--batch-size", type=int, default=32, metavar="B", help="pictures in a batch"
     )

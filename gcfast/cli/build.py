@@ -1,4 +1,4 @@
-"""The command ``gcfast build``."""
+"""The commands ``gcfast build`` and ``gcfast layers``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
+
+import torch
 
 import gcfast
-from gcfast._checks import listed
-from gcfast.cli.inputs import load_network, reading
-from gcfast.cli.outputs import tell_doubts, tell_left_out, tell_passed_over
+from gcfast.cli.inputs import labelled_pictures, load_network, reading
+from gcfast.cli.outputs import tell_doubts, tell_left_out
 from gcfast.database.write import check_target
-from gcfast.images.folder import ImageFolder
 from gcfast.images.preprocessing import Preprocessing
 
 # What the counts of a build mean.
@@ -46,12 +46,7 @@ def build_database(options: argparse.Namespace) -> None:
         remedies=("--force", "--resume"),
     )
 
-    images = ImageFolder(options.images, options.labels)
-    tell_passed_over(images.passed_over, images.by_content)
-    if images.empty_classes:
-        names = listed(images.empty_classes)
-        print(f"class folders without pictures: {len(images.empty_classes)} ({names})",
-              file=sys.stderr)  # fmt: skip
+    images = labelled_pictures(options)
     loaded, _, output_key = load_network(options)
     preprocessing = _preprocessing(options, loaded.preprocessing)
     loader = images.loader(preprocessing, **reading(options))
@@ -95,10 +90,29 @@ def build_database(options: argparse.Namespace) -> None:
     for name, count in database.report.items():
         if count and name not in ("images", "rows"):
             print(f"pictures {_COUNTS.get(name, name)}: {count}", file=sys.stderr)
+    # A class of a single picture has no row.
+    classes, there = len(set(database.labels.tolist())), len(images.class_names)
+    of_all = "" if classes == there else f" of {there}"
     print(
-        f"{options.out}: {len(database)} rows, {len(images.class_names)} classes, "
+        f"{options.out}: {len(database)} rows, {classes}{of_all} classes, "
         f"layer {explainer.layer_name}"
     )
+
+
+def show_layers(options: argparse.Namespace) -> None:
+    """Print the layers of a model that can be explained.
+
+    Raises:
+        ValueError, GcfastError: the model cannot be made or used.
+    """
+    loaded, device, output_key = load_network(options)
+    preprocessing = loaded.preprocessing or Preprocessing()
+    if options.size is not None:
+        preprocessing = replace(preprocessing, size=tuple(options.size))
+    height, width = preprocessing.shape
+    # Noise, in which no two places are alike.
+    image = torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
+    print(gcfast.layers(loaded.module, image.to(device), output_key=output_key))
 
 
 def _preprocessing(options: argparse.Namespace, default: Preprocessing | None) -> Preprocessing:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
+import re
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gcfast.database.database import Database
 from gcfast.database.write import check_target
+
+_FEW_POINTS = re.compile(
+    r"clustering (\d+) points to (\d+) centroids: please provide at least (\d+)"
+)
 
 
 def compress_database(options: argparse.Namespace) -> None:
@@ -27,7 +34,8 @@ def compress_database(options: argparse.Namespace) -> None:
         options.out, overwrite=options.force, name="--out", remedies=("--force", "--resume")
     )
     whole = Database.open(options.database)
-    small = whole.compress(options.centers, seed=options.seed, iterations=options.iterations)
+    with _faiss_in_words():
+        small = whole.compress(options.centers, seed=options.seed, iterations=options.iterations)
     small.save(options.out, overwrite=options.force, storage=options.storage)
     before, after = (
         sum(file.stat().st_size for file in folder.iterdir() if file.name.startswith("rows-"))
@@ -47,7 +55,8 @@ def index_database(options: argparse.Namespace) -> None:
         GcfastError: there is no database, or no FAISS.
     """
     database = Database.open(options.database)
-    database.build_index(options.factory)
+    with _faiss_in_words():
+        database.build_index(options.factory)
     size = database.manifest["index"]["bytes"]
     print(f"{database.index_path}: {options.factory} of {len(database):,} rows, {size:,} bytes")
 
@@ -156,6 +165,33 @@ def describe_database(options: argparse.Namespace) -> None:
         return
     for name, value in (facts | _flat(database.manifest)).items():
         print(f"{name:<28} {value:,}" if type(value) is int else f"{name:<28} {value}")
+
+
+@contextlib.contextmanager
+def _faiss_in_words() -> Iterator[None]:
+    """Catch what FAISS's C++ writes to standard error, and say its warnings in one line each."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        real = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
+            held.seek(0)
+            lines = held.read().decode(errors="replace").splitlines()
+    few = [found.groups() for line in lines if (found := _FEW_POINTS.search(line))]
+    if few:
+        rows, centers, wanted = max(few, key=lambda found: int(found[2]))
+        print(
+            f"warning: few rows for {int(centers):,} centers: {int(rows):,}, FAISS advises "
+            f"{int(wanted):,} or more",
+            file=sys.stderr,
+        )
+    for line in lines:
+        if not _FEW_POINTS.search(line):
+            print(line, file=sys.stderr)
 
 
 def _flat(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

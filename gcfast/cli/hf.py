@@ -21,8 +21,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gcfast._checks import listed
-from gcfast.cli.sources import LoadedModel, called, library, share_of, strip_classifier
-from gcfast.cli.weights import ModelLoadError, read_weights
+from gcfast.cli.sources import (
+    LoadedModel,
+    ModelLoadError,
+    called,
+    library,
+    read_weights,
+    share_of,
+    strip_classifier,
+)
 from gcfast.images.preprocessing import INTERPOLATIONS, Preprocessing
 
 # Parts of a model of images and text that the image does not reach.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 import gcfast
+from gcfast._checks import listed
 from gcfast.cli.models import LoadedModel, load_model
 from gcfast.cli.outputs import tell_passed_over
 from gcfast.database.database import Database
 from gcfast.database.manifest import read_manifest
-from gcfast.images.folder import in_words, scan
+from gcfast.images.folder import ImageFolder, in_words, scan
 from gcfast.images.preprocessing import Preprocessing
 
 
@@ -85,6 +87,21 @@ def load_network(options: argparse.Namespace) -> tuple[LoadedModel, torch.device
     if isinstance(key, str) and key.isdecimal():
         key = int(key)  # a place in a tuple
     return loaded, device, key
+
+
+def labelled_pictures(options: argparse.Namespace) -> ImageFolder:
+    """Find the labelled pictures of ``--images``, and tell what is passed over.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: as
+            :class:`gcfast.images.folder.ImageFolder`.
+    """
+    images = ImageFolder(options.images, options.labels)
+    tell_passed_over(images.passed_over, images.by_content)
+    if images.empty_classes:
+        count, names = len(images.empty_classes), listed(images.empty_classes)
+        print(f"class folders without pictures: {count} ({names})", file=sys.stderr)
+    return images
 
 
 def reading(options: argparse.Namespace) -> dict[str, Any]:

@@ -20,8 +20,16 @@ from typing import Any
 from torch import nn
 
 from gcfast.cli.hf import from_transformers
-from gcfast.cli.sources import LoadedModel, called, library, share_of, strip_classifier
-from gcfast.cli.weights import ModelLoadError, load_weights, read_weights
+from gcfast.cli.sources import (
+    LoadedModel,
+    ModelLoadError,
+    called,
+    library,
+    load_weights,
+    read_weights,
+    share_of,
+    strip_classifier,
+)
 from gcfast.images.named import NamedFunctionError, named_function, told
 from gcfast.images.preprocessing import (
     IMAGENET_MEAN,

@@ -55,6 +55,7 @@ def tell_passed_over(passed_over: Counter[str], by_content: Counter[str]) -> Non
 def tell_doubts(doubts: Sequence[tuple[str, int]]) -> None:
     """Say what was assumed about pictures, and of how many, on standard error."""
     for text, count in doubts:
+        text = text.replace("`depth`", "build --depth")
         print(f"warning: {text}: {count} pictures", file=sys.stderr)
 
 

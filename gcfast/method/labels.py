@@ -41,7 +41,7 @@ class Labels:
 
         Raises:
             TypeError: labels that are neither whole numbers nor strings.
-            ValueError: another number of them than images.
+            ValueError: another number of them than images; -1.
         """
         if isinstance(labels, Tensor) and (labels.is_floating_point() or labels.is_complex()):
             raise TypeError(f"`labels` must be whole numbers or strings, got {labels.dtype}")
@@ -54,6 +54,10 @@ class Labels:
             if isinstance(item, bool) or not isinstance(item, int):
                 raise TypeError(
                     f"`labels` must be whole numbers or strings, all of one kind, got {value!r}"
+                )
+            if item == -1:
+                raise ValueError(
+                    "`labels` must not be -1, which stands for no label: leave such images out"
                 )
             out.append(item)
         return out

@@ -77,7 +77,8 @@ def test_build_errors(capsys, tmp_path):
 
     (tmp_path / "empty").mkdir()
     assert "must hold pictures in a folder for each class" in build(images=tmp_path / "empty")
-    assert "does not exist" in build(images="nowhere")
+    assert "`--images` must be a folder of pictures" in build(images="nowhere")
+    assert "`--model` must be package.module" in build("--model", "resnet50")
     assert "cannot read" in build("--strict")
     assert "red/broken.png" in build("--strict")
     assert "`--margin` must be left out with" in build("--margin", "1", "--objective", "positive")
@@ -85,8 +86,8 @@ def test_build_errors(capsys, tmp_path):
     assert "must be package.module:function" in build("--model", "resnet50")
     assert "has no bild (but build" in build("--model", "cli_net:bild")
     assert '`--device` must be "cpu"' in build("--device", "toaster")
-    assert "`size` must be at least 1" in build("--size", "0")
-    assert "`weights` must be a file" in build("--weights", "none.pth")
+    assert "`--size` must be at least 1" in build("--size", "0")
+    assert "`--weights` must be a file" in build("--weights", "none.pth")
     assert not (tmp_path / "new").exists()
 
 
@@ -136,7 +137,7 @@ def test_a_build_that_was_stopped_is_resumed(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(resumable, "write_shard", stop)
     status, _, err = run(capsys, *arguments())
     assert status == 130
-    assert f"stopped; what was done is kept in {tmp_path / 'db'}: resume=True" in err
+    assert f"stopped; what was done is kept in {tmp_path / 'db'}: --resume" in err
     monkeypatch.setattr(resumable, "write_shard", write)
     assert "must not be an unfinished build, got" in fails(capsys, *arguments())
     assert "--resume continues it" in fails(capsys, *arguments())

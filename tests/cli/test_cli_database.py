@@ -31,7 +31,7 @@ def test_compress(capsys, tmp_path):
     assert (len(again), again.storage) == (2, "float16")
     facts = again.manifest["compressed"]
     assert (facts["seed"], facts["iterations"]) == (4, 7)
-    assert "`centers` must be from 1 to 18, got 19" in fails(
+    assert "`--centers` must be from 1 to 18, got 19" in fails(
         capsys, "compress", "db", "--centers", "19", "--out", tmp_path / "none"
     )
     assert "there is no database at nowhere" in fails(
@@ -53,7 +53,7 @@ def test_index(capsys, tmp_path, here):
     assert out == f"{file}: HNSW8 of 18 rows, {size:,} bytes\n"
     assert run(capsys, "explain", "pictures/green", "--database", "db", "--out", tmp_path / "page",
                "--index", "stored", *SETTINGS)[0] == 0  # fmt: skip
-    assert "`factory` must be a FAISS factory string, got 'Hnws'" in fails(
+    assert "`--factory` must be a FAISS factory string, got 'Hnws'" in fails(
         capsys, "index", "db", "--factory", "Hnws"
     )
 

@@ -276,7 +276,7 @@ def test_bad_options_are_one_line(
 ) -> None:
     common = ("evaluate", "--database", "db", *MODEL)
     line = fails(capsys, *common, "--data", "birds", "--out", tmp_path / "o")
-    assert "`data` must be cub:ROOT, coco:ROOT or folder:ROOT, got 'birds'" in line
+    assert "`--data` must be cub:ROOT, coco:ROOT or folder:ROOT, got 'birds'" in line
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "mine").touch()
     line = fails(capsys, *common, "--data", "cub:.", "--out", tmp_path / "o")

@@ -102,3 +102,9 @@ def test_labels_as_a_database_numbers_them() -> None:
         numbers_for(["a", "c"], ["a", "b"])
     with pytest.raises(ValueError, match="classes of the database, got 'a'"):
         numbers_for(["a"], [])
+
+
+def test_minus_one_stands_for_no_label():
+    with pytest.raises(ValueError, match="`labels` must not be -1, which stands for no label"):
+        Labels.listed([0, -1], 2)
+    assert Labels.listed([0, -2], 2) == [0, -2]
