@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from gcfast.builder.spool import Spool
 from gcfast.database.database import Database
 from gcfast.database.manifest import STORAGES
 from gcfast.method.settings import Settings
+from gcfast.model.fingerprint import fingerprint
 from gcfast.model.network import Network
 
 
@@ -65,8 +67,13 @@ def build(
     for name, value in (("resume", resume), ("overwrite", overwrite)):
         if value:
             raise ValueError(f"`{name}` must be False without `out`, got {value!r}")
-    embedded = embed(network, loader, settings, progress=progress, spool=Spool(spool_bytes))
-    database, _ = in_memory(network, loader, embedded, settings, preprocessing, progress=progress)
+    # A model's tensors take as long to hash as some batches to embed, and need no interpreter.
+    with ThreadPoolExecutor(1) as beside:
+        model = beside.submit(fingerprint, network.model)
+        embedded = embed(network, loader, settings, progress=progress, spool=Spool(spool_bytes))
+        database, _ = in_memory(
+            network, loader, embedded, settings, preprocessing, model=model, progress=progress
+        )
     return database.in_storage(storage)
 
 
@@ -77,6 +84,7 @@ def in_memory(
     settings: Settings,
     preprocessing: dict[str, Any] | None = None,
     *,
+    model: Future[dict[str, Any]] | None = None,
     progress: bool = False,
 ) -> tuple[Database, Tensor]:
     """Make the rows of a database in memory.
@@ -87,6 +95,7 @@ def in_memory(
         embedded: the results of stage 1.
         settings: of the rows.
         preprocessing: for the manifest.
+        model: the model's fingerprint, if it is being made.
         progress: show a bar on stderr.
 
     Returns:
@@ -102,6 +111,7 @@ def in_memory(
     rows = sum(len(part.ids) for part in parts)
     report = report_of(embedded.labels, rows, hardest, zero, settings)
     (made,) = parts
-    same = identity(network, settings, preprocessing, "float32")
+    known = None if model is None else model.result()
+    same = identity(network, settings, preprocessing, "float32", model=known)
     manifest = describe(network, embedded, same, report)
     return Database(made.rows._asdict(), made.ids, manifest), made.images

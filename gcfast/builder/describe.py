@@ -17,11 +17,24 @@ from gcfast.model.network import Network
 
 
 def identity(
-    network: Network, settings: Settings, preprocessing: dict[str, Any] | None, storage: str
+    network: Network,
+    settings: Settings,
+    preprocessing: dict[str, Any] | None,
+    storage: str,
+    *,
+    model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What makes two builds the same but for their images; part of the manifest."""
+    """What makes two builds the same but for their images; part of the manifest.
+
+    Args:
+        network: the model and its layer.
+        settings: of the rows.
+        preprocessing: for the manifest.
+        storage: of the rows.
+        model: the model's fingerprint; None makes it.
+    """
     return {
-        "fingerprint": fingerprint(network.model),
+        "fingerprint": fingerprint(network.model) if model is None else model,
         "layer": network.layer_name,
         "settings": {**settings.describe(), "output_key": network.output_key},
         "preprocessing": preprocessing,
