@@ -269,7 +269,8 @@ def _faiss_resources(device: int) -> Any:
 
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(512 * 2**20)
-    resources.setDefaultStream(device, torch.cuda.current_stream().cuda_stream)
+    stream = faiss.cast_integer_to_cudastream_t(torch.cuda.current_stream().cuda_stream)
+    resources.setDefaultStream(device, stream)
     return resources
 
 

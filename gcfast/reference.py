@@ -116,6 +116,8 @@ def head_grad_weights(
 
 def top_m(weights: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """The m largest of each row, largest first, ties to the lower channel: (channels, weights)."""
+    # Sorting on a GPU tells NaN of one sign from NaN of the other, which comes last.
+    weights = weights.where(~weights.isnan(), torch.nan)
     ordered, channels = weights.sort(dim=1, descending=True, stable=True)
     return channels[:, :m].contiguous(), ordered[:, :m].contiguous()
 

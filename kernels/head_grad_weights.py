@@ -1,16 +1,24 @@
 """Grad-weights of the common head by its closed form; see ``gcfast.ops.head_grad_weights``.
 
-Grad-CAM is linear in the cotangents, so their mean over T comes first (one read of [B, T, D], by a
-small kernel that projects it too) and one product [B, D] x [D, C] is left. Grad-CAM++ needs the
-product of every triplet: a program takes one image and a block of channels, multiplies block by
-block of triplets, and applies the non-linearity and the sum over T to the accumulator, so that
-[B, T, C] exists only in registers. The projection through the L2 norm happens on the way into the
-product: <f, c> in a first sweep over D, c - f <f, c> on the tile that is multiplied.
+A first small launch takes the cotangents [B, T, D] through the L2 norm. Grad-CAM is linear in them,
+so it also averages them over T, and one product [B, D] x [D, C] is left. Grad-CAM++ needs the
+product of every triplet: a program takes the triplets of an image or of several and a block of
+channels, and applies the non-linearity and the sum over T to the accumulator, so that [B, T, C]
+exists only in registers. The projected cotangents are written once and read by every block of
+channels from the cache, as the product wants them:
+
+* ``ieee`` multiplies in float32 without tensor cores, which is bound by what it multiplies. So rows
+  of several images share a tile where one would leave it half empty (five images of 50 triplets
+  fill 250 rows of 256), and rows are next to each other in memory, so that four of them are one
+  load from shared memory.
+* ``tf32`` allows 11 significant bits. Tensor cores multiply TF32 only with operands in an order
+  that the weight does not have, so both factors are split into two bfloat16 numbers, 16 bits
+  together, and three products of those are added up (the lower halves' own product is below
+  what is kept): hi hi + hi lo + lo hi.
 
 Fusing ``top_m`` behind this does not pay: it would save writing and reading [B, C] float32, 16 KiB
 an image at C = 2,048, beside T D + D C / B numbers read (T = 50, D = 128, B = 64: 41 KiB) and
-T D C multiplications, and a program would have to own all C channels of an image: B programs in
-place of B C / BLOCK_C, each with C accumulators a triplet.
+T D C multiplications, and a program would have to own all C channels of an image.
 """
 
 from __future__ import annotations
@@ -23,192 +31,203 @@ from torch import Tensor
 from gcfast.kernels.launch import (
     HeadConfig,
     head_grad_weights_config,
-    head_mean_config,
+    head_project_config,
     multiprocessors,
 )
 
+WEIGHT_BLOCK = 1024
+
 
 @triton.jit
-def _head_mean_kernel(
-    out_ptr,
-    cotangents_ptr,
-    valid_ptr,
-    embeddings_ptr,
-    norms_ptr,
-    stride_cotangents_b,
-    stride_cotangents_t,
-    stride_cotangents_d,
-    stride_valid_b,
-    stride_valid_t,
-    stride_embeddings_b,
-    stride_embeddings_d,
-    stride_norms_b,
-    T,
-    D,
-    HAS_VALID: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out[b] = (c - f <f, c>) / |u| of c = mean_t cotangents[b, t], zero without a valid t.
+def _halves(x):
+    """The two bfloat16 numbers whose sum is nearest; the second is 0 beside one not finite."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    return high, tl.where(high - high == 0, rest, 0.0).to(tl.bfloat16)
 
-    Grid: B. BLOCK_D covers D.
+
+@triton.jit
+def _head_weight_kernel(
+    out_ptr, weight_ptr, stride_weight_d, stride_weight_c, D, C, BLOCK: tl.constexpr
+):
+    """out[0], out[1] = the halves of the weight [D, C].  Grid: ceil(D C / BLOCK)."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < D * C
+    weight = weight_ptr + offs // C * stride_weight_d + offs % C * stride_weight_c
+    high, low = _halves(tl.load(weight, mask=mask, other=0.0).to(tl.float32))
+    tl.store(out_ptr + offs, high, mask=mask)
+    tl.store(out_ptr + D * C + offs, low, mask=mask)
+
+
+@triton.jit
+def _head_project_kernel(
+    out_ptr, scales_ptr, cotangents_ptr, valid_ptr, embeddings_ptr, norms_ptr,
+    stride_out_half, stride_out_group, stride_out_row, stride_out_d,
+    stride_cotangents_b, stride_cotangents_t, stride_cotangents_d,
+    stride_valid_b, stride_valid_t, stride_embeddings_b, stride_embeddings_d, stride_norms_b,
+    B, T, D, pixels, images, tall,
+    IS_PLUS: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_NORMS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """rows[b, t] = (c - f <f, c>) / (|u| P) of c = cotangents[b, t], zero where not valid.
+
+    Without IS_PLUS rows[b], of the mean of c over the valid t, zero without one. With it
+    scales[b] = P / (2 the number of valid t). Row (b, t) is written to group b // images, as its
+    row (b % images) T + t; rows up to ``tall`` that no image has are zeros. Grid: B. BLOCK_D covers
+    D.
     """
     i_b = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = offs_d < D
     columns = cotangents_ptr + i_b * stride_cotangents_b + offs_d * stride_cotangents_d
+    out = out_ptr + i_b // images * stride_out_group + offs_d * stride_out_d
+    f = tl.zeros((BLOCK_D,), tl.float32)
+    length = tl.full((), 1.0, tl.float32)
+    if HAS_NORMS:
+        unit = embeddings_ptr + i_b * stride_embeddings_b + offs_d * stride_embeddings_d
+        f = tl.load(unit, mask=mask_d, other=0.0).to(tl.float32)
+        length = tl.load(norms_ptr + i_b * stride_norms_b).to(tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
     count = 0
     for start in range(0, T, BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        mask_t = offs_t < T
+        used = offs_t < T
         if HAS_VALID:
             row = valid_ptr + i_b * stride_valid_b + offs_t * stride_valid_t
-            mask_t = tl.load(row, mask=mask_t, other=0) != 0
-        count += tl.sum(mask_t.to(tl.int32))
+            used = tl.load(row, mask=used, other=0) != 0
+        count += tl.sum(used.to(tl.int32))
         tile = columns[None, :] + (offs_t * stride_cotangents_t)[:, None]
-        mask = mask_t[:, None] & mask_d[None, :]
-        total += tl.sum(tl.load(tile, mask=mask, other=0.0).to(tl.float32), axis=0)
-    mean = total / tl.maximum(count, 1)  # [BLOCK_D]
-    if HAS_NORMS:
-        unit = embeddings_ptr + i_b * stride_embeddings_b + offs_d * stride_embeddings_d
-        f = tl.load(unit, mask=mask_d, other=0.0).to(tl.float32)
-        norm = tl.load(norms_ptr + i_b * stride_norms_b).to(tl.float32)
-        mean = (mean - tl.sum(mean * f) * f) / norm
-        mean = tl.where(count > 0, mean, 0.0)  # f or |u| of an image without a triplet may be NaN
-    tl.store(out_ptr + i_b * D + offs_d, mean, mask=mask_d)
+        c = tl.load(tile, mask=used[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+        if IS_PLUS:
+            if HAS_NORMS:
+                c = c - tl.sum(c * f[None, :], axis=1)[:, None] * f[None, :]
+            # f or |u| of an image without a triplet may be NaN.
+            c = tl.where(used[:, None], c / (length * pixels), 0.0)
+            tile = out[None, :] + ((i_b % images * T + offs_t) * stride_out_row)[:, None]
+            mask = (offs_t < T)[:, None] & mask_d[None, :]
+            if IS_SPLIT:
+                c, low = _halves(c)
+                tl.store(tile + stride_out_half, low, mask=mask)
+            tl.store(tile, c, mask=mask)
+        else:
+            total += tl.sum(c, axis=0)
+    if IS_PLUS:
+        tl.store(scales_ptr + i_b, 0.5 * pixels / tl.maximum(count, 1))
+    else:
+        mean = total / tl.maximum(count, 1)  # [BLOCK_D]
+        if HAS_NORMS:
+            mean = mean - tl.sum(mean * f) * f
+        mean = tl.where(count > 0, mean / (length * pixels), 0.0)
+        row = out + i_b % images * stride_out_row
+        if IS_SPLIT:
+            mean, low = _halves(mean)
+            tl.store(row + stride_out_half, low, mask=mask_d)
+        tl.store(row, mean, mask=mask_d)
+    if (i_b % images == images - 1) | (i_b == B - 1):
+        rows = (i_b % images + 1) * (T if IS_PLUS else 1)
+        zeros = tl.zeros((BLOCK_D,), tl.float32)
+        for i_row in range(rows, tall):
+            tl.store(out + i_row * stride_out_row, zeros, mask=mask_d)
+            if IS_SPLIT:
+                tl.store(out + i_row * stride_out_row + stride_out_half, zeros, mask=mask_d)
+
+
+@triton.jit
+def _product(
+    rows_ptr, weight_ptr, stride_half_r, stride_row, stride_row_d, stride_half_w, stride_weight_d,
+    stride_weight_c, offs_r, offs_c, C, D,
+    IS_SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_R, BLOCK_C]: rows times weight. Every row can be read."""
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    mask_c = (offs_c < C)[None, :]
+    for start in range(0, D, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        weight = weight_ptr + (offs_d.to(tl.int64) * stride_weight_d)[:, None]
+        weight = weight + (offs_c * stride_weight_c)[None, :]
+        right = tl.load(weight, mask=mask_d[:, None] & mask_c, other=0.0)
+        if IS_SPLIT:
+            rows = rows_ptr + (offs_r * stride_row)[:, None] + offs_d[None, :]
+            left = tl.load(rows, mask=mask_d[None, :], other=0.0)
+            left_low = tl.load(rows + stride_half_r, mask=mask_d[None, :], other=0.0)
+            right_low = tl.load(weight + stride_half_w, mask=mask_d[:, None] & mask_c, other=0.0)
+            acc = tl.dot(left_low, right, acc)
+            acc = tl.dot(left, right_low, acc)
+            acc = tl.dot(left, right, acc)
+        else:
+            rows = rows_ptr + (offs_d * stride_row_d)[:, None] + offs_r[None, :]
+            left = tl.trans(tl.load(rows, mask=mask_d[:, None], other=0.0))
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit(do_not_specialize=["B"])
 def _head_product_kernel(
-    out_ptr,
-    cotangents_ptr,
-    weight_ptr,
-    stride_weight_d,
-    stride_weight_c,
-    B,
-    C,
-    D,
-    pixels,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out[b, c] = sum_d cotangents[b, d] weight[d, c] / pixels.
+    out_ptr, rows_ptr, weight_ptr, valid_ptr, sums_ptr, scales_ptr,
+    stride_half_r, stride_group, stride_row, stride_row_d,
+    stride_half_w, stride_weight_d, stride_weight_c,
+    stride_valid_b, stride_valid_t, stride_sums_b, stride_sums_c,
+    B, T, C, D,
+    IS_PLUS: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_VALID: tl.constexpr, IMAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[b, c] = g[b], or with IS_PLUS sum_t 2 relu(g[b, t]) / (2 + S_c relu(g[b, t])) scales[b].
 
-    Grid: ceil(B / BLOCK_B) * ceil(C / BLOCK_C), images fastest, so that neighbours in time share
-    the columns of the weight.
+    g = sum_d rows[.., d] weight[d, c]. Grid: ceil(B / IMAGES) * ceil(C / BLOCK_C), groups fastest,
+    so that neighbours in time share the columns of the weight. A tile holds the rows of IMAGES
+    images; with IS_PLUS one image may take several tiles.
     """
     i = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(B, BLOCK_B)
-    offs_b = (i % blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_c = (i // blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_b, mask_c = offs_b < B, offs_c < C
-    acc = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-        mask_d = offs_d < D
-        tile = cotangents_ptr + (offs_b * D)[:, None] + offs_d[None, :]
-        c = tl.load(tile, mask=mask_b[:, None] & mask_d[None, :], other=0.0)
-        tile = (
-            weight_ptr + (offs_d * stride_weight_d)[:, None] + (offs_c * stride_weight_c)[None, :]
-        )
-        w = tl.load(tile, mask=mask_d[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-        acc = tl.dot(c, w, acc, input_precision=PRECISION)
-    out = out_ptr + (offs_b * C)[:, None] + offs_c[None, :]
-    tl.store(out, acc / pixels, mask=mask_b[:, None] & mask_c[None, :])
-
-
-@triton.jit
-def _head_plus_kernel(
-    out_ptr,
-    cotangents_ptr,
-    weight_ptr,
-    valid_ptr,
-    embeddings_ptr,
-    norms_ptr,
-    sums_ptr,
-    stride_cotangents_b,
-    stride_cotangents_t,
-    stride_cotangents_d,
-    stride_weight_d,
-    stride_weight_c,
-    stride_valid_b,
-    stride_valid_t,
-    stride_embeddings_b,
-    stride_embeddings_d,
-    stride_norms_b,
-    stride_sums_b,
-    stride_sums_c,
-    T,
-    C,
-    D,
-    pixels,
-    HAS_VALID: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out[b, c] = mean_t P relu(g) / (2 + S_c relu(g)), g = sum_d c'[t, d] weight[d, c] / P.
-
-    c' = (c - f <f, c>) / |u|. Grid: B * ceil(C / BLOCK_C), channels fastest, so that the programs
-    of an image read its cotangents while they are in the cache.
-    """
-    i = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(C, BLOCK_C)
-    i_b = i // blocks
-    offs_c = (i % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    groups = tl.cdiv(B, IMAGES)
+    group = i % groups
+    offs_c = i // groups * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    sums = sums_ptr + i_b * stride_sums_b + offs_c * stride_sums_c
-    sums = tl.load(sums, mask=mask_c, other=0.0).to(tl.float32)
-    sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)  # [BLOCK_C]
-    norm = 1.0
-    if HAS_NORMS:
-        norm = tl.load(norms_ptr + i_b * stride_norms_b).to(tl.float32)
-    columns = weight_ptr + offs_c * stride_weight_c
-    image = cotangents_ptr + i_b * stride_cotangents_b
-    unit = embeddings_ptr + i_b * stride_embeddings_b
-
+    rows_ptr += group * stride_group
+    sums_ptr += offs_c * stride_sums_c
     total = tl.zeros((BLOCK_C,), tl.float32)
-    count = 0
-    for first in range(0, T, BLOCK_T):
-        offs_t = first + tl.arange(0, BLOCK_T).to(tl.int64)
-        mask_t = offs_t < T
-        if HAS_VALID:
-            row = valid_ptr + i_b * stride_valid_b + offs_t * stride_valid_t
-            mask_t = tl.load(row, mask=mask_t, other=0) != 0
-        count += tl.sum(mask_t.to(tl.int32))
-        rows = image + offs_t * stride_cotangents_t  # [BLOCK_T]
-        along = tl.zeros((BLOCK_T,), tl.float32)
-        if HAS_NORMS:
-            for start in range(0, D, BLOCK_D):
-                offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-                mask_d = offs_d < D
-                tile = rows[:, None] + (offs_d * stride_cotangents_d)[None, :]
-                c = tl.load(tile, mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-                f = tl.load(unit + offs_d * stride_embeddings_d, mask=mask_d, other=0.0)
-                along += tl.sum(c * f.to(tl.float32)[None, :], axis=1)
-        acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-            mask_d = offs_d < D
-            tile = rows[:, None] + (offs_d * stride_cotangents_d)[None, :]
-            c = tl.load(tile, mask=mask_t[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-            if HAS_NORMS:
-                f = tl.load(unit + offs_d * stride_embeddings_d, mask=mask_d, other=0.0)
-                c = c - along[:, None] * f.to(tl.float32)[None, :]
-            tile = columns[None, :] + (offs_d * stride_weight_d)[:, None]
-            w = tl.load(tile, mask=mask_d[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-            acc = tl.dot(c, w, acc, input_precision=PRECISION)
-        g = tl.maximum(acc / (norm * pixels), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        g = pixels * g / (2 + g * sums[None, :])
-        total += tl.sum(tl.where(mask_t[:, None], g, 0.0), axis=0)
-    out = out_ptr + i_b * C + offs_c
-    tl.store(out, total / tl.maximum(count, 1), mask=mask_c)
+    for first in range(0, IMAGES * T, BLOCK_R):
+        offs_r = first + tl.arange(0, BLOCK_R)
+        g = _product(
+            rows_ptr, weight_ptr, stride_half_r, stride_row, stride_row_d,
+            stride_half_w, stride_weight_d, stride_weight_c, offs_r, offs_c, C, D,
+            IS_SPLIT, BLOCK_R, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
+        image = offs_r // T
+        offs_b = group * IMAGES + image
+        used = (image < IMAGES) & (offs_b < B)
+        if IS_PLUS:
+            if IMAGES == 1:
+                half_sums = tl.load(sums_ptr + group * stride_sums_b, mask=mask_c, other=0.0)[
+                    None, :
+                ]
+            else:
+                half_sums = tl.load(
+                    sums_ptr[None, :] + (offs_b * stride_sums_b)[:, None],
+                    mask=used[:, None] & mask_c[None, :], other=0.0,
+                )  # fmt: skip
+            half_sums = half_sums.to(tl.float32)
+            half_sums = 0.5 * tl.maximum(half_sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            if HAS_VALID:
+                flag = valid_ptr + offs_b * stride_valid_b + offs_r % T * stride_valid_t
+                used = tl.load(flag, mask=used, other=0) != 0
+            # relu(g) / (1 + half_sums relu(g)), as in grad_weights.py.
+            g = tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            root = tl.math.rsqrt(1 + g * half_sums)
+            g = g * root * root
+            if IMAGES == 1:
+                total += tl.sum(tl.where(used[:, None], g, 0.0), axis=0)
+            else:
+                for one in tl.static_range(IMAGES):
+                    i_b = group * IMAGES + one
+                    mean = tl.sum(tl.where((used & (image == one))[:, None], g, 0.0), axis=0)
+                    mean *= tl.load(scales_ptr + i_b, mask=i_b < B, other=0.0)
+                    tl.store(out_ptr + i_b * C + offs_c, mean, mask=mask_c & (i_b < B))
+        else:
+            out = out_ptr + (offs_b * C)[:, None] + offs_c[None, :]
+            tl.store(out, g, mask=used[:, None] & mask_c[None, :])
+    if IS_PLUS and IMAGES == 1:
+        tl.store(out_ptr + group * C + offs_c, total * tl.load(scales_ptr + group), mask=mask_c)
 
 
 def launch_head_grad_weights(
@@ -231,77 +250,52 @@ def launch_head_grad_weights(
     out = torch.empty((B, C), dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out
-    # With 16 bits of it the largest tiles do not stay in registers, and it is small.
-    weight = weight.float()
+    is_plus = method == "gradcam++"
+    per_image = T if is_plus else 1  # rows of the product
+    if per_image * D == 0:
+        return out.zero_()
     sms = multiprocessors(device)
+    config = config or head_grad_weights_config(B, per_image, C, precision, sms=sms)
+    images = min(B, max(1, config.block_rows // per_image))
+    groups = triton.cdiv(B, images)
+    tall = triton.cdiv(images * per_image, config.block_rows) * config.block_rows
+    if config.is_split:
+        # Triton's interpreter does not multiply bfloat16: there the halves are kept in float32.
+        half = torch.bfloat16 if cotangents.is_cuda else torch.float32
+        rows = torch.empty((2, groups, tall, D), dtype=half, device=device)
+        row_strides = (rows.stride(0), rows.stride(1), D, 1)
+        factor = torch.empty((2, D, C), dtype=half, device=device)
+        factor_strides = factor.stride()
+    else:
+        rows = torch.empty((groups, D, tall), dtype=torch.float32, device=device)
+        row_strides = (0, rows.stride(0), 1, tall)
+        factor = weight.float()
+        factor_strides = (0, *factor.stride())
+    scales = torch.empty(B, dtype=torch.float32, device=device)
     # Pointers that the flags leave unused still need a tensor.
-    flags = out if valid is None else valid.view(torch.uint8)
-    unit, lengths = (out, out) if embeddings is None or norms is None else (embeddings, norms)
-    given = {"HAS_VALID": valid is not None, "HAS_NORMS": norms is not None}
+    flags = scales if valid is None else valid.view(torch.uint8)
+    unit, lengths = (scales, scales) if norms is None else (embeddings, norms)
+    sums = scales if activation_sums is None else activation_sums
     valid_strides = (0, 0) if valid is None else flags.stride()
     unit_strides = (0, 0, 0) if norms is None else (*unit.stride(), *lengths.stride())
+    block_t, block_d, project_warps = head_project_config(T, D)
+    common = {"IS_PLUS": is_plus, "IS_SPLIT": config.is_split, "HAS_VALID": valid is not None}
     with torch.cuda.device_of(cotangents):
-        if method == "gradcam++":
-            assert activation_sums is not None
-            config = config or head_grad_weights_config(T, B, C, sms=sms)
-            _head_plus_kernel[(B * triton.cdiv(C, config.block_c),)](
-                out,
-                cotangents,
-                weight,
-                flags,
-                unit,
-                lengths,
-                activation_sums,
-                *cotangents.stride(),
-                *weight.stride(),
-                *valid_strides,
-                *unit_strides,
-                *activation_sums.stride(),
-                T,
-                C,
-                D,
-                pixels,
-                PRECISION=precision,
-                BLOCK_T=config.block_rows,
-                BLOCK_C=config.block_c,
-                BLOCK_D=config.block_d,
-                num_warps=config.num_warps,
-                **given,
+        if config.is_split:
+            _head_weight_kernel[(triton.cdiv(D * C, WEIGHT_BLOCK),)](
+                factor, weight, *weight.stride(), D, C, BLOCK=WEIGHT_BLOCK
             )
-            return out
-        mean = torch.empty((B, D), dtype=torch.float32, device=device)
-        block_t, block_d, num_warps = head_mean_config(T, D)
-        _head_mean_kernel[(B,)](
-            mean,
-            cotangents,
-            flags,
-            unit,
-            lengths,
-            *cotangents.stride(),
-            *valid_strides,
-            *unit_strides,
-            T,
-            D,
-            BLOCK_T=block_t,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
-            **given,
-        )
-        config = config or head_grad_weights_config(B, 1, C, sms=sms, images=True)
-        blocks = triton.cdiv(B, config.block_rows) * triton.cdiv(C, config.block_c)
-        _head_product_kernel[(blocks,)](
-            out,
-            mean,
-            weight,
-            *weight.stride(),
-            B,
-            C,
-            D,
-            pixels,
-            PRECISION=precision,
-            BLOCK_B=config.block_rows,
-            BLOCK_C=config.block_c,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-        )
+        _head_project_kernel[(B,)](
+            rows, scales, cotangents, flags, unit, lengths, *row_strides,
+            *cotangents.stride(), *valid_strides, *unit_strides, B, T, D, pixels, images, tall,
+            HAS_NORMS=norms is not None, BLOCK_T=block_t, BLOCK_D=block_d,
+            num_warps=project_warps, **common,
+        )  # fmt: skip
+        _head_product_kernel[(groups * triton.cdiv(C, config.block_c),)](
+            out, rows, factor, flags, sums, scales, *row_strides, *factor_strides,
+            *valid_strides, *(sums.stride() if is_plus else (0, 0)), B, per_image, C, D,
+            IMAGES=images, BLOCK_R=config.block_rows, BLOCK_C=config.block_c,
+            BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
+            **common,
+        )  # fmt: skip
     return out

@@ -23,53 +23,51 @@ import triton
 FULL_GRID = 1056
 
 
+SPARSE_CAM_MAX_PIXELS = 4096  # of a map that is held in registers
+
+
 class SparseCamConfig(NamedTuple):
     """Launch choices of ``sparse_cam``."""
 
-    window: int  # side of the square of the low-resolution map that is held at once
+    block_p: int  # pixels of the low-resolution map that are held at once
     block_m: int  # kept channels read at once
     block_oh: int
     block_ow: int
     num_warps: int
-    whole: bool = True  # whether the window holds every map
-
-    def tile(self, H: int, OH: int, W: int, OW: int) -> tuple[int, int]:
-        """Output rows and columns of one tile: as many as the window has source pixels for."""
-        if self.whole:
-            return self.block_oh, self.block_ow
-        # n outputs span (n - 1) scale source pixels, and two more for the taps; one for rounding.
-        rows = int((self.window - 3) * OH / H) + 1
-        columns = int((self.window - 3) * OW / W) + 1
-        return min(rows, self.block_oh), min(columns, self.block_ow)
 
 
-SPARSE_CAM_CONFIGS = (
-    SparseCamConfig(window=8, block_m=16, block_oh=8, block_ow=256, num_warps=4),
-    SparseCamConfig(window=8, block_m=16, block_oh=32, block_ow=64, num_warps=4),
-    SparseCamConfig(window=16, block_m=8, block_oh=8, block_ow=256, num_warps=4),
-    SparseCamConfig(window=16, block_m=16, block_oh=32, block_ow=64, num_warps=4),
-    SparseCamConfig(window=32, block_m=4, block_oh=16, block_ow=128, num_warps=8),
-    SparseCamConfig(window=64, block_m=2, block_oh=32, block_ow=128, num_warps=8),
-    SparseCamConfig(window=64, block_m=2, block_oh=32, block_ow=128, num_warps=8, whole=False),
+# Low resolution: pixels, channels, warps; then the shape of the tiles that are written.
+SPARSE_CAM_CONFIGS = tuple(
+    SparseCamConfig(block_p, block_m, block_oh, block_ow, num_warps)
+    for block_p, block_m, num_warps in (
+        (64, 64, 2),
+        (256, 16, 4),
+        (1024, 8, 8),
+        (4096, 2, 8),
+    )
+    for block_oh, block_ow in ((2, 256), (8, 256), (8, 64))
 )
 
 
-def sparse_cam_config(H: int, W: int, OW: int) -> SparseCamConfig:
-    """The smallest window that holds a map, or windows of the largest."""
-    side = max(H, W)
-    narrow = OW <= 64
-    if side <= 8:
-        return SPARSE_CAM_CONFIGS[1 if narrow else 0]
-    if side <= 16:
-        return SPARSE_CAM_CONFIGS[3 if narrow else 2]
-    if side <= 32:
-        return SPARSE_CAM_CONFIGS[4]
-    return SPARSE_CAM_CONFIGS[5 if side <= 64 else 6]
+def sparse_cam_config(P: int, enlarged: float, OW: int) -> SparseCamConfig:
+    """Room for the map, and tiles no higher than the rows between two source rows.
+
+    Args:
+        P: pixels of the map.
+        enlarged: output rows a source row.
+        OW: output columns.
+    """
+    fitting = [c for c in SPARSE_CAM_CONFIGS if c.block_p >= min(P, SPARSE_CAM_MAX_PIXELS)]
+    low, high, narrow = fitting[:3]
+    if OW <= 64:
+        return narrow
+    return high if enlarged >= 8 else low
 
 
-def sparse_cam_slices(B: int, tiles: int) -> int:
-    """Programs an image, of the tiles of its output rows: few images have many."""
-    return max(1, min(tiles, FULL_GRID // B))
+def sparse_cam_rows(B: int, OH: int, config: SparseCamConfig) -> int:
+    """Output rows of a program, whole tiles of them: few images have many programs."""
+    slices = max(1, FULL_GRID // B)
+    return -(-OH // (slices * config.block_oh)) * config.block_oh
 
 
 TOP_M_MAX_C, TOP_M_MAX_M = 8192, 256  # a library sort beyond
@@ -78,23 +76,21 @@ TOP_M_MAX_C, TOP_M_MAX_M = 8192, 256  # a library sort beyond
 class TopMConfig(NamedTuple):
     """Launch choices of ``top_m``."""
 
-    block_c: int  # channels read at once, at least block_m
+    block_c: int  # at least C
     block_m: int  # at least M
     num_warps: int
 
 
-TOP_M_CONFIGS = (
-    TopMConfig(block_c=1024, block_m=64, num_warps=4),
-    TopMConfig(block_c=1024, block_m=256, num_warps=4),
-    TopMConfig(block_c=256, block_m=64, num_warps=2),
+TOP_M_CONFIGS = tuple(
+    TopMConfig(block_c, block_m, num_warps)
+    for block_c, num_warps in ((256, 1), (1024, 1), (2048, 2), (8192, 8))
+    for block_m in (64, 256)
 )
 
 
 def top_m_config(C: int, M: int) -> TopMConfig:
-    """Blocks of channels that a row fills, and room for M."""
-    if M > 64:
-        return TOP_M_CONFIGS[1]
-    return TOP_M_CONFIGS[2 if C <= 256 else 0]
+    """The smallest blocks that hold a row and what is kept of it."""
+    return next(c for c in TOP_M_CONFIGS if c.block_c >= C and c.block_m >= M)
 
 
 @functools.cache
@@ -313,48 +309,45 @@ def grad_weights_config(
 
 
 class HeadConfig(NamedTuple):
-    """Of the two products of ``head_grad_weights``."""
+    """Of the product of ``head_grad_weights``."""
 
-    block_rows: int  # images (Grad-CAM) or triplets of one image (Grad-CAM++)
+    is_split: bool  # into bfloat16 halves, for tensor cores
+    block_rows: int  # triplets of one image or of several (Grad-CAM++), or images (Grad-CAM)
     block_c: int
     block_d: int
     num_warps: int
+    num_stages: int
 
 
-# Of Grad-CAM++, and with IMAGES_WARPS in place of the last's eight of Grad-CAM: what compiles
-# without spilling on every target (16 x 32, say, does not).
-IMAGES_WARPS = 4
 HEAD_GRAD_WEIGHTS_CONFIGS = (
-    HeadConfig(16, 64, 32, 8),
-    HeadConfig(32, 32, 16, 8),
-    HeadConfig(64, 64, 16, 8),
+    HeadConfig(False, 16, 64, 16, 4, 2),
+    HeadConfig(False, 32, 64, 16, 2, 2),
+    HeadConfig(False, 64, 64, 16, 2, 2),
+    HeadConfig(True, 64, 64, 64, 4, 2),
 )
 
 
-def head_grad_weights_config(
-    rows: int, others: int, C: int, *, sms: int, images: bool = False
-) -> HeadConfig:
+def head_grad_weights_config(B: int, T: int, C: int, precision: str, *, sms: int) -> HeadConfig:
     """A tile of the product, large as long as every multiprocessor still gets one.
 
     Args:
-        rows: of the left factor that can share a tile: an image's triplets, or the images.
-        others: how many such groups there are: the images, or one.
+        B: images.
+        T: rows of the product that each image has: its triplets, or one for Grad-CAM.
         C: channels.
+        precision: "ieee" or "tf32".
         sms: multiprocessors of the device.
-        images: the rows are images, for Grad-CAM; otherwise triplets, for Grad-CAM++.
     """
-    few, narrow, wide = HEAD_GRAD_WEIGHTS_CONFIGS
-    if images:
-        wide = wide._replace(num_warps=IMAGES_WARPS)
-    if rows <= few.block_rows:
+    few, narrow, wide, split = HEAD_GRAD_WEIGHTS_CONFIGS
+    if precision == "tf32":
+        return split
+    if few.block_rows >= B * T:
         return few
-    # The triplets of an image are added up by one program; images have a program a tile.
-    tiles = triton.cdiv(rows, wide.block_rows) if images else others
-    return wide if tiles * triton.cdiv(C, wide.block_c) >= sms else narrow
+    tiles = triton.cdiv(B, max(1, wide.block_rows // T)) * triton.cdiv(C, wide.block_c)
+    return wide if tiles >= sms else narrow
 
 
-def head_mean_config(T: int, D: int) -> tuple[int, int, int]:
-    """(BLOCK_T, BLOCK_D, warps): all of D at once, and up to 4,096 numbers of D and T together."""
+def head_project_config(T: int, D: int) -> tuple[int, int, int]:
+    """(BLOCK_T, BLOCK_D, warps): all of D at once, up to 4,096 numbers of D and T together."""
     block_d = triton.next_power_of_2(max(D, 1))
     block_t = max(1, min(triton.next_power_of_2(max(T, 1)), 4096 // block_d))
     return block_t, block_d, max(1, min(8, block_d * block_t // 512))

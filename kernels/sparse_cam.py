@@ -2,20 +2,18 @@
 
 The least that must move is ``sparse_cam_bytes``: for most shapes nearly all of it is the maps that
 are written. So everything before the upsampling is arranged to be small beside that, even where
-several programs share an image and each does it again.
+several programs share an image and each does it again: one chain of three loads that depend on each
+other (the neighbour, its channels, their pixels), one reduction, one division a pixel. An image has
+as many programs as it takes to fill a GPU, so one image has many and a large batch a few each.
 
-* A map up to 64 x 64 is held whole in registers, padded to a square window. Each program makes it
-  (K M P elements are read, which L2 serves to all but the first), normalises it, and writes its
-  share of the output rows. An image has as many programs as it takes to fill a GPU, so one image
-  has many and a large batch one or two each.
-* Of a larger map only the window under the current output tile is held. Its largest and smallest
-  value must be known first, and each program goes through the whole map for them: the price of one
-  launch without a barrier over the device.
+A map of up to ``SPARSE_CAM_MAX_PIXELS`` is held whole in registers. A larger one is written out
+normalised by a first launch, and read where it is needed by the second.
 
-The upsampling is separable, columns first, as ``F.interpolate`` associates it: two reads of shared
-memory and one interpolation for each output value (``tl.gather``), where four taps would take four
-and three. Products with interpolation matrices would not need shared memory, but spread a NaN or
-an infinity (0 times which is NaN) over the whole map; the taps keep to where the reference has it.
+The upsampling is separable, columns first, as ``F.interpolate`` associates it. A program goes from
+one pair of source rows to the next: it interpolates both along their length once, and every output
+row between them is one interpolation of the two in registers, written in whole vectors. Products
+with interpolation matrices would spread a NaN or an infinity (0 times which is NaN) over the whole
+map; the taps keep to where the reference has it.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from torch import Tensor
 from gcfast.kernels.launch import (
     SparseCamConfig,
     sparse_cam_config,
-    sparse_cam_slices,
+    sparse_cam_rows,
 )
 
 NORMALIZE = {None: 0, "max": 1, "minmax": 2}
@@ -36,223 +34,227 @@ NORMALIZE = {None: 0, "max": 1, "minmax": 2}
 
 @triton.jit
 def _low_resolution(
-    activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr, share, offset,
+    activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr, offsets_ptr, offs_p,
     stride_act_c, stride_act_h, stride_act_w, stride_nei_k, stride_cha_n, stride_cha_m,
-    stride_wei_n, stride_wei_m, stride_mix_k, first_h, first_w,
-    C, H, W, N, K, M, relu,
-    HAS_MIXING: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr,
+    stride_wei_n, stride_wei_m, stride_mix_k, stride_off, C, H, W, N, K, M, center, relu,
+    HAS_MIXING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """sum_k x_k sum_m w[n_k,m] A[ch[n_k,m]] - offset, then ReLU, on a window; [WINDOW * WINDOW].
+    """relu(sum_k x_k (sum_m w[n_k,m] A[ch[n_k,m]] - center o[n_k])) at the pixels ``offs_p``.
 
     The pointers of activations, neighbours and mixing are those of one image.
     """
-    offs_p = tl.arange(0, WINDOW * WINDOW)
-    rows = first_h + offs_p // WINDOW
-    columns = first_w + offs_p % WINDOW
-    mask_p = (rows < H) & (columns < W)
-    pixels = rows.to(tl.int64) * stride_act_h + columns.to(tl.int64) * stride_act_w
+    mask_p = offs_p < H * W
+    pixels = (offs_p // W).to(tl.int64) * stride_act_h + (offs_p % W).to(tl.int64) * stride_act_w
+    # Taken for scattered, whatever the strides are: vectors along the pixels of some memory formats
+    # would add up the channels in another order, and their maps would differ in the last bit.
+    pixels = tl.max_contiguous(pixels, 1)
 
-    cam = tl.zeros((WINDOW * WINDOW,), tl.float32)
-    for start in range(0, K * M, BLOCK_M):
-        offs_j = start + tl.arange(0, BLOCK_M)
-        mask_j = offs_j < K * M
-        i_k = (offs_j // M).to(tl.int64)
-        i_m = (offs_j % M).to(tl.int64)
-        row = tl.load(neighbors_ptr + i_k * stride_nei_k, mask=mask_j, other=-1)
-        mask_j = mask_j & (row >= 0) & (row < N)
-        channel = tl.load(
-            channels_ptr + row * stride_cha_n + i_m * stride_cha_m, mask=mask_j, other=-1
-        )
-        weight = tl.load(
-            weights_ptr + row * stride_wei_n + i_m * stride_wei_m, mask=mask_j, other=0.0
-        ).to(tl.float32)
-        if HAS_MIXING:
-            mixed = tl.load(mixing_ptr + i_k * stride_mix_k, mask=mask_j, other=0.0)
-            weight *= mixed.to(tl.float32)
-        else:
-            weight *= share
+    cam = tl.zeros((BLOCK_P,), tl.float32)
+    found = 0
+    for i_k in range(0, K):
+        row = tl.load(neighbors_ptr + i_k * stride_nei_k)
         # An id that is out of range is not followed.
-        mask_j = mask_j & (channel >= 0) & (channel < C)
-        tile = tl.load(
-            activations_ptr + channel[:, None] * stride_act_c + pixels[None, :],
-            mask=mask_j[:, None] & mask_p[None, :],
-            other=0.0,
-        )  # [BLOCK_M, WINDOW * WINDOW]
-        cam += tl.sum(tile.to(tl.float32) * weight[:, None], axis=0)
-    cam -= offset
+        is_row = (row >= 0) & (row < N)
+        found += is_row.to(tl.int32)
+        mixed = 1.0
+        if HAS_MIXING:
+            mixed = tl.load(mixing_ptr + i_k * stride_mix_k).to(tl.float32)
+        for start in range(0, M, BLOCK_M):
+            offs_m = start + tl.arange(0, BLOCK_M)
+            mask_m = is_row & (offs_m < M)
+            channel = channels_ptr + row * stride_cha_n + offs_m.to(tl.int64) * stride_cha_m
+            channel = tl.load(channel, mask=mask_m, other=-1)
+            weight = weights_ptr + row * stride_wei_n + offs_m.to(tl.int64) * stride_wei_m
+            weight = tl.load(weight, mask=mask_m, other=0.0).to(tl.float32) * mixed
+            # One number a channel goes to every thread: where it is, below 0 for nowhere.
+            place = tl.where((channel >= 0) & (channel < C), channel * stride_act_c, -1)[None, :]
+            tile = tl.load(
+                activations_ptr + pixels[:, None] + place,
+                mask=mask_p[:, None] & (place >= 0),
+                other=0.0,
+            )  # [BLOCK_P, BLOCK_M]
+            cam += tl.sum(tile.to(tl.float32) * weight[None, :], axis=1)
+        if center != 0:
+            value = tl.load(offsets_ptr + row * stride_off, mask=is_row, other=0.0).to(tl.float32)
+            cam -= tl.where(is_row, center * value * mixed, 0.0)
+    if not HAS_MIXING:
+        cam *= 1.0 / tl.maximum(found, 1).to(tl.float32)
     # Comparing, not tl.maximum, which would drop a NaN.
     return tl.where((relu != 0) & (cam < 0), 0.0, cam)
 
 
 @triton.jit
-def _extremes(cam, first_h, first_w, H, W, WINDOW: tl.constexpr):
-    """(smallest, largest) of the window's pixels inside the map, both NaN where one is."""
-    offs_p = tl.arange(0, WINDOW * WINDOW)
-    mask = (first_h + offs_p // WINDOW < H) & (first_w + offs_p % WINDOW < W)
-    smallest = tl.min(tl.where(mask, cam, float("inf")), axis=0)
-    largest = tl.max(tl.where(mask, cam, float("-inf")), axis=0)
-    # The reductions skip NaN.
-    nan = tl.max((mask & (cam != cam)).to(tl.int32), axis=0)
-    smallest = tl.where(nan != 0, float("nan"), smallest)
-    largest = tl.where(nan != 0, float("nan"), largest)
-    return smallest, largest
+def _smallest(cam, inside):
+    """The smallest value inside; what is NaN does not count."""
+    return tl.min(tl.where(inside, cam, float("inf")), axis=0)
 
 
 @triton.jit
-def _normalized(cam, smallest, largest, normalize):
-    """The map by its largest magnitude (1), or from its smallest value to its largest (2)."""
-    low = tl.where(normalize == 2, smallest, 0.0)
-    # NaN for both where there is one, so that it does not matter which of them tl.maximum takes.
-    peak = tl.maximum(tl.abs(smallest - low), tl.abs(largest - low))
-    peak = tl.where(smallest != smallest, smallest, peak)
-    # The division is good to two units in the last place, and so may end above 1.
-    scaled = tl.where(peak == 0, 0.0, (cam - low) / tl.where(peak == 0, 1.0, peak))
-    scaled = tl.where(scaled > 1, 1.0, tl.where(scaled < -1, -1.0, scaled))
-    return tl.where(normalize == 0, cam, scaled)
+def _largest_magnitude(cam, inside):
+    """The largest magnitude inside, NaN where there is one.
 
-
-@triton.jit
-def _taps(offs, scale, size):
-    """The two source positions of output positions, and how far towards the second."""
-    source = tl.maximum((offs + 0.5) * scale - 0.5, 0.0)
-    first = tl.minimum(source.to(tl.int32), size - 1)
-    second = tl.minimum(first + 1, size - 1)
-    # At most 1 also for lanes beyond the output, which would overflow for nothing.
-    return first, second, tl.minimum(source - first.to(tl.float32), 1.0)
-
-
-@triton.jit
-def _store_rows(
-    out_ptr, across, first_row, end_row, first_column, end_column, origin_h, scale_h, H, OW,
-    IS_BYTE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_OH: tl.constexpr, BLOCK_OW: tl.constexpr,
-):  # fmt: skip
-    """Interpolate down the columns of ``across`` [WINDOW, BLOCK_OW], and write those rows."""
-    offs_h = first_row + tl.arange(0, BLOCK_OH)
-    offs_w = first_column + tl.arange(0, BLOCK_OW)
-    top, bottom, down = _taps(offs_h, scale_h, H)
-    top = tl.minimum(tl.maximum(top - origin_h, 0), WINDOW - 1)
-    bottom = tl.minimum(tl.maximum(bottom - origin_h, 0), WINDOW - 1)
-    index = tl.zeros((BLOCK_OH, BLOCK_OW), tl.int32)
-    upper = tl.gather(across, index + top[:, None], axis=0)
-    lower = tl.gather(across, index + bottom[:, None], axis=0)
-    values = upper * (1.0 - down)[:, None] + lower * down[:, None]  # [BLOCK_OH, BLOCK_OW]
-    if IS_BYTE:
-        values = tl.minimum(tl.maximum(values, 0.0), 1.0) * 255.0
-        # Adding and taking away 1.5 * 2^23 rounds to the nearest even, as torch.round does.
-        values = (values + 12582912.0) - 12582912.0
-    mask = (offs_h < end_row)[:, None] & (offs_w < end_column)[None, :]
-    pointers = out_ptr + offs_h.to(tl.int64)[:, None] * OW + offs_w[None, :]
-    tl.store(pointers, values.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _across(
-    cam, first_column, origin_w, scale_w, W,
-    WINDOW: tl.constexpr, BLOCK_OW: tl.constexpr,
-):  # fmt: skip
-    """Interpolate along the rows of ``cam`` [WINDOW * WINDOW] to [WINDOW, BLOCK_OW].
-
-    Flat, since Triton 3.7.1 stops at an assertion for a gather along the rows of a small matrix.
+    As integers: floats of one sign are in the order of their bits, and NaN is above them all.
     """
-    offs = tl.arange(0, WINDOW * BLOCK_OW)
-    left, right, along = _taps(first_column + offs % BLOCK_OW, scale_w, W)
-    left = tl.minimum(tl.maximum(left - origin_w, 0), WINDOW - 1)
-    right = tl.minimum(tl.maximum(right - origin_w, 0), WINDOW - 1)
-    row = offs // BLOCK_OW * WINDOW
-    near = tl.gather(cam, row + left, axis=0)
-    far = tl.gather(cam, row + right, axis=0)
-    return tl.reshape(near * (1.0 - along) + far * along, (WINDOW, BLOCK_OW))
+    bits = tl.abs(cam).to(tl.int32, bitcast=True)
+    return tl.max(tl.where(inside, bits, 0), axis=0).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["slices"])  # or batches of other sizes are compiled for anew
+@triton.jit
+def _scaled(cam, peak):
+    """Cam / peak, correctly rounded and so at most 1 in magnitude; zeros where that is 0."""
+    return tl.where(peak == 0, 0.0, tl.div_rn(cam, tl.where(peak == 0, 1.0, peak)))
+
+
+@triton.jit
+def _source(offs, scale):
+    """Where in the map output positions lie."""
+    return tl.maximum((offs + 0.5) * scale - 0.5, 0.0)
+
+
+@triton.jit
+def _first_tap(offs, scale, size):
+    """The source position at or before output positions."""
+    return tl.minimum(_source(offs, scale).to(tl.int32), size - 1)
+
+
+@triton.jit
+def _along_row(cam, row, left, right, along, W, IN_MEMORY: tl.constexpr):
+    """A row of the map, a tensor or in memory, interpolated at output columns."""
+    if IN_MEMORY:
+        near, far = tl.load(cam + row * W + left), tl.load(cam + row * W + right)
+    else:
+        near, far = tl.gather(cam, row * W + left, 0), tl.gather(cam, row * W + right, 0)
+    return near * (1.0 - along) + far * along
+
+
+@triton.jit
+def _write_rows(
+    out_ptr, cam, first_row, end_row, H, W, OW, scale_h, scale_w,
+    IN_MEMORY: tl.constexpr, IS_BYTE: tl.constexpr, BLOCK_OH: tl.constexpr, BLOCK_OW: tl.constexpr,
+):  # fmt: skip
+    """Resize the map to the output rows from ``first_row`` to ``end_row``."""
+    for first_column in range(0, OW, BLOCK_OW):
+        offs_w = first_column + tl.arange(0, BLOCK_OW)
+        left = _first_tap(offs_w, scale_w, W)
+        right = tl.minimum(left + 1, W - 1)
+        # At most 1 also for lanes beyond the output, which would overflow for nothing.
+        along = tl.minimum(_source(offs_w, scale_w) - left, 1.0)
+        row = first_row
+        while row < end_row:
+            top = _first_tap(row, scale_h, H)
+            bottom = tl.minimum(top + 1, H - 1)
+            upper = _along_row(cam, top, left, right, along, W, IN_MEMORY)
+            lower = _along_row(cam, bottom, left, right, along, W, IN_MEMORY)
+            # Up to the first row that has another pair: guessed too low, then looked for.
+            end = ((top + 1.5) / scale_h - 1.5).to(tl.int32)
+            end = tl.minimum(tl.maximum(end, row + 1), end_row)
+            while (end < end_row) & (_first_tap(end, scale_h, H) == top):
+                end += 1
+            for start in range(row, end, BLOCK_OH):
+                offs_h = start + tl.arange(0, BLOCK_OH)
+                down = tl.minimum(_source(offs_h, scale_h) - top, 1.0)
+                values = upper[None, :] * (1.0 - down)[:, None] + lower[None, :] * down[:, None]
+                if IS_BYTE:
+                    # In [0, 1], or NaN. The bound of the product keeps it from being fused with the
+                    # sum, which must see it rounded. Adding 1.5 * 2^23 rounds to the nearest even,
+                    # as torch.round does, and leaves the integer in the lowest bits.
+                    values = tl.maximum(values * 255.0, 0.0) + 12582912.0
+                    values = values.to(tl.int32, bitcast=True)
+                mask = (offs_h < end)[:, None] & (offs_w < OW)[None, :]
+                pointers = out_ptr + offs_h.to(tl.int64)[:, None] * OW + offs_w[None, :]
+                tl.store(pointers, values.to(out_ptr.dtype.element_ty), mask=mask)
+            row = end
+
+
+@triton.jit(do_not_specialize=["rows"])  # or batches of other sizes are compiled for anew
 def _sparse_cam_kernel(
     out_ptr, activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr, offsets_ptr,
     stride_act_b, stride_act_c, stride_act_h, stride_act_w, stride_nei_b, stride_nei_k,
     stride_cha_n, stride_cha_m, stride_wei_n, stride_wei_m, stride_mix_b, stride_mix_k, stride_off,
-    C, H, W, N, K, M, OH, OW, slices, tile_h, tile_w, scale_h, scale_w, center, relu, normalize,
-    HAS_MIXING: tl.constexpr, IS_BYTE: tl.constexpr, IS_WHOLE: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_OH: tl.constexpr, BLOCK_OW: tl.constexpr,
+    C, H, W, N, K, M, OH, OW, rows, scale_h, scale_w, center, relu, normalize,
+    HAS_MIXING: tl.constexpr, IS_BYTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_OH: tl.constexpr, BLOCK_OW: tl.constexpr,
 ):  # fmt: skip
     """map[b] = resize(normalize(relu(sum_k x_k (sum_m w[n_k,m] A[b,ch[n_k,m]] - center o[n_k])))).
 
-    Grid: (B * slices,); a slice is every ``slices``-th tile of output rows. An output tile has
-    ``tile_h`` x ``tile_w`` pixels, of which BLOCK_OH x BLOCK_OW at most.
+    Grid: (B * ceil(OH / rows),), ``rows`` output rows each. BLOCK_P covers the map.
     """
+    slices = tl.cdiv(OH, rows)
     i_b = (tl.program_id(0) // slices).to(tl.int64)
-    i_slice = tl.program_id(0) % slices
-    out_ptr += i_b * OH * OW
-    activations_ptr += i_b * stride_act_b
+    first_row = tl.program_id(0) % slices * rows
     neighbors_ptr += i_b * stride_nei_b
-    if HAS_MIXING:
-        mixing_ptr += i_b * stride_mix_b
+    mixing_ptr += i_b * stride_mix_b
+    offs_p = tl.arange(0, BLOCK_P)
+    cam = _low_resolution(
+        activations_ptr + i_b * stride_act_b, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr,
+        offsets_ptr, offs_p, stride_act_c, stride_act_h, stride_act_w, stride_nei_k, stride_cha_n,
+        stride_cha_m, stride_wei_n, stride_wei_m, stride_mix_k, stride_off,
+        C, H, W, N, K, M, center, relu, HAS_MIXING, BLOCK_M, BLOCK_P,
+    )  # fmt: skip
+    if normalize == 2:
+        cam -= _smallest(cam, offs_p < H * W)
+    if normalize != 0:
+        cam = _scaled(cam, _largest_magnitude(cam, offs_p < H * W))
+    _write_rows(
+        out_ptr + i_b * OH * OW, cam, first_row, tl.minimum(first_row + rows, OH), H, W, OW,
+        scale_h, scale_w, False, IS_BYTE, BLOCK_OH, BLOCK_OW,
+    )  # fmt: skip
 
-    found = 0
-    for i_k in range(0, K):
-        row = tl.load(neighbors_ptr + i_k * stride_nei_k)
-        found += ((row >= 0) & (row < N)).to(tl.int32)
-    share = 1.0 / tl.maximum(found, 1).to(tl.float32)
-    offset = 0.0
-    if center != 0:
-        for i_k in range(0, K):
-            row = tl.load(neighbors_ptr + i_k * stride_nei_k)
-            inside = (row >= 0) & (row < N)
-            value = tl.load(offsets_ptr + row * stride_off, mask=inside, other=0.0).to(tl.float32)
-            mixed = share
-            if HAS_MIXING:
-                mixed = tl.load(mixing_ptr + i_k * stride_mix_k).to(tl.float32)
-            offset += tl.where(inside, value * mixed, 0.0) * center
 
-    if IS_WHOLE:
+@triton.jit
+def _large_map_kernel(
+    map_ptr, activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr, offsets_ptr,
+    stride_act_b, stride_act_c, stride_act_h, stride_act_w, stride_nei_b, stride_nei_k,
+    stride_cha_n, stride_cha_m, stride_wei_n, stride_wei_m, stride_mix_b, stride_mix_k, stride_off,
+    C, H, W, N, K, M, center, relu, normalize,
+    HAS_MIXING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """As ``_sparse_cam_kernel`` without the resizing, for maps of any size.  Grid: (B,)."""
+    i_b = tl.program_id(0).to(tl.int64)
+    map_ptr += i_b * H * W
+    neighbors_ptr += i_b * stride_nei_b
+    mixing_ptr += i_b * stride_mix_b
+    smallest = float("inf")
+    for start in range(0, H * W, BLOCK_P):
+        offs_p = start + tl.arange(0, BLOCK_P)
         cam = _low_resolution(
-            activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr, share, offset,
-            stride_act_c, stride_act_h, stride_act_w, stride_nei_k, stride_cha_n, stride_cha_m,
-            stride_wei_n, stride_wei_m, stride_mix_k, 0, 0,
-            C, H, W, N, K, M, relu, HAS_MIXING, WINDOW, BLOCK_M,
+            activations_ptr + i_b * stride_act_b, neighbors_ptr, channels_ptr, weights_ptr,
+            mixing_ptr, offsets_ptr, offs_p, stride_act_c, stride_act_h, stride_act_w,
+            stride_nei_k, stride_cha_n, stride_cha_m, stride_wei_n, stride_wei_m, stride_mix_k,
+            stride_off, C, H, W, N, K, M, center, relu, HAS_MIXING, BLOCK_M, BLOCK_P,
         )  # fmt: skip
-        smallest, largest = _extremes(cam, 0, 0, H, W, WINDOW)
-        cam = _normalized(cam, smallest, largest, normalize)
-        for first_column in range(0, OW, tile_w):
-            across = _across(cam, first_column, 0, scale_w, W, WINDOW, BLOCK_OW)
-            for first_row in range(i_slice * tile_h, OH, slices * tile_h):
-                _store_rows(
-                    out_ptr, across, first_row, OH, first_column, OW, 0, scale_h, H, OW,
-                    IS_BYTE, WINDOW, BLOCK_OH, BLOCK_OW,
-                )  # fmt: skip
-    else:
-        smallest = float("inf")
-        largest = float("-inf")
-        if normalize != 0:
-            for first_h in range(0, H, WINDOW):
-                for first_w in range(0, W, WINDOW):
-                    cam = _low_resolution(
-                        activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr,
-                        share, offset, stride_act_c, stride_act_h, stride_act_w, stride_nei_k,
-                        stride_cha_n, stride_cha_m, stride_wei_n, stride_wei_m, stride_mix_k,
-                        first_h, first_w, C, H, W, N, K, M, relu, HAS_MIXING, WINDOW, BLOCK_M,
-                    )  # fmt: skip
-                    low, high = _extremes(cam, first_h, first_w, H, W, WINDOW)
-                    # Once NaN it stays: every comparison with it is false.
-                    smallest = tl.where((low < smallest) | (low != low), low, smallest)
-                    largest = tl.where((high > largest) | (high != high), high, largest)
-        for first_row in range(i_slice * tile_h, OH, slices * tile_h):
-            source = tl.maximum((first_row + 0.5) * scale_h - 0.5, 0.0)
-            origin_h = tl.minimum(source.to(tl.int32), H - 1)
-            for first_column in range(0, OW, tile_w):
-                source = tl.maximum((first_column + 0.5) * scale_w - 0.5, 0.0)
-                origin_w = tl.minimum(source.to(tl.int32), W - 1)
-                cam = _low_resolution(
-                    activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr,
-                    share, offset, stride_act_c, stride_act_h, stride_act_w, stride_nei_k,
-                    stride_cha_n, stride_cha_m, stride_wei_n, stride_wei_m, stride_mix_k,
-                    origin_h, origin_w, C, H, W, N, K, M, relu, HAS_MIXING, WINDOW, BLOCK_M,
-                )  # fmt: skip
-                cam = _normalized(cam, smallest, largest, normalize)
-                across = _across(cam, first_column, origin_w, scale_w, W, WINDOW, BLOCK_OW)
-                _store_rows(
-                    out_ptr, across, first_row, tl.minimum(first_row + tile_h, OH),
-                    first_column, tl.minimum(first_column + tile_w, OW), origin_h, scale_h, H, OW,
-                    IS_BYTE, WINDOW, BLOCK_OH, BLOCK_OW,
-                )  # fmt: skip
+        smallest = tl.minimum(smallest, _smallest(cam, offs_p < H * W))
+        tl.store(map_ptr + offs_p, cam, mask=offs_p < H * W)
+    if normalize != 0:
+        # Each thread reads again what it wrote itself.
+        low = tl.where(normalize == 2, smallest, 0.0)
+        peak = 0
+        for start in range(0, H * W, BLOCK_P):
+            offs_p = start + tl.arange(0, BLOCK_P)
+            cam = tl.load(map_ptr + offs_p, mask=offs_p < H * W, other=0.0)
+            part = _largest_magnitude(cam - low, offs_p < H * W)
+            peak = tl.maximum(peak, part.to(tl.int32, bitcast=True))
+        for start in range(0, H * W, BLOCK_P):
+            offs_p = start + tl.arange(0, BLOCK_P)
+            cam = tl.load(map_ptr + offs_p, mask=offs_p < H * W, other=0.0)
+            cam = _scaled(cam - low, peak.to(tl.float32, bitcast=True))
+            tl.store(map_ptr + offs_p, cam, mask=offs_p < H * W)
+
+
+@triton.jit
+def _resize_kernel(
+    out_ptr, map_ptr, H, W, OH, OW, rows, scale_h, scale_w,
+    IS_BYTE: tl.constexpr, BLOCK_OH: tl.constexpr, BLOCK_OW: tl.constexpr,
+):  # fmt: skip
+    """out[b] = resize(map[b]).  Grid: (B * ceil(OH / rows),), ``rows`` output rows each."""
+    slices = tl.cdiv(OH, rows)
+    i_b = (tl.program_id(0) // slices).to(tl.int64)
+    first_row = tl.program_id(0) % slices * rows
+    _write_rows(
+        out_ptr + i_b * OH * OW, map_ptr + i_b * H * W, first_row,
+        tl.minimum(first_row + rows, OH), H, W, OW, scale_h, scale_w,
+        True, IS_BYTE, BLOCK_OH, BLOCK_OW,
+    )  # fmt: skip
 
 
 def launch_sparse_cam(
@@ -284,24 +286,38 @@ def launch_sparse_cam(
     K, (N, M), (OH, OW) = neighbors.shape[1], channels.shape, size
     if 0 in (B, K, N, M):
         return torch.zeros((B, OH, OW), dtype=dtype, device=activations.device)
-    config = config or sparse_cam_config(H, W, OW)
-    tile_h, tile_w = config.tile(H, OH, W, OW)
-    slices = sparse_cam_slices(B, triton.cdiv(OH, tile_h))
+    config = config or sparse_cam_config(H * W, OH / H, OW)
+    rows = sparse_cam_rows(B, OH, config)
     out = torch.empty((B, OH, OW), dtype=dtype, device=activations.device)
     # Where there is none, any pointer will do: nothing is read through it.
     given_mixing = weights if mixing is None else mixing
     given_offsets = weights if offsets is None else offsets
+    inputs = (
+        activations, neighbors, channels, weights, given_mixing, given_offsets,
+        *strides, *neighbors.stride(), *channels.stride(), *weights.stride(),
+        *given_mixing.stride(), given_offsets.stride(0), C, H, W, N, K, M,
+    )  # fmt: skip
+    choices = (0.0 if offsets is None else float(center), int(relu), NORMALIZE[normalize])
+    low = {
+        "HAS_MIXING": mixing is not None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_P": config.block_p,
+        "num_warps": config.num_warps,
+    }
+    high = {
+        "IS_BYTE": dtype == torch.uint8,
+        "BLOCK_OH": config.block_oh,
+        "BLOCK_OW": config.block_ow,
+    }
+    sizes = (OH, OW, rows, H / OH, W / OW)
+    grid_out = (B * triton.cdiv(OH, rows),)
     with torch.cuda.device_of(activations):
-        _sparse_cam_kernel[(B * slices,)](
-            out, activations, neighbors, channels, weights, given_mixing, given_offsets,
-            *strides, *neighbors.stride(), *channels.stride(), *weights.stride(),
-            *given_mixing.stride(), given_offsets.stride(0),
-            C, H, W, N, K, M, OH, OW, slices, tile_h, tile_w, H / OH, W / OW,
-            0.0 if offsets is None else float(center), int(relu), NORMALIZE[normalize],
-            HAS_MIXING=mixing is not None, IS_BYTE=dtype == torch.uint8, IS_WHOLE=config.whole,
-            WINDOW=config.window, BLOCK_M=config.block_m, BLOCK_OH=config.block_oh,
-            BLOCK_OW=config.block_ow, num_warps=config.num_warps,
-        )  # fmt: skip
+        if config.block_p >= H * W:
+            _sparse_cam_kernel[grid_out](out, *inputs, *sizes, *choices, **low, **high)
+        else:
+            maps = torch.empty((B, H, W), dtype=torch.float32, device=activations.device)
+            _large_map_kernel[(B,)](maps, *inputs, *choices, **low)
+            _resize_kernel[grid_out](out, maps, H, W, *sizes, **high, num_warps=config.num_warps)
     return out
 
 

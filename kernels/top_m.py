@@ -1,8 +1,9 @@
 """The M highest of C, in order, ties to the lower channel.
 
-A weight and its channel are packed into one 64-bit key whose order is the order wanted, so that one
-bitonic network does the rest without a second tensor to carry along. A row is read once, in blocks;
-the best M of each block are merged with the best so far.
+A row is read once and stays in registers. The M-th highest value is found bit by bit from the top:
+each step counts how many values reach a threshold, and the search ends as soon as that is M. What
+reaches it is written out, up to M channels, read back, and only those are sorted. Sorting the whole
+row in registers compares C log(M)^2 times in place of the 10 to 32 C of the search.
 """
 
 from __future__ import annotations
@@ -20,22 +21,18 @@ from gcfast.kernels.launch import (
     top_m_config,
 )
 
-# Below the key of minus infinity, whose upper half is 0x807FFFFF.
-LOWEST_KEY = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
+LOWEST_KEY = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below that of every weight and channel
 
 
 @triton.jit
-def _keys(weights, channels, mask):
-    """int64 keys that grow with the weight, and for equal weights with falling channel."""
+def _ordered(weights):
+    """int32 in the order of the weights: NaN of either sign first, the two zeros equal."""
     weights = weights.to(tl.float32)
-    # The two zeros are equal, and NaN of either sign comes before everything, as torch.sort has it.
     weights = tl.where(weights == 0, 0.0, weights)
     bits = weights.to(tl.int32, bitcast=True)
     # A negative float's magnitude bits are turned over; the sign then orders as an integer's does.
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ordered = tl.where(weights != weights, 0x7FFFFFFF, ordered)
-    keys = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - channels).to(tl.int64)
-    return tl.where(mask, keys, LOWEST_KEY)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(weights != weights, 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -43,24 +40,46 @@ def _top_m_kernel(
     channels_ptr, kept_ptr, weights_ptr, stride_b, stride_c, C, M,
     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """channels[b], kept[b] = the M highest of weights[b] [C], highest first.  Grid: (B,)."""
+    """channels[b], kept[b] = the M highest of weights[b] [C], highest first.
+
+    Grid: (B,). BLOCK_C covers C, BLOCK_M covers M.
+    """
     i_b = tl.program_id(0).to(tl.int64)
     weights_ptr += i_b * stride_b
-    best = tl.full((BLOCK_M,), LOWEST_KEY, tl.int64)
-    for start in range(0, C, BLOCK_C):
-        offs_c = start + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < C
-        weights = tl.load(weights_ptr + offs_c.to(tl.int64) * stride_c, mask=mask_c, other=0.0)
-        others = tl.topk(_keys(weights, offs_c, mask_c), BLOCK_M)
-        # Of two sorted halves the larger of each pair, one half turned round, are the highest.
-        best = tl.sort(tl.maximum(best, tl.flip(others, dim=0)), descending=True)
+    channels_ptr += i_b * M
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    weights = tl.load(weights_ptr + offs_c.to(tl.int64) * stride_c, mask=mask_c, other=0.0)
+    # Unsigned, with 0 for what is beyond the last channel, which no threshold below reaches.
+    keys = _ordered(weights).to(tl.uint32, bitcast=True) ^ 0x80000000
+    keys = tl.where(mask_c, keys, 0)
+
+    # The largest threshold that at least M reach.
+    threshold = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    while bit != 0:
+        reached = tl.sum((keys >= (threshold | bit)).to(tl.int32))
+        threshold = tl.where(reached >= M, threshold | bit, threshold)
+        bit = tl.where(reached == M, 0, bit >> 1).to(tl.uint32)
+    # All above it, then of those that tie with it the lowest channels.
+    above = keys > threshold
+    ties = mask_c & (keys == threshold)
+    rank = tl.cumsum(above.to(tl.int32) + (ties.to(tl.int32) << 16)) - 1
+    place = tl.where(ties, tl.sum(above.to(tl.int32)) + ((rank + 1) >> 16) - 1, rank & 0xFFFF)
+    tl.store(channels_ptr + place, offs_c.to(tl.int64), mask=(above | ties) & (place < M))
+    tl.debug_barrier()
 
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
+    channels = tl.load(channels_ptr + offs_m, mask=mask_m, other=0)
+    tl.debug_barrier()
+    weights = tl.load(weights_ptr + channels * stride_c, mask=mask_m, other=0.0)
+    ordered = (_ordered(weights).to(tl.int64) << 32) | (0x7FFFFFFF - channels)
+    best = tl.sort(tl.where(mask_m, ordered, LOWEST_KEY), descending=True)
     channels = 0x7FFFFFFF - (best & 0x7FFFFFFF)
     # Read again, so that a zero keeps its sign and 16 bits stay 16 bits.
     kept = tl.load(weights_ptr + channels * stride_c, mask=mask_m, other=0.0)
-    tl.store(channels_ptr + i_b * M + offs_m, channels, mask=mask_m)
+    tl.store(channels_ptr + offs_m, channels, mask=mask_m)
     tl.store(kept_ptr + i_b * M + offs_m, kept, mask=mask_m)
 
 

@@ -70,7 +70,7 @@ def test_agrees_with_the_reference(shape, options):
 
 @pytest.mark.parametrize("config", launch.SPARSE_CAM_CONFIGS, ids=str)
 def test_every_configuration_agrees(config):
-    side = min(config.window, 11)
+    side = min(int(config.block_p**0.5), 11)
     inputs = _inputs(2, 9, side, side - 2, 4, 5, 2)
     got = launch_sparse_cam(**inputs, size=(23, 19), config=config, center=0.5)
     wanted = ops.sparse_cam(**inputs, size=(23, 19), center=0.5, backend="reference")
@@ -78,31 +78,25 @@ def test_every_configuration_agrees(config):
 
 
 def test_choices_are_among_those_listed():
-    for H in (1, 7, 8, 9, 16, 17, 32, 64, 65, 200):
-        for W in (1, 8, 14, 33, 64, 100):
+    for P in (1, 49, 64, 65, 196, 1000, 4096, 4097, 10**6):
+        for enlarged in (0.01, 1, 3.5, 32):
             for OW in (1, 64, 65, 224, 1024):
-                config = launch.sparse_cam_config(H, W, OW)
+                config = launch.sparse_cam_config(P, enlarged, OW)
                 assert config in launch.SPARSE_CAM_CONFIGS
-                assert not config.whole or config.window >= max(H, W)
-                for OH in (1, 2, 63, 224, 999):
-                    tile_h, tile_w = config.tile(H, OH, W, OW)
-                    assert 1 <= tile_h <= config.block_oh
-                    assert 1 <= tile_w <= config.block_ow
-                    spans = ((tile_h - 1) * H / OH, (tile_w - 1) * W / OW)
-                    assert config.whole or max(spans) + 2 <= config.window
+                assert config.block_p >= min(P, launch.SPARSE_CAM_MAX_PIXELS)
 
 
 def test_few_images_have_many_programs():
-    assert launch.sparse_cam_slices(1, 28) == 28
-    assert launch.sparse_cam_slices(1024, 28) == 1
-    assert launch.sparse_cam_slices(256, 28) == 4
+    config = launch.sparse_cam_config(49, 32, 224)
+    assert launch.sparse_cam_rows(1, 224, config) == config.block_oh
+    assert launch.sparse_cam_rows(1056, 224, config) == 224
+    assert launch.sparse_cam_rows(256, 224, config) == 56
+    assert launch.sparse_cam_rows(4096, 1, config) == config.block_oh
 
 
-@pytest.mark.parametrize("slices", [1, 3])
-def test_slices_cover_the_output(slices, monkeypatch):
-    monkeypatch.setattr(
-        "gcfast.kernels.sparse_cam.sparse_cam_slices", lambda _, tiles: min(tiles, slices)
-    )
+@pytest.mark.parametrize("rows", [8, 24, 48])
+def test_programs_cover_the_output(rows, monkeypatch):
+    monkeypatch.setattr("gcfast.kernels.sparse_cam.sparse_cam_rows", lambda *_: rows)
     _agrees(_inputs(2, 5, 7, 7, 3, 3, 1), size=(41, 20))
 
 

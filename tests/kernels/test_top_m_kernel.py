@@ -41,7 +41,7 @@ def test_agrees_with_the_reference(shape, m, dtype):
 
 @pytest.mark.parametrize("config", launch.TOP_M_CONFIGS, ids=str)
 def test_every_configuration_agrees(config):
-    _agrees(torch.randn(1, config.block_c + 1), 50, config=config)
+    _agrees(torch.randn(1, config.block_c - 1), 50, config=config)
 
 
 def test_ties_go_to_the_lower_channel():
@@ -88,7 +88,8 @@ def test_choices_are_among_those_listed():
         for M in (1, 64, 65, 256):
             config = launch.top_m_config(C, M)
             assert config in launch.TOP_M_CONFIGS
-            assert M <= config.block_m <= config.block_c
+            assert config.block_c >= C
+            assert config.block_m >= M
 
 
 def test_bytes_counted():

@@ -9,7 +9,7 @@ from helpers import guarded, norm_error, strided
 
 from gcfast import ops, reference
 from gcfast.kernels.head_grad_weights import launch_head_grad_weights
-from gcfast.kernels.launch import HEAD_GRAD_WEIGHTS_CONFIGS, head_grad_weights_config
+from gcfast.kernels.launch import HEAD_GRAD_WEIGHTS_CONFIGS
 
 SHAPES = [(1, 1, 1, 1, (1, 2)), (3, 5, 17, 7, (3, 5)), (2, 4, 64, 13, (7, 7)), (0, 2, 4, 3, (2, 2))]
 
@@ -120,7 +120,8 @@ def test_every_block_agrees(config, method):
     wanted, doubled = _in_double(args, rest)
     truth = reference.head_grad_weights(*wanted, method=method, **doubled)
     got = launch_head_grad_weights(*args, method=method, config=config, **rest)
-    assert norm_error(got, truth) < 1e-6  # worst seen 2e-7
+    # Worst seen: 2e-7 in float32; in bfloat16 halves 2.4e-5 under the interpreter, which truncates.
+    assert norm_error(got, truth) < (5e-5 if config.is_split else 1e-6)
 
 
 @pytest.mark.parametrize("method", ops.METHODS)
@@ -174,7 +175,7 @@ def test_kernels_get_the_weight_in_float32(method, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **_: given.extend(args)
 
-    for name in ("_head_mean_kernel", "_head_product_kernel", "_head_plus_kernel"):
+    for name in ("_head_project_kernel", "_head_product_kernel"):
         monkeypatch.setattr(f"gcfast.kernels.head_grad_weights.{name}", Kernel())
     weight = torch.randn(4, 5).half()
     sums = torch.ones(2, 5)
@@ -183,19 +184,6 @@ def test_kernels_get_the_weight_in_float32(method, monkeypatch):
     )
     [passed] = [a for a in given if torch.is_tensor(a) and a.shape == (4, 5)]
     assert passed.dtype == torch.float32
-
-
-def test_tiles_shrink_until_every_multiprocessor_has_one():
-    assert head_grad_weights_config(50, 64, 2048, sms=132)[:2] == (64, 64)  # 2,048 programs
-    assert head_grad_weights_config(50, 1, 2048, sms=132)[:2] == (32, 32)  # of 32
-    assert head_grad_weights_config(1, 64, 2048, sms=132)[:2] == (16, 64)
-    for rows in (1, 16, 17, 1000):
-        for others in (1, 1000):
-            config = head_grad_weights_config(rows, others, 2048, sms=132)
-            assert config in HEAD_GRAD_WEIGHTS_CONFIGS
-    images = head_grad_weights_config(4096, 1, 2048, sms=132, images=True)
-    assert images == HEAD_GRAD_WEIGHTS_CONFIGS[-1]._replace(num_warps=4)  # 64 x 32 programs
-    assert head_grad_weights_config(64, 1, 2048, sms=132, images=True)[:2] == (32, 32)
 
 
 def test_beyond_2_31_elements():
