@@ -19,6 +19,7 @@ KEPT, TRIPLETS = 50, 50
 SIDE_SECONDS = 0.1  # that one side of one case is timed for
 DIMENSIONS = (128, 512)  # D
 TABLES = (10**4, 10**5, 10**6, 10**7)  # N
+SECTOR_BYTES = 32  # the least that is read of memory at a time
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
 
@@ -78,23 +79,37 @@ class Case:
 
 
 def sparse_cam(
-    B: int, network: Network, *, M: int = KEPT, dtype: str = "float32", out: str = "float32"
+    B: int,
+    network: Network,
+    *,
+    M: int = KEPT,
+    dtype: str = "float32",
+    out: str = "float32",
+    layout: str = "contiguous",
 ) -> Case:
-    """Kept channels, ids and weights of each image read, its map written."""
+    """Kept channels, ids and weights of each image read, its map written.
+
+    Channels-last, a pixel's kept channels lie in sectors of 32 bytes, which are read whole: those
+    that M channels anywhere among C reach on average.
+    """
     OH, OW = IMAGE
-    gathered = B * M * network.pixels * ITEMSIZE[dtype]
+    itemsize = ITEMSIZE[dtype]
+    pixel = M * itemsize
+    if layout == "channels last":
+        sectors = network.C * itemsize / SECTOR_BYTES
+        pixel = round(SECTOR_BYTES * sectors * (1 - (1 - 1 / sectors) ** M))
     rows = B * (8 + M * (8 + 4))  # neighbour id; channel ids and weights of its row
     return Case(
         "sparse_cam",
         {"B": B, "C": network.C, "H": network.H, "W": network.W, "M": M, "OH": OH, "OW": OW},
         dtype,
-        bytes=gathered + rows + B * OH * OW * ITEMSIZE[out],
+        bytes=B * network.pixels * pixel + rows + B * OH * OW * ITEMSIZE[out],
         flops=2 * B * M * network.pixels + 8 * B * OH * OW,
-        inputs=B * network.C * network.pixels * ITEMSIZE[dtype],
+        inputs=B * network.C * network.pixels * itemsize,
         rate="float32",
         expected=0.8 if B >= 256 else 0.3 if B >= 16 else 0.02,
         because="writes dominate and are coalesced; below 256 maps the launch costs more than they",
-        options={"out": f"maps {out}"},
+        options={"out": f"maps {out}", "layout": layout},
         quick=B == 256 and network is RESNET50,
     )
 
@@ -204,11 +219,18 @@ def sample_triplets(B: int, N: int, *, D: int = 128, T: int = TRIPLETS) -> Case:
 
 
 def _sparse_cam_cases() -> list[Case]:
-    cases = [sparse_cam(B, network) for network in NETWORKS for B in BATCHES]
+    layouts = ("contiguous", "channels last")
+    cases = [
+        sparse_cam(B, network, layout=layout)
+        for network in NETWORKS
+        for B in BATCHES
+        for layout in layouts
+    ]
     cases += [
-        sparse_cam(256, network, dtype="bfloat16", out=out)
+        sparse_cam(256, network, dtype="bfloat16", out=out, layout=layout)
         for network in NETWORKS
         for out in ("float32", "uint8")
+        for layout in layouts
     ]
     return cases
 

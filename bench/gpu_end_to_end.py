@@ -1,18 +1,19 @@
 """Explaining and building on a GPU beside the forward pass and beside the peers.
 
-Ratios are of two sides timed turn about (``paired.paired``), each a few calls and a wait for the
+Ratios are of two sides timed alternately (``paired.paired``), each a few calls and a wait for the
 device. "as written" is what a user has without us: ``model(images)`` on contiguous NCHW images.
 """
 
 from __future__ import annotations
 
+import functools
+import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib import metadata
 
 import torch
 from build_speed import paper_row
-from gpu_runner import Context, Row, failed, importable
+from gpu_runner import Context, Row, attempted, importable, timed
 from gpu_timing import Timing
 from paired import Paired, paired
 from peers import PEERS, CosineScore, layer_module, make_torchvision_importable
@@ -28,7 +29,7 @@ TITLES = {"resnet50": "ResNet-50", "vit-b16": "ViT-B/16"}
 BATCHES = (16, 256, 1024)  # one image has figures of its own
 ROWS = (10_000, 100_000, 1_000_000)
 AGREEMENT = 1e-2  # of maps in [0, 1]: two forward passes may round differently
-TURN_SECONDS = 0.05  # of one side between two waits for the device
+SIDE_SECONDS = 0.05  # of one side between two waits for the device
 ROUNDS = 9
 BUILD_IMAGES, BUILD_BATCH, BUILD_CLASSES = 1024, 64, 32
 
@@ -66,23 +67,14 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def turn_about(
-    a: Callable[..., object],
-    b: Callable[..., object],
-    device: torch.device,
-    *,
-    rounds: int = ROUNDS,
+def alternate(
+    a: Callable[[], object], b: Callable[[], object], device: torch.device, *, rounds: int = ROUNDS
 ) -> tuple[Paired, int]:
     """(seconds of each side in each round, calls of a side in a round)."""
     a()
     wait(device)
-
-    def waited() -> None:
-        a()
-        wait(device)
-
-    once = paired(waited, lambda: None, rounds=2, warmup=1).a
-    calls = max(1, round(TURN_SECONDS / min(once)))
+    once = paired(lambda: (a(), wait(device)), lambda: None, rounds=2, warmup=1).a
+    calls = max(1, round(SIDE_SECONDS / min(once)))
 
     def several(call: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
@@ -100,16 +92,7 @@ def pair_rows(
 ) -> Iterator[Row]:
     """A row for each side and one for their ratio."""
     for name, seconds in zip(names, (both.a, both.b), strict=True):
-        taken = Timing([s / calls for s in seconds], "turn about", calls)
-        yield {
-            "case": case,
-            "side": name,
-            "seconds": taken.seconds,
-            "median": taken.median,
-            "quartiles": taken.quartiles,
-            "how": taken.how,
-            "calls": calls,
-        }
+        yield timed(case, name, Timing([s / calls for s in seconds], "alternating", calls))
     text = f"{both.ratio:.3f} x {names[1]}" + (f" (goal {goal})" if goal else "")
     yield {
         "case": case,
@@ -154,15 +137,6 @@ def check_graphs(graphed: gcfast.Explainer, plain: gcfast.Explainer, batches: li
         raise AssertionError("explain_batch was not captured")
 
 
-@contextmanager
-def _kept(case: str, side: str, into: list[Row]) -> Iterator[None]:
-    """What fails inside becomes a row, and the section goes on."""
-    try:
-        yield
-    except Exception as error:  # any: one comparison less
-        into.append(failed(case, side, error))
-
-
 def explain(context: Context) -> Iterator[Row]:
     """explain_batch beside the forward pass: by batch and precision, one image, and by rows."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -187,36 +161,28 @@ def _batch(
     context: Context, subject: Subject, explainer: gcfast.Explainer, B: int
 ) -> Iterator[Row]:
     case = f"{subject.title}, B {B}, {subject.precision}"
-    rows: list[Row] = []
-    with _kept(case, "explain_batch", rows):
+
+    def rows() -> Iterator[Row]:
         written = subject.images(B)
         batch = last(written)
         check(explainer, batch)
-        same, calls = turn_about(
-            lambda: explainer.explain_batch(batch), lambda: subject.forward(batch), context.device
+        sides = (
+            (batch, ("explain_batch", "forward, channels-last"), "<= 1.03"),
+            (written, ("explain_batch, NCHW", "forward as written, NCHW"), ""),
         )
-        names = ("explain_batch", "forward, channels-last")
-        rows += pair_rows(case, names, same, calls, "<= 1.03")
-        other, calls = turn_about(
-            lambda: explainer.explain_batch(written),
-            lambda: subject.forward(written),
-            context.device,
-        )
-        names = ("explain_batch, NCHW", "forward as written, NCHW")
-        rows += pair_rows(case, names, other, calls, "")
-    yield from rows
+        for given, names, goal in sides:
+            ours = functools.partial(explainer.explain_batch, given)
+            both, calls = alternate(ours, functools.partial(subject.forward, given), context.device)
+            yield from pair_rows(case, names, both, calls, goal)
+
+    yield from attempted(case, "explain_batch", rows())
 
 
 def _one_image(context: Context, subject: Subject, explainer: gcfast.Explainer) -> Iterator[Row]:
     case = f"{subject.title}, B 1, {subject.precision}"
     batch = last(subject.images(1))
-    sides: list[tuple[str, Callable[[], object], bool]] = [
-        ("explain_batch", lambda: explainer.explain_batch(batch), False),
-        ("forward", lambda: subject.forward(batch), False),
-        ("forward, CUDA graph", lambda: subject.forward(batch), True),
-    ]
-    rows: list[Row] = []
-    with _kept(case, "explain_batch, CUDA graphs", rows):
+
+    def graphs() -> Iterator[Row]:
         graphed = gcfast.Explainer(
             subject.model,
             subject.layer,
@@ -225,42 +191,38 @@ def _one_image(context: Context, subject: Subject, explainer: gcfast.Explainer) 
             reshape=explainer.network.reshape,
         )
         check_graphs(graphed, explainer, [batch, last(subject.images(1) + 1)])
-        sides.insert(0, ("explain_batch, CUDA graphs", lambda: graphed.explain_batch(batch), False))
-    for name, call, graph in sides:
-        with _kept(case, name, rows):
-            taken = context.measure([call], graph=graph)
-            rows.append(
-                {
-                    "case": case,
-                    "side": name,
-                    "seconds": taken.seconds,
-                    "median": taken.median,
-                    "quartiles": taken.quartiles,
-                    "how": taken.how,
-                    "calls": taken.calls,
-                }
-            )
-    yield from rows
+        name = "explain_batch, CUDA graphs"
+        yield from side(name, lambda: graphed.explain_batch(batch))
+
+    def side(name: str, call: Callable[[], object], *, graph: bool = False) -> Iterator[Row]:
+        yield timed(case, name, context.measure([call], graph=graph))
+
+    yield from attempted(case, "explain_batch, CUDA graphs", graphs())
+    for name, call, graph in (
+        ("explain_batch", lambda: explainer.explain_batch(batch), False),
+        ("forward", lambda: subject.forward(batch), False),
+        ("forward, CUDA graph", lambda: subject.forward(batch), True),
+    ):
+        yield from attempted(case, name, side(name, call, graph=graph))
 
 
 def _by_rows(context: Context) -> Iterator[Row]:
     subject = Subject(context, torch.bfloat16)
     batch = last(subject.images(16))
     few = subject.explainer(ROWS[0])
+
+    def rows(N: int) -> Iterator[Row]:
+        many = subject.explainer(N)
+        check(many, batch)
+        both, calls = alternate(
+            lambda: many.explain_batch(batch), lambda: few.explain_batch(batch), context.device
+        )
+        names = (f"explain_batch, {N:,} rows", f"{ROWS[0]:,} rows")
+        yield from pair_rows(case, names, both, calls, "<= 1.05" if ROWS[-1] == N else "")
+
     for N in ROWS[1:2] if context.quick else ROWS[1:]:
         case = f"ResNet-50, B 16, bfloat16, {N:,} rows against {ROWS[0]:,}"
-        rows: list[Row] = []
-        with _kept(case, "explain_batch", rows):
-            many = subject.explainer(N)
-            check(many, batch)
-            both, calls = turn_about(
-                lambda e=many: e.explain_batch(batch),
-                lambda: few.explain_batch(batch),
-                context.device,
-            )
-            names = (f"explain_batch, {N:,} rows", f"{ROWS[0]:,} rows")
-            rows += pair_rows(case, names, both, calls, "<= 1.05" if ROWS[-1] == N else "")
-        yield from rows
+        yield from attempted(case, "explain_batch", rows(N))
 
 
 def build(context: Context) -> Iterator[Row]:
@@ -273,28 +235,28 @@ def build(context: Context) -> Iterator[Row]:
         for batch, _ in batches:
             subject.forward(last(batch.to(context.device)))
 
-    seconds = 0.0
-    for method in ("gradcam", "gradcam++"):
-        case = f"ResNet-50, {count} images, {method}"
-        rows: list[Row] = []
-        with _kept(case, "build", rows):
-            explainer = gcfast.Explainer(subject.model, subject.layer, method=method)
-            both, calls = turn_about(
-                lambda e=explainer: e.build(batches), forward, context.device, rounds=3
-            )
-            rows += pair_rows(case, ("build", "forward"), both, calls, "<= 1.10")
-            seconds = sorted(both.a)[1] / calls / count
-        yield from rows
-    case = "a row: the paper's loop (3 forward, 1 backward pass a triplet)"
-    rows = []
-    with _kept(case, "the paper's loop", rows):
+    an_image = [0.0]  # seconds, of the last build
+
+    def rows(case: str, method: str) -> Iterator[Row]:
+        explainer = gcfast.Explainer(subject.model, subject.layer, method=method)
+        both, calls = alternate(lambda: explainer.build(batches), forward, context.device, rounds=3)
+        an_image[0] = statistics.median(both.a) / calls / count
+        yield from pair_rows(case, ("build", "forward"), both, calls, "<= 1.10")
+
+    def paper(case: str) -> Iterator[Row]:
         on_device = [(batch.to(context.device), labels) for batch, labels in batches[:2]]
         paper_row(subject.model, subject.layer, on_device)
         wait(context.device)
-        paper = sorted(paper_row(subject.model, subject.layer, on_device) for _ in range(3))
-        text = f"{paper[1] * 1e3:.1f} ms, {paper[1] / seconds:.0f} times build's (goal >= 100)"
-        rows.append({"case": case, "side": "the paper's loop", "text": text, "seconds": paper})
-    yield from rows
+        seconds = sorted(paper_row(subject.model, subject.layer, on_device) for _ in range(3))
+        ratio = seconds[1] / an_image[0]
+        text = f"{seconds[1] * 1e3:.1f} ms, {ratio:.0f} times build's (goal >= 100)"
+        yield {"case": case, "side": "the paper's loop", "text": text, "seconds": seconds}
+
+    for method in ("gradcam", "gradcam++"):
+        case = f"ResNet-50, {count} images, {method}"
+        yield from attempted(case, "build", rows(case, method))
+    case = "a row: the paper's loop (3 forward, 1 backward pass a triplet)"
+    yield from attempted(case, "the paper's loop", paper(case))
 
 
 def peers(context: Context) -> Iterator[Row]:
@@ -305,19 +267,21 @@ def peers(context: Context) -> Iterator[Row]:
     batch = subject.images(16)
     other = subject.forward(images(1, seed=10).to(context.device)).clone()
     modules = {"torch-cam": "torchcam", "captum": "captum", "pytorch-grad-cam": "pytorch_grad_cam"}
-    for peer, (package, make) in PEERS.items():
+
+    def rows(case: str, peer: str) -> Iterator[Row]:
+        package, make = PEERS[peer]
+        score: nn.Module = CosineScore(subject.model, other).to(context.device)
+        run = make(score, layer_module(NAME, subject.model, subject.layer))
+        both, calls = alternate(
+            lambda: run(batch), lambda: explainer.explain_batch(batch), context.device
+        )
+        name = f"{peer} {metadata.version(package)}"
+        goal = ">= 10" if peer == "pytorch-grad-cam" else "> 1"
+        yield from pair_rows(case, (name, "explain_batch"), both, calls, goal)
+
+    for peer in PEERS:
         case = f"ResNet-50, B 16, float32, NCHW, {peer}"
-        if not importable(modules[peer]):
+        if importable(modules[peer]):
+            yield from attempted(case, peer, rows(case, peer))
+        else:
             yield {"case": case, "side": peer, "text": "not installed"}
-            continue
-        rows: list[Row] = []
-        with _kept(case, peer, rows):
-            score: nn.Module = CosineScore(subject.model, other).to(context.device)
-            run = make(score, layer_module(NAME, subject.model, subject.layer))
-            both, calls = turn_about(
-                lambda r=run: r(batch), lambda: explainer.explain_batch(batch), context.device
-            )
-            name = f"{peer} {metadata.version(package)}"
-            goal = ">= 10" if peer == "pytorch-grad-cam" else "> 1"
-            rows += pair_rows(case, (name, "explain_batch"), both, calls, goal)
-        yield from rows

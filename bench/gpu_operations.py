@@ -155,9 +155,11 @@ def _database(C: int, M: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def _cam_inputs(case: Case, device: torch.device) -> Inputs:
     B, C, H, W, M = (case.sizes[letter] for letter in "BCHWM")
     activations = torch.rand(B, C, H, W, device=device, dtype=case.torch_dtype())
+    if case.options["layout"] == "channels last":
+        activations = activations.contiguous(memory_format=torch.channels_last)
     channels, weights = _database(C, M, device)
     return {
-        "activations": activations.contiguous(memory_format=torch.channels_last),
+        "activations": activations,
         "neighbors": torch.randint(DATABASE_ROWS, (B, 1), device=device),
         "channels": channels,
         "weights": weights,

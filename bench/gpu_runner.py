@@ -98,22 +98,29 @@ def run_sections(
     return results
 
 
-def measured(case: Case, side: str, taken: Timing, rates: dict[str, float]) -> Row:
-    """The record of one side of one case, with its floor."""
-    copy, arithmetic = rates["copy"], rates.get(case.rate, math.inf)
-    floor = case.floor_seconds(copy, arithmetic)
+def timed(case: str, side: str, taken: Timing) -> Row:
+    """The record of one side's time."""
     return {
-        "operation": case.operation,
-        "case": case.name,
-        "sizes": case.sizes,
-        "dtype": case.dtype,
-        "options": case.options,
+        "case": case,
         "side": side,
         "seconds": taken.seconds,
         "how": taken.how,
         "calls": taken.calls,
         "median": taken.median,
         "quartiles": taken.quartiles,
+    }
+
+
+def measured(case: Case, side: str, taken: Timing, rates: dict[str, float]) -> Row:
+    """The record of one side of one case, with its floor."""
+    copy, arithmetic = rates["copy"], rates.get(case.rate, math.inf)
+    floor = case.floor_seconds(copy, arithmetic)
+    return {
+        **timed(case.name, side, taken),
+        "operation": case.operation,
+        "sizes": case.sizes,
+        "dtype": case.dtype,
+        "options": case.options,
         "bytes": case.bytes,
         "flops": case.flops,
         "rate": case.rate,
@@ -128,6 +135,14 @@ def measured(case: Case, side: str, taken: Timing, rates: dict[str, float]) -> R
 def failed(case: str, side: str, error: Exception) -> Row:
     """The record of a side that did not run."""
     return {"case": case, "side": side, "error": f"{type(error).__name__}: {error}"}
+
+
+def attempted(case: str, side: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, and what fails among them as one row more: the section goes on."""
+    try:
+        yield from rows
+    except Exception as error:  # any: one comparison less
+        yield failed(case, side, error)
 
 
 def versions() -> dict[str, str]:

@@ -12,12 +12,14 @@ launch.py is left to a person, who sees how much there is to gain.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import itertools
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ from gpu_timing import Clock, CudaClock, card
 SHOWN = 5  # of the fastest variants
 TOLERANCE = 1e-3  # relative, between the results of two launches
 
+# With a fraction among them, values are times the present number.
 Axes = dict[str, Sequence[Any]]
 AXES: dict[str, Axes] = {
     "sparse_cam": {
@@ -109,25 +112,27 @@ def launch(operation: str, inputs: Inputs, config: Any) -> Any:
 
 def variants(config: Any, axes: Axes, case: Case) -> Iterator[Any]:
     """Every combination of the axes, the other fields as they are; fields it has not are left."""
-    known = {name: values for name, values in axes.items() if name in config._fields}
+    present = config._asdict()
+    known = {
+        name: dict.fromkeys(int(present[name] * v) or present[name] for v in values)
+        if any(isinstance(v, float) for v in values)
+        else values
+        for name, values in axes.items()
+        if name in present
+    }
     for values in itertools.product(*known.values()):
         change = dict(zip(known, values, strict=True))
-        if "channels" in change:
-            fitted = _whole_channels(config, change["channels"], case)
-            if fitted is None:
-                continue
-            change |= fitted
+        if change.get("channels"):
+            change |= _whole_channels(change["channels"], case)
         yield config._replace(**change)
 
 
-def _whole_channels(config: Any, factor: float, case: Case) -> dict[str, int] | None:
-    """A run's channels times the factor, with the alignment that follows."""
-    if not config.channels:  # the tile kernel has none
-        return {"channels": 0} if factor == 1 else None
+def _whole_channels(channels: int, case: Case) -> dict[str, int]:
+    """So many channels of a run, in whole vectors, with the alignment that follows."""
     P = case.sizes["H"] * case.sizes["W"]
     vector = 16 // case.torch_dtype().itemsize
     step = vector // math.gcd(P, vector)
-    channels = max(step, int(config.channels * factor) // step * step)
+    channels = max(step, channels // step * step)
     return {"channels": channels, "align": math.gcd(channels * P, vector)}
 
 
@@ -168,6 +173,15 @@ def sweep(
     return Sweep(now, sorted(tried, key=lambda one: one.seconds), failed, wrong)
 
 
+def compile_part(case: Case, device: torch.device, *, axes: Axes, part: int, parts: int) -> None:
+    """Launch every ``parts``-th variant once, from number ``part`` on."""
+    inputs = OPERATIONS[case.operation].inputs(case, device)
+    present = present_choice(case.operation, inputs)
+    for config in list(dict.fromkeys(variants(present, axes, case)))[part::parts]:
+        with contextlib.suppress(Exception):  # the sweep itself counts those that fail
+            launch(case.operation, inputs, config)
+
+
 def report(case: Case, found: Sweep) -> str:
     """The lines about one case."""
     now, tried, failed, wrong = found
@@ -189,6 +203,10 @@ def main(command: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(AXES), default=list(AXES))
     parser.add_argument("--seconds", type=float, default=0.05, help="that a variant is timed for")
+    parser.add_argument(
+        "--jobs", type=int, default=(os.cpu_count() or 2) // 2, help="processes that compile"
+    )
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # of the jobs, this process's
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args(command)
     if not torch.cuda.is_available():
@@ -200,12 +218,22 @@ def main(command: list[str] | None = None) -> int:
         return 2
     os.environ.pop("TRITON_INTERPRET", None)
     device = torch.device("cuda", torch.cuda.current_device())
+    swept = [case for name in asked.only for case in CASES[name] if case.quick]
+    if asked.part is not None:
+        for case in swept:
+            axes = AXES[case.operation]
+            compile_part(case, device, axes=axes, part=asked.part, parts=asked.jobs)
+        return 0
+    again = [sys.executable, __file__, "--only", *asked.only, "--jobs", str(asked.jobs)]
+    parts = [subprocess.Popen([*again, "--part", str(i)]) for i in range(asked.jobs)]
+    for process in parts:
+        process.wait()
     properties = card(device)
     print(properties)
     found = []
     with torch.no_grad():
-        for case in (c for name in asked.only for c in CASES[name] if c.quick):
-            swept = sweep(
+        for case in swept:
+            result = sweep(
                 case,
                 CudaClock(),
                 device,
@@ -214,15 +242,15 @@ def main(command: list[str] | None = None) -> int:
                 l2_bytes=properties["l2_bytes"],
                 memory_bytes=properties["memory_bytes"],
             )
-            print(report(case, swept), flush=True)
+            print(report(case, result), flush=True)
             found.append(
                 {
                     "operation": case.operation,
                     "case": case.name,
-                    "now": [swept.now.config._asdict(), swept.now.seconds],
-                    "tried": [[one.config._asdict(), one.seconds] for one in swept.tried],
-                    "failed": swept.failed,
-                    "wrong": [config._asdict() for config in swept.wrong],
+                    "now": [result.now.config._asdict(), result.now.seconds],
+                    "tried": [[one.config._asdict(), one.seconds] for one in result.tried],
+                    "failed": result.failed,
+                    "wrong": [config._asdict() for config in result.wrong],
                 }
             )
     if asked.json:

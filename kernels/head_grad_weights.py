@@ -193,36 +193,29 @@ def _head_product_kernel(
             stride_half_w, stride_weight_d, stride_weight_c, offs_r, offs_c, C, D,
             IS_SPLIT, BLOCK_R, BLOCK_C, BLOCK_D,
         )  # fmt: skip
-        image = offs_r // T
+        image = offs_r // T if IMAGES > 1 else offs_r * 0
         offs_b = group * IMAGES + image
-        used = (image < IMAGES) & (offs_b < B)
+        used = (offs_r < IMAGES * T) & (offs_b < B)
         if IS_PLUS:
-            if IMAGES == 1:
-                half_sums = tl.load(sums_ptr + group * stride_sums_b, mask=mask_c, other=0.0)[
-                    None, :
-                ]
-            else:
-                half_sums = tl.load(
-                    sums_ptr[None, :] + (offs_b * stride_sums_b)[:, None],
-                    mask=used[:, None] & mask_c[None, :], other=0.0,
-                )  # fmt: skip
-            half_sums = half_sums.to(tl.float32)
-            half_sums = 0.5 * tl.maximum(half_sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
             if HAS_VALID:
-                flag = valid_ptr + offs_b * stride_valid_b + offs_r % T * stride_valid_t
+                flag = valid_ptr + offs_b * stride_valid_b + (offs_r - image * T) * stride_valid_t
                 used = tl.load(flag, mask=used, other=0) != 0
-            # relu(g) / (1 + half_sums relu(g)), as in grad_weights.py.
             g = tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            root = tl.math.rsqrt(1 + g * half_sums)
-            g = g * root * root
-            if IMAGES == 1:
-                total += tl.sum(tl.where(used[:, None], g, 0.0), axis=0)
-            else:
-                for one in tl.static_range(IMAGES):
-                    i_b = group * IMAGES + one
-                    mean = tl.sum(tl.where((used & (image == one))[:, None], g, 0.0), axis=0)
-                    mean *= tl.load(scales_ptr + i_b, mask=i_b < B, other=0.0)
-                    tl.store(out_ptr + i_b * C + offs_c, mean, mask=mask_c & (i_b < B))
+            # The terms of every row with the sums of each image in turn: what is not the image's
+            # own is not added up. That takes fewer registers than sums for every row.
+            for one in tl.static_range(IMAGES):
+                i_b = group * IMAGES + one
+                inside = mask_c & (i_b < B)
+                sums = tl.load(sums_ptr + i_b * stride_sums_b, mask=inside, other=0.0)
+                sums = tl.maximum(sums.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+                # relu(g) / (1 + relu(g) sums / 2), as in grad_weights.py.
+                root = tl.math.rsqrt(1 + g * (0.5 * sums)[None, :])
+                own = (used & (image == one))[:, None]
+                total += tl.sum(tl.where(own, g * root * root, 0.0), axis=0)
+                if IMAGES > 1:
+                    total *= tl.load(scales_ptr + i_b, mask=i_b < B, other=0.0)
+                    tl.store(out_ptr + i_b * C + offs_c, total, mask=inside)
+                    total = tl.zeros((BLOCK_C,), tl.float32)
         else:
             out = out_ptr + (offs_b * C)[:, None] + offs_c[None, :]
             tl.store(out, g, mask=used[:, None] & mask_c[None, :])

@@ -83,7 +83,7 @@ class TopMConfig(NamedTuple):
 
 TOP_M_CONFIGS = tuple(
     TopMConfig(block_c, block_m, num_warps)
-    for block_c, num_warps in ((256, 1), (1024, 1), (2048, 2), (8192, 8))
+    for block_c, num_warps in ((256, 1), (1024, 1), (2048, 4), (8192, 8))
     for block_m in (64, 256)
 )
 
@@ -229,8 +229,8 @@ def sample_triplets_config(B: int, N: int, processors: int) -> TripletsConfig:
 
 
 VECTOR_BYTES = 16  # the widest load of one thread
-PROGRAMS_PER_SM = 4  # wanted before T is split
-RUN_ELEMENTS = 2048  # of one triplet, held by a program: 8 of float32 for each of 256 threads
+PROGRAMS_PER_SM = 8  # wanted before T is split
+RUN_BYTES = 4096  # of one triplet, held by a program
 RUN_PIXELS = 1024  # above it a channel's pixels are long enough for a tile
 
 
@@ -276,7 +276,7 @@ def grad_weights_config(
             block_t = 2  # with 1, ptxas spills the longest runs on sm_80
         vector = VECTOR_BYTES // itemsize
         step = vector // math.gcd(P, vector)  # channels whose pixels fill whole vectors
-        fit = RUN_ELEMENTS // P
+        fit = RUN_BYTES // itemsize // P
         channels = min(fit // step * step or fit, triton.cdiv(C, step) * step)
         programs = B * triton.cdiv(C, channels)
         elements = triton.next_power_of_2(channels * P)
@@ -290,8 +290,8 @@ def grad_weights_config(
             num_warps=max(1, min(8, elements * itemsize // 1024)),
         )
     if is_last:
-        block_c = min(128, triton.next_power_of_2(C))
-        block_p = min(16, triton.next_power_of_2(P))
+        block_c = min(64, triton.next_power_of_2(C))
+        block_p = min(32, triton.next_power_of_2(max(T, 1) * P))
     else:
         block_p = min(256, triton.next_power_of_2(P))
         block_c = min(8, triton.next_power_of_2(C))
@@ -303,8 +303,7 @@ def grad_weights_config(
         block_c=block_c,
         block_p=block_p,
         splits=max(1, min(wanted // programs, T // 8)),
-        # What ptxas compiles without spilling on every target.
-        num_warps=8 if is_last else 4,
+        num_warps=4,
     )
 
 

@@ -98,6 +98,20 @@ def test_a_variant_without_room_is_counted(monkeypatch):
     assert ([one.config.block_t for one in found.tried], found.failed) == ([1], 1)
 
 
+def test_parts_compile_every_variant_once(monkeypatch):
+    launched = []
+    monkeypatch.setattr(sweep_launch, "launch", lambda *arguments: launched.append(arguments[2]))
+    monkeypatch.setattr(
+        sweep_launch, "present_choice", lambda *_: GradWeightsConfig(40, 4, 4, 0, 0, 1, 8)
+    )
+    case, axes = TINY["grad_weights"][0], sweep_launch.AXES["grad_weights"]
+    for part in range(3):
+        sweep_launch.compile_part(case, torch.device("cpu"), axes=axes, part=part, parts=3)
+    assert len(launched) == len(set(launched))
+    present = sweep_launch.present_choice()
+    assert set(launched) == set(sweep_launch.variants(present, axes, case))
+
+
 def test_every_operation_with_cases_has_axes():
     assert set(sweep_launch.AXES) == set(cases.CASES)
 

@@ -8,7 +8,7 @@ from helpers import assert_error_bounded, guarded, strided
 
 from gcfast import ops, reference
 from gcfast.kernels.grad_weights import launch_grad_weights
-from gcfast.kernels.launch import grad_weights_config
+from gcfast.kernels.launch import RUN_BYTES, grad_weights_config
 
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 17, 5, 7), (3, 1, 5, 13, 11), (0, 2, 3, 2, 2), (2, 4, 1, 1, 3)]
 LAYOUTS = {
@@ -140,10 +140,11 @@ def test_blocks_of_a_run_start_where_vectors_do(P, itemsize):
     config = grad_weights_config(
         B=8, T=50, C=2048, P=P, itemsize=itemsize, is_run=True, is_last=False, sms=132
     )
-    assert config.channels * P <= 2048
+    assert config.channels * P * itemsize <= RUN_BYTES
     assert config.channels * P * itemsize % 16 == 0
     assert config.align * itemsize == 16
-    assert config.channels * P > 1024  # at least half of the lanes have something to read
+    # At least half of the lanes have something to read.
+    assert config.channels * P * itemsize > RUN_BYTES // 2
 
 
 def test_an_odd_number_of_many_pixels_is_read_unaligned():
