@@ -130,6 +130,13 @@ def _grad_weights_run_kernel(
 
     offs_c = tl.arange(0, BLOCK_C)
     valid_ptr += i_b * stride_valid_b
+    first_t = i_s * triplets
+    last_t = tl.minimum(first_t + triplets, T)
+    gradients = gradients_ptr + i_b * stride_gradients_b + start
+    g, used = _load_triplets(
+        gradients, valid_ptr, stride_gradients_t, stride_valid_t, first_t, last_t, offs_e, mask_e,
+        HAS_VALID, BLOCK_T,
+    )  # fmt: skip
     half_sums = tl.zeros((BLOCK_E,), tl.float32)
     if IS_PLUS:
         maps = activations_ptr + i_b * stride_activations_b
@@ -144,14 +151,7 @@ def _grad_weights_run_kernel(
         # The channel of each element; what lies behind the last one is never added up.
         half_sums = tl.gather(per_channel, tl.minimum(offs_e // P, BLOCK_C - 1), 0)  # [BLOCK_E]
 
-    gradients = gradients_ptr + i_b * stride_gradients_b + start
     acc = tl.zeros((BLOCK_E,), tl.float32)
-    first_t = i_s * triplets
-    last_t = tl.minimum(first_t + triplets, T)
-    g, used = _load_triplets(
-        gradients, valid_ptr, stride_gradients_t, stride_valid_t, first_t, last_t, offs_e, mask_e,
-        HAS_VALID, BLOCK_T,
-    )  # fmt: skip
     for t in range(first_t, last_t, BLOCK_T):
         # The next ones are on their way while these are added up.
         ahead, ahead_used = _load_triplets(

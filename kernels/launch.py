@@ -19,54 +19,48 @@ from typing import NamedTuple
 import torch
 import triton
 
-# Programs that fill a GPU several times over: 132 multiprocessors (H100, H200) by eight.
-FULL_GRID = 1056
-
-
-SPARSE_CAM_MAX_PIXELS = 4096  # of a map that is held in registers
+SPARSE_CAM_MAX_PIXELS = 256  # of a map that is held in registers
 
 
 class SparseCamConfig(NamedTuple):
     """Launch choices of ``sparse_cam``."""
 
-    block_p: int  # pixels of the low-resolution map that are held at once
+    block_p: int  # pixels of the map that a program makes at once
     block_m: int  # kept channels read at once
+    num_warps: int
     block_oh: int
     block_ow: int
-    num_warps: int
 
 
-# Low resolution: pixels, channels, warps; then the shape of the tiles that are written.
 SPARSE_CAM_CONFIGS = tuple(
-    SparseCamConfig(block_p, block_m, block_oh, block_ow, num_warps)
-    for block_p, block_m, num_warps in (
-        (64, 64, 2),
-        (256, 16, 4),
-        (1024, 8, 8),
-        (4096, 2, 8),
-    )
+    SparseCamConfig(block_p, block_m, num_warps, block_oh, block_ow)
+    for block_p, block_m, num_warps in ((64, 64, 2), (256, 16, 4))
     for block_oh, block_ow in ((2, 256), (8, 256), (8, 64))
 )
 
 
 def sparse_cam_config(P: int, enlarged: float, OW: int) -> SparseCamConfig:
-    """Room for the map, and tiles no higher than the rows between two source rows.
+    """Room for a small map or parts of a large one, and tiles no higher than what they share.
 
     Args:
         P: pixels of the map.
-        enlarged: output rows a source row.
+        enlarged: output rows a source row, which are interpolated between the same two.
         OW: output columns.
     """
-    fitting = [c for c in SPARSE_CAM_CONFIGS if c.block_p >= min(P, SPARSE_CAM_MAX_PIXELS)]
-    low, high, narrow = fitting[:3]
+    small, middle = SPARSE_CAM_CONFIGS[:3], SPARSE_CAM_CONFIGS[3:]
+    low, high, narrow = middle if small[0].block_p < P <= SPARSE_CAM_MAX_PIXELS else small
     if OW <= 64:
         return narrow
     return high if enlarged >= 8 else low
 
 
 def sparse_cam_rows(B: int, OH: int, config: SparseCamConfig) -> int:
-    """Output rows of a program, whole tiles of them: few images have many programs."""
-    slices = max(1, FULL_GRID // B)
+    """Output rows of a program, whole tiles of them: few images have many programs.
+
+    Each program of an image makes its map again, so a large batch has one or two, a single image
+    as many as it has tiles (H200: the best of five numbers at B = 1, 4, 16, 64, 256, 512, 1,024).
+    """
+    slices = max(1, round(32 / math.sqrt(B)))
     return -(-OH // (slices * config.block_oh)) * config.block_oh
 
 
@@ -229,7 +223,7 @@ def sample_triplets_config(B: int, N: int, processors: int) -> TripletsConfig:
 
 
 VECTOR_BYTES = 16  # the widest load of one thread
-PROGRAMS_PER_SM = 8  # wanted before T is split
+PROGRAMS_PER_SM = 4  # wanted before T is split
 RUN_BYTES = 4096  # of one triplet, held by a program
 RUN_PIXELS = 1024  # above it a channel's pixels are long enough for a tile
 
@@ -286,15 +280,15 @@ def grad_weights_config(
             block_t=block_t,
             block_c=0,
             block_p=0,
-            splits=max(1, min(wanted // programs, T // (2 * block_t))),
+            splits=max(1, min(triton.cdiv(wanted, programs), T // (3 * block_t))),
             num_warps=max(1, min(8, elements * itemsize // 1024)),
         )
     if is_last:
         block_c = min(64, triton.next_power_of_2(C))
         block_p = min(32, triton.next_power_of_2(max(T, 1) * P))
     else:
-        block_p = min(256, triton.next_power_of_2(P))
-        block_c = min(8, triton.next_power_of_2(C))
+        block_p = min(2048, triton.next_power_of_2(P))
+        block_c = min(2048 // block_p, triton.next_power_of_2(C))
     programs = B * triton.cdiv(C, block_c)
     return GradWeightsConfig(
         channels=0,
@@ -302,8 +296,8 @@ def grad_weights_config(
         block_t=1,
         block_c=block_c,
         block_p=block_p,
-        splits=max(1, min(wanted // programs, T // 8)),
-        num_warps=4,
+        splits=max(1, min(triton.cdiv(wanted, programs), T // 6)),
+        num_warps=4 if is_last else 8,
     )
 
 
@@ -319,30 +313,33 @@ class HeadConfig(NamedTuple):
 
 
 HEAD_GRAD_WEIGHTS_CONFIGS = (
-    HeadConfig(False, 16, 64, 16, 4, 2),
-    HeadConfig(False, 32, 64, 16, 2, 2),
-    HeadConfig(False, 64, 64, 16, 2, 2),
-    HeadConfig(True, 64, 64, 64, 4, 2),
+    HeadConfig(False, 16, 64, 32, 4, 3),
+    HeadConfig(False, 64, 64, 16, 2, 3),
+    HeadConfig(True, 64, 64, 32, 4, 3),
+    HeadConfig(True, 64, 128, 32, 4, 3),
 )
 
 
-def head_grad_weights_config(B: int, T: int, C: int, precision: str, *, sms: int) -> HeadConfig:
+def head_grad_weights_config(
+    B: int, T: int, C: int, precision: str, *, is_plus: bool, sms: int
+) -> HeadConfig:
     """A tile of the product, large as long as every multiprocessor still gets one.
 
     Args:
         B: images.
-        T: rows of the product that each image has: its triplets, or one for Grad-CAM.
+        T: triplets.
         C: channels.
         precision: "ieee" or "tf32".
+        is_plus: the product of every triplet, an image a program, in place of every image's.
         sms: multiprocessors of the device.
     """
-    few, narrow, wide, split = HEAD_GRAD_WEIGHTS_CONFIGS
-    if precision == "tf32":
-        return split
-    if few.block_rows >= B * T:
-        return few
-    tiles = triton.cdiv(B, max(1, wide.block_rows // T)) * triton.cdiv(C, wide.block_c)
-    return wide if tiles >= sms else narrow
+    is_split = precision == "tf32"
+    small, large = [c for c in HEAD_GRAD_WEIGHTS_CONFIGS if c.is_split == is_split]
+    tiles = B if is_plus else triton.cdiv(B, large.block_rows)
+    is_filled = tiles * triton.cdiv(C, large.block_c) >= sms
+    if is_plus and not is_split:
+        is_filled = small.block_rows < T
+    return large if is_filled else small
 
 
 def head_project_config(T: int, D: int) -> tuple[int, int, int]:

@@ -6,8 +6,8 @@ several programs share an image and each does it again: one chain of three loads
 other (the neighbour, its channels, their pixels), one reduction, one division a pixel. An image has
 as many programs as it takes to fill a GPU, so one image has many and a large batch a few each.
 
-A map of up to ``SPARSE_CAM_MAX_PIXELS`` is held whole in registers. A larger one is written out
-normalised by a first launch, and read where it is needed by the second.
+A map of up to ``SPARSE_CAM_MAX_PIXELS`` is held whole in registers. A larger one would take too
+many and too long: a first launch writes it in parts, and the second reads it where it is needed.
 
 The upsampling is separable, columns first, as ``F.interpolate`` associates it. A program goes from
 one pair of source rows to the next: it interpolates both along their length once, and every output
@@ -30,6 +30,7 @@ from gcfast.kernels.launch import (
 )
 
 NORMALIZE = {None: 0, "max": 1, "minmax": 2}
+RESIZE_WARPS = 4
 
 
 @triton.jit
@@ -37,17 +38,18 @@ def _low_resolution(
     activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr, offsets_ptr, offs_p,
     stride_act_c, stride_act_h, stride_act_w, stride_nei_k, stride_cha_n, stride_cha_m,
     stride_wei_n, stride_wei_m, stride_mix_k, stride_off, C, H, W, N, K, M, center, relu,
-    HAS_MIXING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_MIXING: tl.constexpr, IS_NEAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """relu(sum_k x_k (sum_m w[n_k,m] A[ch[n_k,m]] - center o[n_k])) at the pixels ``offs_p``.
 
-    The pointers of activations, neighbours and mixing are those of one image.
+    The pointers of activations, neighbours and mixing are those of one image. IS_NEAR: 32 bits hold
+    the distance of any two of its activations.
     """
     mask_p = offs_p < H * W
     pixels = (offs_p // W).to(tl.int64) * stride_act_h + (offs_p % W).to(tl.int64) * stride_act_w
     # Taken for scattered, whatever the strides are: vectors along the pixels of some memory formats
     # would add up the channels in another order, and their maps would differ in the last bit.
-    pixels = tl.max_contiguous(pixels, 1)
+    pixels = tl.max_contiguous(pixels.to(tl.int32) if IS_NEAR else pixels, 1)
 
     cam = tl.zeros((BLOCK_P,), tl.float32)
     found = 0
@@ -67,10 +69,12 @@ def _low_resolution(
             weight = weights_ptr + row * stride_wei_n + offs_m.to(tl.int64) * stride_wei_m
             weight = tl.load(weight, mask=mask_m, other=0.0).to(tl.float32) * mixed
             # One number a channel goes to every thread: where it is, below 0 for nowhere.
-            place = tl.where((channel >= 0) & (channel < C), channel * stride_act_c, -1)[None, :]
+            place = tl.where((channel >= 0) & (channel < C), channel * stride_act_c, -1)
+            if IS_NEAR:
+                place = place.to(tl.int32)
             tile = tl.load(
-                activations_ptr + pixels[:, None] + place,
-                mask=mask_p[:, None] & (place >= 0),
+                activations_ptr + (pixels[:, None] + place[None, :]),
+                mask=mask_p[:, None] & (place >= 0)[None, :],
                 other=0.0,
             )  # [BLOCK_P, BLOCK_M]
             cam += tl.sum(tile.to(tl.float32) * weight[None, :], axis=1)
@@ -85,24 +89,32 @@ def _low_resolution(
 
 @triton.jit
 def _smallest(cam, inside):
-    """The smallest value inside; what is NaN does not count."""
+    """The smallest value inside; NaN does not count."""
     return tl.min(tl.where(inside, cam, float("inf")), axis=0)
 
 
 @triton.jit
-def _largest_magnitude(cam, inside):
-    """The largest magnitude inside, NaN where there is one.
-
-    As integers: floats of one sign are in the order of their bits, and NaN is above them all.
-    """
-    bits = tl.abs(cam).to(tl.int32, bitcast=True)
-    return tl.max(tl.where(inside, bits, 0), axis=0).to(tl.float32, bitcast=True)
+def _largest(cam, inside):
+    """The largest value inside, NaN where there is one, which a reduction of floats would skip."""
+    bits = cam.to(tl.int32, bitcast=True)
+    # A negative float's magnitude bits are turned over: integers in the order of the floats.
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = tl.where(cam != cam, 0x7FFFFFFF, bits)
+    bits = tl.max(tl.where(inside, bits, -0x80000000), axis=0)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _scaled(cam, peak):
-    """Cam / peak, correctly rounded and so at most 1 in magnitude; zeros where that is 0."""
-    return tl.where(peak == 0, 0.0, tl.div_rn(cam, tl.where(peak == 0, 1.0, peak)))
+def _normalized(cam, smallest, largest, normalize):
+    """The map by its largest magnitude (1), or from its smallest value to its largest (2)."""
+    low = tl.where(normalize == 2, smallest, 0.0)
+    peak = tl.maximum(tl.abs(smallest - low), tl.abs(largest - low))
+    peak = tl.where(largest != largest, largest, peak)
+    # Correctly rounded, and so at most 1 in magnitude.
+    scaled = tl.div_rn(cam - low, tl.where(peak == 0, 1.0, peak))
+    scaled = tl.where(peak == 0, 0.0, scaled)
+    return tl.where(normalize == 0, cam, scaled)
 
 
 @triton.jit
@@ -118,18 +130,18 @@ def _first_tap(offs, scale, size):
 
 
 @triton.jit
-def _along_row(cam, row, left, right, along, W, IN_MEMORY: tl.constexpr):
-    """A row of the map, a tensor or in memory, interpolated at output columns."""
+def _at(cam, place, smallest, largest, normalize, IN_MEMORY: tl.constexpr):
+    """Pixels of the normalised map: of a tensor that is, or in memory as it came."""
     if IN_MEMORY:
-        near, far = tl.load(cam + row * W + left), tl.load(cam + row * W + right)
+        pixels = _normalized(tl.load(cam + place), smallest, largest, normalize)
     else:
-        near, far = tl.gather(cam, row * W + left, 0), tl.gather(cam, row * W + right, 0)
-    return near * (1.0 - along) + far * along
+        pixels = tl.gather(cam, place, 0)
+    return pixels
 
 
 @triton.jit
 def _write_rows(
-    out_ptr, cam, first_row, end_row, H, W, OW, scale_h, scale_w,
+    out_ptr, cam, smallest, largest, normalize, first_row, end_row, H, W, OW, scale_h, scale_w,
     IN_MEMORY: tl.constexpr, IS_BYTE: tl.constexpr, BLOCK_OH: tl.constexpr, BLOCK_OW: tl.constexpr,
 ):  # fmt: skip
     """Resize the map to the output rows from ``first_row`` to ``end_row``."""
@@ -143,8 +155,12 @@ def _write_rows(
         while row < end_row:
             top = _first_tap(row, scale_h, H)
             bottom = tl.minimum(top + 1, H - 1)
-            upper = _along_row(cam, top, left, right, along, W, IN_MEMORY)
-            lower = _along_row(cam, bottom, left, right, along, W, IN_MEMORY)
+            near = _at(cam, top * W + left, smallest, largest, normalize, IN_MEMORY)
+            far = _at(cam, top * W + right, smallest, largest, normalize, IN_MEMORY)
+            upper = near * (1.0 - along) + far * along
+            near = _at(cam, bottom * W + left, smallest, largest, normalize, IN_MEMORY)
+            far = _at(cam, bottom * W + right, smallest, largest, normalize, IN_MEMORY)
+            lower = near * (1.0 - along) + far * along
             # Up to the first row that has another pair: guessed too low, then looked for.
             end = ((top + 1.5) / scale_h - 1.5).to(tl.int32)
             end = tl.minimum(tl.maximum(end, row + 1), end_row)
@@ -172,8 +188,8 @@ def _sparse_cam_kernel(
     stride_act_b, stride_act_c, stride_act_h, stride_act_w, stride_nei_b, stride_nei_k,
     stride_cha_n, stride_cha_m, stride_wei_n, stride_wei_m, stride_mix_b, stride_mix_k, stride_off,
     C, H, W, N, K, M, OH, OW, rows, scale_h, scale_w, center, relu, normalize,
-    HAS_MIXING: tl.constexpr, IS_BYTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_OH: tl.constexpr, BLOCK_OW: tl.constexpr,
+    HAS_MIXING: tl.constexpr, IS_NEAR: tl.constexpr, IS_BYTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_OH: tl.constexpr, BLOCK_OW: tl.constexpr,
 ):  # fmt: skip
     """map[b] = resize(normalize(relu(sum_k x_k (sum_m w[n_k,m] A[b,ch[n_k,m]] - center o[n_k])))).
 
@@ -189,69 +205,68 @@ def _sparse_cam_kernel(
         activations_ptr + i_b * stride_act_b, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr,
         offsets_ptr, offs_p, stride_act_c, stride_act_h, stride_act_w, stride_nei_k, stride_cha_n,
         stride_cha_m, stride_wei_n, stride_wei_m, stride_mix_k, stride_off,
-        C, H, W, N, K, M, center, relu, HAS_MIXING, BLOCK_M, BLOCK_P,
+        C, H, W, N, K, M, center, relu, HAS_MIXING, IS_NEAR, BLOCK_M, BLOCK_P,
     )  # fmt: skip
-    if normalize == 2:
-        cam -= _smallest(cam, offs_p < H * W)
-    if normalize != 0:
-        cam = _scaled(cam, _largest_magnitude(cam, offs_p < H * W))
+    smallest, largest = _smallest(cam, offs_p < H * W), _largest(cam, offs_p < H * W)
+    cam = _normalized(cam, smallest, largest, normalize)
     _write_rows(
-        out_ptr + i_b * OH * OW, cam, first_row, tl.minimum(first_row + rows, OH), H, W, OW,
-        scale_h, scale_w, False, IS_BYTE, BLOCK_OH, BLOCK_OW,
+        out_ptr + i_b * OH * OW, cam, smallest, largest, normalize, first_row,
+        tl.minimum(first_row + rows, OH), H, W, OW, scale_h, scale_w,
+        False, IS_BYTE, BLOCK_OH, BLOCK_OW,
     )  # fmt: skip
 
 
 @triton.jit
 def _large_map_kernel(
-    map_ptr, activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr, offsets_ptr,
+    map_ptr, extremes_ptr,
+    activations_ptr, neighbors_ptr, channels_ptr, weights_ptr, mixing_ptr, offsets_ptr,
     stride_act_b, stride_act_c, stride_act_h, stride_act_w, stride_nei_b, stride_nei_k,
     stride_cha_n, stride_cha_m, stride_wei_n, stride_wei_m, stride_mix_b, stride_mix_k, stride_off,
-    C, H, W, N, K, M, center, relu, normalize,
-    HAS_MIXING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+    C, H, W, N, K, M, center, relu,
+    HAS_MIXING: tl.constexpr, IS_NEAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """As ``_sparse_cam_kernel`` without the resizing, for maps of any size.  Grid: (B,)."""
-    i_b = tl.program_id(0).to(tl.int64)
-    map_ptr += i_b * H * W
-    neighbors_ptr += i_b * stride_nei_b
-    mixing_ptr += i_b * stride_mix_b
-    smallest = float("inf")
-    for start in range(0, H * W, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)
-        cam = _low_resolution(
-            activations_ptr + i_b * stride_act_b, neighbors_ptr, channels_ptr, weights_ptr,
-            mixing_ptr, offsets_ptr, offs_p, stride_act_c, stride_act_h, stride_act_w,
-            stride_nei_k, stride_cha_n, stride_cha_m, stride_wei_n, stride_wei_m, stride_mix_k,
-            stride_off, C, H, W, N, K, M, center, relu, HAS_MIXING, BLOCK_M, BLOCK_P,
-        )  # fmt: skip
-        smallest = tl.minimum(smallest, _smallest(cam, offs_p < H * W))
-        tl.store(map_ptr + offs_p, cam, mask=offs_p < H * W)
-    if normalize != 0:
-        # Each thread reads again what it wrote itself.
-        low = tl.where(normalize == 2, smallest, 0.0)
-        peak = 0
-        for start in range(0, H * W, BLOCK_P):
-            offs_p = start + tl.arange(0, BLOCK_P)
-            cam = tl.load(map_ptr + offs_p, mask=offs_p < H * W, other=0.0)
-            part = _largest_magnitude(cam - low, offs_p < H * W)
-            peak = tl.maximum(peak, part.to(tl.int32, bitcast=True))
-        for start in range(0, H * W, BLOCK_P):
-            offs_p = start + tl.arange(0, BLOCK_P)
-            cam = tl.load(map_ptr + offs_p, mask=offs_p < H * W, other=0.0)
-            cam = _scaled(cam - low, peak.to(tl.float32, bitcast=True))
-            tl.store(map_ptr + offs_p, cam, mask=offs_p < H * W)
+    """map[b] as in ``_sparse_cam_kernel`` before ``normalize``, and the extremes of its parts.
+
+    Grid: (B * ceil(H W / BLOCK_P),). The extremes are [B, parts, 2].
+    """
+    parts = tl.cdiv(H * W, BLOCK_P)
+    i_b = (tl.program_id(0) // parts).to(tl.int64)
+    offs_p = tl.program_id(0) % parts * BLOCK_P + tl.arange(0, BLOCK_P)
+    cam = _low_resolution(
+        activations_ptr + i_b * stride_act_b, neighbors_ptr + i_b * stride_nei_b, channels_ptr,
+        weights_ptr, mixing_ptr + i_b * stride_mix_b, offsets_ptr, offs_p,
+        stride_act_c, stride_act_h, stride_act_w, stride_nei_k, stride_cha_n, stride_cha_m,
+        stride_wei_n, stride_wei_m, stride_mix_k, stride_off, C, H, W, N, K, M, center, relu,
+        HAS_MIXING, IS_NEAR, BLOCK_M, BLOCK_P,
+    )  # fmt: skip
+    tl.store(map_ptr + i_b * H * W + offs_p, cam, mask=offs_p < H * W)
+    extremes_ptr += 2 * tl.program_id(0).to(tl.int64)
+    tl.store(extremes_ptr, _smallest(cam, offs_p < H * W))
+    tl.store(extremes_ptr + 1, _largest(cam, offs_p < H * W))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _resize_kernel(
-    out_ptr, map_ptr, H, W, OH, OW, rows, scale_h, scale_w,
-    IS_BYTE: tl.constexpr, BLOCK_OH: tl.constexpr, BLOCK_OW: tl.constexpr,
+    out_ptr, map_ptr, extremes_ptr, H, W, OH, OW, parts, rows, scale_h, scale_w, normalize,
+    IS_BYTE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_OH: tl.constexpr, BLOCK_OW: tl.constexpr,
 ):  # fmt: skip
-    """out[b] = resize(map[b]).  Grid: (B * ceil(OH / rows),), ``rows`` output rows each."""
+    """out[b] = resize(normalize(map[b])).  Grid: (B * ceil(OH / rows),), ``rows`` rows each."""
     slices = tl.cdiv(OH, rows)
     i_b = (tl.program_id(0) // slices).to(tl.int64)
     first_row = tl.program_id(0) % slices * rows
+    extremes_ptr += i_b * parts * 2
+    smallest = float("inf")
+    largest = float("-inf")
+    for start in range(0, parts, BLOCK_P):
+        offs = start + tl.arange(0, BLOCK_P)
+        low = tl.load(extremes_ptr + 2 * offs, mask=offs < parts, other=0.0)
+        high = tl.load(extremes_ptr + 2 * offs + 1, mask=offs < parts, other=0.0)
+        smallest = tl.minimum(smallest, _smallest(low, offs < parts))
+        high = _largest(high, offs < parts)
+        # Once NaN it stays: every comparison with it is false.
+        largest = tl.where((high > largest) | (high != high), high, largest)
     _write_rows(
-        out_ptr + i_b * OH * OW, map_ptr + i_b * H * W, first_row,
+        out_ptr + i_b * OH * OW, map_ptr + i_b * H * W, smallest, largest, normalize, first_row,
         tl.minimum(first_row + rows, OH), H, W, OW, scale_h, scale_w,
         True, IS_BYTE, BLOCK_OH, BLOCK_OW,
     )  # fmt: skip
@@ -298,8 +313,10 @@ def launch_sparse_cam(
         *given_mixing.stride(), given_offsets.stride(0), C, H, W, N, K, M,
     )  # fmt: skip
     choices = (0.0 if offsets is None else float(center), int(relu), NORMALIZE[normalize])
+    _, stride_c, stride_h, stride_w = strides
     low = {
         "HAS_MIXING": mixing is not None,
+        "IS_NEAR": (C - 1) * stride_c + (H - 1) * stride_h + (W - 1) * stride_w < 2**31,
         "BLOCK_M": config.block_m,
         "BLOCK_P": config.block_p,
         "num_warps": config.num_warps,
@@ -309,15 +326,20 @@ def launch_sparse_cam(
         "BLOCK_OH": config.block_oh,
         "BLOCK_OW": config.block_ow,
     }
-    sizes = (OH, OW, rows, H / OH, W / OW)
-    grid_out = (B * triton.cdiv(OH, rows),)
+    sizes = (rows, H / OH, W / OW)
+    programs = B * triton.cdiv(OH, rows)
     with torch.cuda.device_of(activations):
         if config.block_p >= H * W:
-            _sparse_cam_kernel[grid_out](out, *inputs, *sizes, *choices, **low, **high)
+            _sparse_cam_kernel[(programs,)](out, *inputs, OH, OW, *sizes, *choices, **low, **high)
         else:
+            parts = triton.cdiv(H * W, config.block_p)
             maps = torch.empty((B, H, W), dtype=torch.float32, device=activations.device)
-            _large_map_kernel[(B,)](maps, *inputs, *choices, **low)
-            _resize_kernel[grid_out](out, maps, H, W, *sizes, **high, num_warps=config.num_warps)
+            extremes = maps.new_empty((B, parts, 2))
+            _large_map_kernel[(B * parts,)](maps, extremes, *inputs, *choices[:2], **low)
+            _resize_kernel[(programs,)](
+                out, maps, extremes, H, W, OH, OW, parts, *sizes, choices[2],
+                BLOCK_P=config.block_p, num_warps=RESIZE_WARPS, **high,
+            )  # fmt: skip
     return out
 
 

@@ -77,14 +77,15 @@ def _head_grad_weights() -> None:
             precision=precision,
         )
 
-    for B in (16, 256, 1024):  # each size of tile
-        launch(B, 50, "gradcam")
-    for B, T in ((16, 16), (2, 50), (64, 50)):
-        for dtype in (torch.float32, torch.float16):
-            launch(B, T, "gradcam++", dtype=dtype)
-    launch(64, 50, "gradcam++", C=2047, D=129, pixels=1)
-    for method in ("gradcam", "gradcam++"):
-        launch(1023, 50, method, precision="tf32", C=2047, D=129, stride=FAR)
+    for precision in ("ieee", "tf32"):
+        for B in (16, 1024):  # each size of tile
+            launch(B, 50, "gradcam", precision=precision)
+        for B, T in ((16, 16), (2, 50), (64, 50)):
+            launch(B, T, "gradcam++", precision=precision)
+        launch(64, 50, "gradcam++", dtype=torch.float16, precision=precision)
+        launch(64, 50, "gradcam++", C=2047, D=129, pixels=1, precision=precision)
+        for method in ("gradcam", "gradcam++"):
+            launch(1023, 50, method, precision=precision, C=2047, D=129, stride=FAR)
     launch(64, 1, "gradcam", D=2048)
 
 
@@ -145,10 +146,10 @@ def _sparse_cam() -> None:
             **options,
         )
 
-    # Every size of window, and odd sizes.
-    for side, size in ((7, 225), (7, 63), (13, 225), (13, 63), (31, 225), (63, 225), (65, 225)):
-        signed = {"relu": False, "normalize": None if size == 63 else "minmax"}
-        launch(torch.empty(3, 2047, side, side), (size, size), **signed)
+    # Maps held whole, of both sizes, and in parts; wide and narrow, high and low; odd sizes.
+    for side, size in itertools.product((7, 13, 65), ((225, 225), (63, 63), (20, 225))):
+        signed = {"relu": False, "normalize": None if size == (63, 63) else "minmax"}
+        launch(torch.empty(3, 2047, side, side), size, **signed)
     # As ResNet-50 and ViT-B/16 ask for maps of 224 x 224: whole vectors are written.
     full = (224, 224)
     launch(torch.empty(16, 2048, 7, 7, dtype=torch.float16), full, K=1, N=1024)
@@ -158,7 +159,7 @@ def _sparse_cam() -> None:
     for side, dtype in itertools.product((7, 14), (torch.float32, torch.bfloat16)):
         maps = _channels_last(16, 2048, side, side, dtype)
         launch(maps, full, K=1, N=1024, is_mixed=True)
-    # Everything that can be 1 is; the second needs windows of the largest.
+    # Everything that can be 1 is; the second has a map in parts.
     launch(torch.empty(1, 1, 1, 1), (1, 1), K=1, N=1, M=1, is_mixed=True)
     launch(torch.empty(1, 1, 65, 65), (1, 1), K=1, N=1, M=1, is_mixed=True)
     plain = torch.empty(3, 2047, 7, 7)
@@ -171,7 +172,7 @@ def _sparse_cam() -> None:
 
 
 def _top_m() -> None:
-    for C, M in ((2048, 64), (2047, 200), (200, 50)):
+    for C, M in ((2048, 64), (2047, 200), (8191, 50), (8192, 256), (1024, 50), (200, 50)):
         launch_top_m(torch.empty(3, C), M)
     launch_top_m(torch.empty(1, 1, dtype=torch.float16), 1)
     far = torch.empty_strided((3, 200), (FAR + 1, FAR + 1), dtype=torch.bfloat16)

@@ -130,7 +130,7 @@ def test_many_multiprocessors_split_few_images():
     shape = {"T": 50, "C": 2048, "P": 49, "itemsize": 4, "is_run": True, "is_last": False}
     assert grad_weights_config(B=64, sms=132, **shape).splits == 1
     few = grad_weights_config(B=1, sms=132, **shape)
-    assert few.splits == 6  # 52 programs; no part shorter than two blocks of triplets
+    assert few.splits == 4  # 103 programs; no part shorter than three blocks of triplets
     assert grad_weights_config(B=1, sms=132, **{**shape, "T": 1}).splits == 1
 
 

@@ -167,23 +167,34 @@ def test_precision(precision, allowed, method):
 
 
 @pytest.mark.parametrize("method", ops.METHODS)
-def test_kernels_get_the_weight_in_float32(method, monkeypatch):
-    # In 16 bits it spills, which the offline compilation would not see: it compiles float32.
+@pytest.mark.parametrize(
+    ("weight", "is_copied"),
+    [
+        (torch.empty(4, 32), False),
+        (torch.empty(4, 5), True),
+        (torch.empty(32, 4).T, True),
+        (torch.empty(4, 32).half(), True),
+    ],
+    ids=["as it is", "odd", "transposed", "float16"],
+)
+def test_the_product_reads_whole_vectors_of_float32(weight, is_copied, method, monkeypatch):
     given = []
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *args, **_: given.extend(args)
+            return lambda *args, **_: given.append(args)
 
-    for name in ("_head_project_kernel", "_head_product_kernel"):
+    for name in ("_head_weight_kernel", "_head_project_kernel", "_head_product_kernel"):
         monkeypatch.setattr(f"gcfast.kernels.head_grad_weights.{name}", Kernel())
-    weight = torch.randn(4, 5).half()
-    sums = torch.ones(2, 5)
+    sums = torch.ones(2, weight.shape[1])
     launch_head_grad_weights(
-        torch.randn(2, 3, 4).half(), weight, pixels=2, activation_sums=sums, method=method
+        torch.empty(2, 3, 4), weight, pixels=2, activation_sums=sums, method=method
     )
-    [passed] = [a for a in given if torch.is_tensor(a) and a.shape == (4, 5)]
-    assert passed.dtype == torch.float32
+    assert len(given) == 2 + is_copied
+    factor = given[-1][2]
+    assert (factor is not weight) == is_copied
+    assert factor.dtype == torch.float32
+    assert factor.stride()[-2] % 16 == 0
 
 
 def test_beyond_2_31_elements():
