@@ -58,7 +58,7 @@ def test_the_shapes_asked_for_are_there():
         heads = {(c.sizes["B"], c.sizes["D"]) for c in cases.CASES["head_grad_weights"]
                  if c.options["method"] == method}  # fmt: skip
         assert {(B, D) for B in (1, 16, 256, 1024) for D in (128, 512)} <= heads
-    assert {1, *gpu_end_to_end.BATCHES} == {1, 16, 256, 1024}
+    assert set(gpu_end_to_end.BATCHES) == {1, 4, 16, 64, 256}
     assert {gpu_end_to_end.NAME, gpu_end_to_end.OTHER} == {"resnet50", "vit-b16"}
     assert {c.dtype for c in cases.CASES["grad_weights"]} == {"float32", "bfloat16"}
 
@@ -392,7 +392,7 @@ def small(monkeypatch, context):
     monkeypatch.setattr(gpu_end_to_end, "ROWS", (64, 96, 128))
     monkeypatch.setattr(gpu_end_to_end, "SIDE_SECONDS", 1e-6)
     monkeypatch.setattr(gpu_end_to_end, "ROUNDS", 2)
-    monkeypatch.setattr(gpu_end_to_end, "BUILD_IMAGES", 64)
+    monkeypatch.setattr(gpu_end_to_end, "BUILD_IMAGES", (16, 64))
     monkeypatch.setattr(gpu_end_to_end, "BUILD_BATCH", 8)
     monkeypatch.setattr(gpu_end_to_end, "BUILD_CLASSES", 2)
     monkeypatch.setattr(
@@ -405,11 +405,12 @@ def small(monkeypatch, context):
 def test_explaining_is_timed_beside_the_forward_pass(small):
     small.quick = False
     rows = list(gpu_end_to_end.explain(small))
-    # Graphs need a GPU; that they failed is a row like any other.
-    assert {row["side"] for row in rows if "error" in row} <= {"explain_batch, CUDA graphs"}
+    assert not [row for row in rows if "error" in row]
     assert all(row["ratio"] > 0 for row in rows if "ratio" in row)
-    timed = {row["case"] for row in rows if row.get("goal") == "<= 1.03"}
-    assert {f"{n}, B {B}, bfloat16" for n in ("ResNet-50", "ViT-B/16") for B in (2, 3, 4)} <= timed
+    for goal in ("<= 1.04", "<= 1.06"):
+        timed = {row["case"] for row in rows if row.get("goal") == goal}
+        both = {f"{n}, B {B}, bfloat16" for n in ("ResNet-50", "ViT-B/16") for B in (2, 3, 4)}
+        assert both <= timed
     assert sum("rows against" in row["case"] and "ratio" in row for row in rows) == 2
 
 
@@ -422,22 +423,14 @@ def test_an_explainer_that_is_wrong_is_not_timed(small, monkeypatch):
     )
     rows = list(gpu_end_to_end.explain(small))
     wrong = [row for row in rows if "error" in row and row["side"] == "explain_batch"]
-    assert len(wrong) == 3
+    assert len(wrong) == 7  # three sizes in two precisions, and a larger table
     assert not [row for row in rows if "ratio" in row]
-
-
-def test_graphs_that_were_not_captured_are_not_timed(small):
-    subject = gpu_end_to_end.Subject(small, torch.float32)
-    plain = subject.explainer(64)
-    batches = [subject.images(1), subject.images(1) + 1]
-    with pytest.raises(AssertionError, match="was not captured"):
-        gpu_end_to_end.check_graphs(plain, plain, batches)
 
 
 def test_building_is_timed_beside_the_forward_pass(small):
     rows = list(gpu_end_to_end.build(small))
     assert not [row for row in rows if "error" in row]
-    assert sum("ratio" in row for row in rows) == 2
+    assert [row["goal"] for row in rows if "ratio" in row] == ["", "<= 1.15"]
     assert "times build's" in rows[-1]["text"]
 
 
