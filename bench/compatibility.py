@@ -28,7 +28,6 @@ from peers import make_torchvision_importable
 from torch import Tensor, nn
 
 import gcfast
-from gcfast.model.tokens import takes_image_size
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4  # of maps in [0, 1]
@@ -229,14 +228,9 @@ def by_hand(
     finally:
         handle.remove()
     size = (anchor.shape[2], anchor.shape[3])
-    layout = network.layout
-
-    def arranged(tensor: Tensor) -> Tensor:
-        if layout is None:
-            return tensor
-        return layout(tensor, size) if takes_image_size(layout) else layout(tensor)  # type: ignore[call-arg]
-
-    activations, weights = arranged(kept[0].detach()), -arranged(gradient).mean((2, 3))[0]
+    layout = network.layout or (lambda tensor, _: tensor)
+    activations = layout(kept[0].detach(), size)
+    weights = -layout(gradient, size).mean((2, 3))[0]
     best = weights.argsort(descending=True, stable=True)[:CHANNELS]
     cam = (weights[best, None, None] * activations[0, best]).sum(0).relu()
     cam = cam / cam.max().clamp(min=1e-30)

@@ -47,10 +47,16 @@ def batches(loader: Iterable[Any], *, real_labels: bool = False) -> Iterator[Bat
 
 
 def on_device(images: Tensor, network: Network) -> Tensor:
-    """The images on the model's device and in its dtype."""
+    """The images on the model's device and in its dtype, without waiting for the device.
+
+    They go by pinned memory of our own: the loader may fill its own again at once.
+    """
     device = network.device(images.device)
     autocast = torch.is_autocast_enabled(device.type)
     dtype = images.dtype if autocast else network.dtype_for(images)
+    if device.type == "cuda" and images.device.type == "cpu":
+        staged = torch.empty_like(images, pin_memory=True).copy_(images)
+        images = staged.to(device, non_blocking=True)
     return images.to(device, dtype)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from gcfast.model.capture import evaluating, first_tensor
-from gcfast.model.tokens import ChannelsLast, Reshape, TokenGrid, grids, patch_of
+from gcfast.model.tokens import ChannelsLast, Layout, TokenGrid, grids, patch_of
 
 CHANNELS_FIRST = (
     nn.Conv2d,
@@ -55,7 +55,7 @@ class Candidate:
     module: nn.Module
     run: int  # which of its runs in a forward pass, from 1 on
     shape: tuple[int, ...]  # of the raw output for one image
-    layout: Reshape | None  # to [B, C, H, W]; None where it is that
+    layout: Layout | None  # to [B, C, H, W]; None where it is that
     grid: tuple[int, int]  # H, W
     channels: int
     parameters_before: float  # the share of the model's parameters used up to and with it
@@ -89,7 +89,7 @@ class _Seen:
     parameters: int
 
 
-_Placed = tuple[_Seen, Reshape | None]  # a run, and the layout of its output
+_Placed = tuple[_Seen, Layout | None]  # a run, and the layout of its output
 
 
 @dataclass
@@ -164,7 +164,7 @@ def layout_of(
     module: nn.Module,
     image_size: tuple[int, int],
     strides: Strides | None = None,
-) -> tuple[bool, Reshape | None]:
+) -> tuple[bool, Layout | None]:
     """Whether an output of one image is spatial, and its layout (None is [B, C, H, W] itself).
 
     Args:
@@ -300,7 +300,7 @@ def _examined(
 
 def _candidate(
     seen: _Seen,
-    layout: Reshape | None,
+    layout: Layout | None,
     noted: _Pass,
     image_size: tuple[int, int],
     gradients: Mapping[GradientEdge, Tensor | None] | None = None,
@@ -313,7 +313,7 @@ def _candidate(
         reached = 0.0
         gradient = None if seen.edge is None else gradients[seen.edge]
         if gradient is not None:
-            maps = gradient if layout is None else layout(gradient, image_size)  # type: ignore[call-arg]
+            maps = gradient if layout is None else layout(gradient, image_size)
             reached = float((maps != 0).any(1).float().mean())
             spread = (maps - maps.mean((2, 3), keepdim=True)).norm()
             uniform = bool(spread <= UNIFORM * maps.norm())
@@ -321,7 +321,7 @@ def _candidate(
             passed_by = routes.pass_by(seen.edge.node)
     arranged = torch.empty(seen.shape, device="meta")
     if layout is not None:
-        arranged = layout(arranged, image_size)  # type: ignore[call-arg]
+        arranged = layout(arranged, image_size)
     return Candidate(
         name=seen.name if noted.runs[seen.module] == 1 else f"{seen.name}@{seen.run}",
         module=seen.module,

@@ -21,7 +21,7 @@ from gcfast.model.capture import (
     first_tensor,
 )
 from gcfast.model.layers import Strides, candidates, default_of, layout_of, note_stride
-from gcfast.model.tokens import Reshape, TokenGrid, takes_image_size
+from gcfast.model.tokens import Layout, Reshape, TokenGrid, takes_image_size
 
 # What a RuntimeError says where a model cannot take channels-last input.
 LAYOUT_WORDS = ("view size is not compatible", "channels_last", "memory format", "stride")
@@ -80,9 +80,11 @@ class Network:
                 )
         self.output_key = output_key
         self.reshape = reshape
+        # Asked once: a signature is dear, and no compiler traces it.
+        self._sized = reshape is not None and takes_image_size(reshape)
         # What stands for `reshape` where none is given: None until a pass has told, or where the
         # layer gives [B, C, H, W].
-        self.layout: Reshape | None = None
+        self.layout: Layout | None = None
         self._laid_out = reshape is not None
         self.layer: nn.Module | None = None
         self.layer_name: str | None = None
@@ -269,12 +271,9 @@ class Network:
 
     def arranged(self, tensor: Tensor, image_size: tuple[int, int]) -> Tensor:
         """The layer's output, or a gradient of its shape, as [B, C, H, W]."""
-        reshape = self.reshape or self.layout
-        if reshape is None:
-            return tensor
-        if takes_image_size(reshape):
-            return reshape(tensor, image_size)  # type: ignore[call-arg]
-        return reshape(tensor)  # type: ignore[call-arg]
+        if self.reshape is not None:
+            return self.reshape(tensor, image_size) if self._sized else self.reshape(tensor)  # type: ignore[call-arg]
+        return tensor if self.layout is None else self.layout(tensor, image_size)
 
     def share(self, activations: Tensor, image_size: tuple[int, int]) -> tuple[float, float]:
         """The part of the images that activations [B, C, H, W] lie on; see :class:`Captured`."""

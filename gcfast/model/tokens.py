@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+Layout = Callable[[Tensor, tuple[int, int]], Tensor]
 # A user's callable may leave the image's size out.
-Reshape = Callable[[Tensor], Tensor] | Callable[[Tensor, tuple[int, int]], Tensor]
+Reshape = Callable[[Tensor], Tensor] | Layout
 
 
 class TokenGrid:
