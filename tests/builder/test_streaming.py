@@ -117,8 +117,8 @@ def test_ids_and_labels_of_every_kind(tmp_path: Path) -> None:
     for number, given in enumerate(
         [
             [(images, labels)],
-            [(images, labels, [""] * 8)],
-            [(images, labels, ["\udcff"] * 8)],
+            [(images, labels, ["", *"1234567"])],
+            [(images, labels, ["\udcff" * (i + 1) for i in range(8)])],
             [(images, [-3 if i else 5 for i in labels])],
         ]
     ):
