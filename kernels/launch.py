@@ -6,8 +6,8 @@ are few. tests/kernels/launches.py makes launches that ask for every choice, and
 compiled offline.
 
 All of these were reasoned from the sizes of a card (registers, shared memory, multiprocessors) and
-from what compiles without spilling, by Triton 3.7.1 on every target and by 3.6 on sm_90; none has
-been measured. bench/sweep_launch.py prints what a card prefers.
+from what compiles without spilling, by Triton 3.7.1 on every target and by 3.6 on sm_90; where one
+was measured, its function says on which card. bench/sweep_launch.py prints what a card prefers.
 """
 
 from __future__ import annotations
@@ -156,9 +156,10 @@ def knn_config(B: int, N: int, D: int, K: int, processors: int) -> KnnConfig:
     is_whole = block_d >= D
     if not is_whole:
         block_d = 64
+    has_rest = D % block_d > 0 and not is_whole
     if B <= 16:
-        block_b, block_n, num_warps, resident = 16, 64, 4, 2
-    elif B <= 64:
+        block_b, block_n, num_warps, resident = (16, 32, 4, 4) if has_rest else (16, 64, 4, 2)
+    elif B <= 64 and is_whole:
         block_b, block_n, num_warps, resident = 64, 32, 4, 3
     elif B <= 128 or D % block_d:
         # With a rest to mask, more queries at once need more registers than there are.

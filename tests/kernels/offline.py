@@ -55,12 +55,13 @@ class Form(NamedTuple):
         import triton
         from triton.compiler import ASTSource
 
-        from gcfast.kernels.launch import fitting_warps
+        from gcfast.kernels.launch import fitting_stages, fitting_warps
 
         options = {**self.options, **options}
-        if "num_warps" in options:
-            lanes = _gpu_target(target).warp_size
-            options["num_warps"] = fitting_warps(options["num_warps"], lanes)
+        lanes = _gpu_target(target).warp_size
+        for option, fitting in (("num_warps", fitting_warps), ("num_stages", fitting_stages)):
+            if option in options:
+                options[option] = fitting(options[option], lanes)
         names = self.kernel.arg_names
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
         source = ASTSource(self.kernel, self.signature, self.constants, attributes)
