@@ -14,8 +14,8 @@ Three passes, none of which waits for the host, so that a CUDA graph can hold th
 The guarantee: the result is the K lowest by (distance, id), the distance summed in float64 and
 rounded to float32, whatever the data. Bounds decide how much is measured and never what is found: a
 row that was not measured has a bound, proven in :mod:`gcfast.kernels.group_bounds`, above the K-th
-distance. NaN and overflow make bounds NaN, which is taken for "below everything". It rests on squared
-norms that are right, where the caller gives them.
+distance. NaN and overflow make bounds NaN, which is taken for "below everything". All of it rests
+on squared norms that are right, where the caller gives them.
 
 How much is measured: rows whose bound is within the error of the K-th distance, about 4 epsilon,
 .002, for unit vectors of 128 elements; and whole classes where two such groups share one, for which
