@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../parallel_for.hpp"
 #include "../transfer_engine.hpp"
 #include "check.hpp"
 
@@ -222,4 +223,21 @@ TEST(exceptions_of_the_index_reach_the_caller) {
   (void)engine.transfer(asked.data(), 4, request, {});
   CHECK(MESSAGE_OF(std::invalid_argument, engine.transfer(asked.data(), 4, request, {})) ==
         "`index` must number the database's rows, 0 to 9, it returned 10");
+}
+
+TEST(a_loop_runs_each_task_once_and_keeps_its_first_exception) {
+  std::vector<std::future<void>> running;
+  for (int t = 0; t < 4; ++t)
+    running.push_back(std::async(std::launch::async, [] {
+      for (int round = 0; round < 200; ++round) {
+        std::vector<int> seen(37);
+        parallel_for(37, round % 6, [&](int64_t i) { ++seen[static_cast<size_t>(i)]; });
+        CHECK(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }));
+      }
+    }));
+  for (auto& one : running) one.get();
+  CHECK(MESSAGE_OF(std::range_error, parallel_for(100, 4, [](int64_t i) {
+                     if (i % 10 == 3) throw std::range_error("in a task");
+                   })) == "in a task");
+  parallel_for(0, 4, [](int64_t) { CHECK(false); });
 }

@@ -1,7 +1,7 @@
-"""Which rows the centres of a compressed database stand for.
+"""The members of a compressed database: the ids of the rows that each centre stands for.
 
-The ids of all rows would be most of a compressed database's folder, so the file holds them packed,
-centre by centre, so that one centre's can be read alone.
+Unpacked, they would be most of the folder. The file holds one packed block per centre, so that one
+centre's ids can be read alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gcfast.errors import DamagedDatabaseError
 PLAIN: dict[str, tuple[str, ...]] = {"ends": ("I64",), "id_ends": ("I64",), "id_bytes": ("U8",)}
 PACKED: dict[str, tuple[str, ...]] = {"ends": ("I64",), "block_ends": ("I64",), "blocks": ("U8",)}
 NAMES, NUMBERS = 0, 1  # what a block holds
-LONGEST = 18  # digits of a number that an int64 holds in any case
+LONGEST = 18  # digits that always fit into an int64
 
 
 class MembersFile(MappedFile):
@@ -63,7 +63,7 @@ class MembersFile(MappedFile):
 
 
 def rising(ends: Tensor, last: int) -> bool:
-    """Whether these are ends of parts, one after another, up to ``last``."""
+    """Whether these are the ends of consecutive parts, the last of which is ``last``."""
     if not len(ends) or int(ends[-1]) != last:
         return False
     return bool((ends.diff(prepend=ends.new_zeros(1)) >= 0).all())
@@ -77,7 +77,7 @@ class Members(NamedTuple):
 
     @classmethod
     def of(cls, assignment: Tensor, centres: int, ids: Sequence[str]) -> Members:
-        """The members of each centre.
+        """Group the ids by centre.
 
         Args:
             assignment: [N] int64, the centre of each row.
@@ -90,12 +90,12 @@ class Members(NamedTuple):
         return cls(ends, IdTable.encoded([names[row] for row in order.tolist()]))
 
     def of_centre(self, centre: int) -> list[str]:
-        """The ids of one centre's rows, in the order of the rows."""
+        """Return the ids of one centre's rows, in the order of the rows."""
         start = int(self.ends[centre - 1]) if centre else 0
         return self.ids.decoded(start, int(self.ends[centre]))
 
     def packed(self) -> PackedMembers:
-        """The same as a file holds them."""
+        """Return the members as a file holds them."""
         blocks = [packed(self.of_centre(centre)) for centre in range(len(self.ends))]
         return PackedMembers(
             self.ends,
@@ -105,17 +105,17 @@ class Members(NamedTuple):
 
 
 class PackedMembers(NamedTuple):
-    """The same, a block of :func:`packed` ids for each centre."""
+    """The members with one block of :func:`packed` ids for each centre."""
 
-    ends: Tensor  # [centres] int64, as above
+    ends: Tensor  # [centres] int64: where each centre's members end
     block_ends: Tensor  # [centres] int64: where each centre's block ends
     blocks: Tensor  # uint8
 
     def of_centre(self, centre: int) -> list[str]:
-        """The ids of one centre's rows, in the order of the rows.
+        """Return the ids of one centre's rows, in the order of the rows.
 
         Raises:
-            DamagedDatabaseError: a block that does not hold them.
+            DamagedDatabaseError: the block does not hold them.
         """
         start, first = (
             (int(ends[centre - 1]) if centre else 0) for ends in (self.block_ends, self.ends)
@@ -130,15 +130,15 @@ class PackedMembers(NamedTuple):
             ) from None
 
     def packed(self) -> PackedMembers:
-        """Return these, which are packed."""
+        """Return the members as a file holds them: as they are."""
         return self
 
 
 def packed(ids: Sequence[str]) -> bytes:
-    """Ids in a few bytes: rising whole numbers by their differences, others as they are; zlib.
+    """Compress ids with zlib: rising whole numbers as their differences, others as they are.
 
-    A million row numbers in 50 centres take 0.93 bytes each, 13.9 as strings with their ends; paths
-    like "class0001/img_000600.jpg" 3.4 of 32 (measured, the rows assigned at random).
+    A million row numbers in 50 centres take 0.93 bytes each, against 13.9 as strings with their
+    ends; paths like "class0001/img_000600.jpg" 3.4 against 32 (measured, rows assigned at random).
     """
     numbers = rising_numbers(ids)
     if numbers is not None:
@@ -151,10 +151,10 @@ def packed(ids: Sequence[str]) -> bytes:
 
 
 def unpacked(block: bytes, count: int) -> list[str]:
-    """The ``count`` ids of a block.
+    """Return the ``count`` ids of a block.
 
     Raises:
-        ValueError, IndexError, zlib.error: it does not hold them.
+        ValueError, IndexError, zlib.error: the block does not hold them.
     """
     kind, content = block[0], zlib.decompress(block[1:])
     values, rest = from_planes(content, count), content[8 * count :]
@@ -167,7 +167,7 @@ def unpacked(block: bytes, count: int) -> list[str]:
 
 
 def rising_numbers(ids: Sequence[str]) -> NDArray[np.int64] | None:
-    """The ids as numbers where they are written as numbers are and never fall; None otherwise."""
+    """Return the ids as numbers if they are plain whole numbers that never fall, else None."""
     if not all(i.isascii() and i.isdigit() and len(i) <= LONGEST for i in ids):
         return None
     numbers = np.array([int(i) for i in ids], dtype=np.int64)
@@ -176,11 +176,11 @@ def rising_numbers(ids: Sequence[str]) -> NDArray[np.int64] | None:
 
 
 def planes(values: NDArray[np.int64]) -> bytes:
-    """All the lowest bytes, then all the next ones: small numbers are mostly runs of zeros."""
+    """Return all the lowest bytes, then all the next ones: small numbers become runs of zeros."""
     return values.astype("<i8").view(np.uint8).reshape(-1, 8).T.tobytes()
 
 
 def from_planes(content: bytes, count: int) -> NDArray[np.int64]:
-    """The values of :func:`planes`; raises ValueError where there are fewer."""
+    """Return the values of :func:`planes`; raises ValueError if there are fewer."""
     columns = np.frombuffer(content, np.uint8, count=8 * count).reshape(8, count)
     return np.ascontiguousarray(columns.T).view("<i8")[:, 0].astype(np.int64)
