@@ -70,15 +70,15 @@ def _place(row, offs_d, tall, D, IS_SPLIT: tl.constexpr):
     """Where a row's numbers are: next to each other, or with those of other rows between them."""
     if IS_SPLIT:
         return row * D + offs_d
-    return offs_d * tl.multiple_of(tall, 4) + row
+    return offs_d * tall + row
 
 
-@triton.jit(do_not_specialize=["B", "tall", "half"])
+@triton.jit(do_not_specialize=["B", "quads"])
 def _head_project_kernel(
     out_ptr, scales_ptr, cotangents_ptr, valid_ptr, embeddings_ptr, norms_ptr,
     stride_cotangents_b, stride_cotangents_t, stride_cotangents_d,
     stride_valid_b, stride_valid_t, stride_embeddings_b, stride_embeddings_d, stride_norms_b,
-    B, T, D, pixels, tall, deep, half,
+    B, T, D, pixels, quads, deep,
     IS_PLUS: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_NORMS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -89,6 +89,8 @@ def _head_project_kernel(
     t, zero without one. Grid: ``tall``, B and rows of zeros. BLOCK_D covers ``deep``.
     """
     i_b = tl.program_id(0).to(tl.int64)
+    tall = 4 * quads
+    half = tall.to(tl.int64) * deep * (B if IS_PLUS else 1)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_d = (offs_d < D) & (i_b < B)
     columns = cotangents_ptr + i_b * stride_cotangents_b + offs_d * stride_cotangents_d
@@ -155,17 +157,17 @@ def _product(
             acc = tl.dot(left, right, acc)
         else:
             rows = rows_ptr + _place(offs_r[None, :], offs_d[:, None], tall, D, IS_SPLIT)
-            mask = (offs_r < tl.multiple_of(tall, 4))[None, :] & mask_d[:, None]
+            mask = (offs_r < tall)[None, :] & mask_d[:, None]
             left = tl.load(rows, mask=mask, other=0.0)
             acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
     return acc
 
 
-@triton.jit(do_not_specialize=["B", "tall", "half"])
+@triton.jit(do_not_specialize=["B", "quads"])
 def _head_product_kernel(
     out_ptr, rows_ptr, weight_ptr, valid_ptr, sums_ptr, scales_ptr,
     stride_valid_b, stride_valid_t, stride_sums_b, stride_sums_c,
-    B, T, C, D, tall, half, wide, half_weight,
+    B, T, C, D, quads, wide, half_weight,
     IS_PLUS: tl.constexpr, IS_SPLIT: tl.constexpr, HAS_VALID: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -176,12 +178,14 @@ def _head_product_kernel(
     that neighbours in time share the columns of the weight.
     """
     i = tl.program_id(0).to(tl.int64)
+    tall = 4 * quads  # so that it is seen to be whole vectors
+    half = tall.to(tl.int64) * D * (B if IS_PLUS else 1)
     groups = B if IS_PLUS else tl.cdiv(B, BLOCK_R)
     group = i % groups
     offs_c = i // groups * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     if IS_PLUS:
-        rows_ptr += group * D * tl.multiple_of(tall, 4) if not IS_SPLIT else group * D * tall
+        rows_ptr += group * tall * D
         sums = sums_ptr + group * stride_sums_b + offs_c * stride_sums_c
         sums = tl.load(sums, mask=mask_c, other=0.0)
         sums = tl.maximum(sums.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -242,11 +246,9 @@ def launch_head_grad_weights(
     kind = {"dtype": torch.bfloat16 if is_half else torch.float32, "device": device}
     # Rows of whole vectors; the weight itself where it has them.
     groups, tall = (B, T) if is_plus else (1, B)
-    wide, deep = triton.cdiv(C, 16) * 16, D
+    tall, wide, deep = triton.cdiv(tall, 4) * 4, triton.cdiv(C, 16) * 16, D
     if config.is_split:
         deep = triton.cdiv(D, 16) * 16
-    else:
-        tall = triton.cdiv(tall, 4) * 4
     rows = torch.empty((1 + config.is_split, groups * tall * deep), **kind)
     factor = weight
     is_copied = (weight.dtype, weight.stride()) != (kind["dtype"], (wide, 1)) or config.is_split
@@ -269,16 +271,15 @@ def launch_head_grad_weights(
             )  # fmt: skip
         _head_project_kernel[(B if is_plus else tall,)](
             rows, scales, cotangents, flags, unit, lengths,
-            *cotangents.stride(), *valid_strides, *unit_strides, B, T, D, pixels, tall, deep,
-            rows.stride(0),
+            *cotangents.stride(), *valid_strides, *unit_strides, B, T, D, pixels, tall // 4, deep,
             HAS_NORMS=norms is not None, BLOCK_T=block_t, BLOCK_D=block_d,
             num_warps=project_warps, **common,
         )  # fmt: skip
         groups = B if is_plus else triton.cdiv(B, config.block_rows)
         _head_product_kernel[(groups * triton.cdiv(C, config.block_c),)](
             out, rows, factor, flags, sums, scales,
-            *valid_strides, *(sums.stride() if is_plus else (0, 0)), B, T, C, deep, tall,
-            rows.stride(0), wide, deep * wide,
+            *valid_strides, *(sums.stride() if is_plus else (0, 0)), B, T, C, deep, tall // 4,
+            wide, deep * wide,
             BLOCK_R=config.block_rows, BLOCK_C=config.block_c, BLOCK_D=config.block_d,
             num_warps=config.num_warps, num_stages=config.num_stages, **common,
         )  # fmt: skip

@@ -34,7 +34,7 @@ class SparseCamConfig(NamedTuple):
 
 SPARSE_CAM_CONFIGS = tuple(
     SparseCamConfig(block_p, block_m, num_warps, block_oh, block_ow)
-    for block_p, block_m, num_warps in ((64, 64, 2), (256, 16, 4))
+    for block_p, block_m, num_warps in ((64, 64, 2), (256, 16, 8), (64, 32, 2))
     for block_oh, block_ow in ((2, 256), (8, 256), (8, 64))
 )
 
@@ -47,8 +47,8 @@ def sparse_cam_config(P: int, enlarged: float, OW: int) -> SparseCamConfig:
         enlarged: output rows a source row, which are interpolated between the same two.
         OW: output columns.
     """
-    small, middle = SPARSE_CAM_CONFIGS[:3], SPARSE_CAM_CONFIGS[3:]
-    low, high, narrow = middle if small[0].block_p < P <= SPARSE_CAM_MAX_PIXELS else small
+    first = 0 if P <= 64 else 3 if P <= SPARSE_CAM_MAX_PIXELS else 6
+    low, high, narrow = SPARSE_CAM_CONFIGS[first : first + 3]
     if OW <= 64:
         return narrow
     return high if enlarged >= 8 else low
@@ -317,14 +317,13 @@ HEAD_GRAD_WEIGHTS_CONFIGS = (
     HeadConfig(False, 16, 64, 32, 4, 3),
     HeadConfig(False, 64, 64, 16, 2, 3),
     HeadConfig(True, 64, 64, 32, 4, 3),
-    HeadConfig(True, 64, 128, 32, 4, 3),
 )
 
 
 def head_grad_weights_config(
     B: int, T: int, C: int, precision: str, *, is_plus: bool, sms: int
 ) -> HeadConfig:
-    """A tile of the product, large as long as every multiprocessor still gets one.
+    """A tile of the product, for Grad-CAM as large as leaves one for every multiprocessor.
 
     Args:
         B: images.
@@ -334,17 +333,17 @@ def head_grad_weights_config(
         is_plus: the product of every triplet, an image a program, in place of every image's.
         sms: multiprocessors of the device.
     """
-    is_split = precision == "tf32"
-    small, large = [c for c in HEAD_GRAD_WEIGHTS_CONFIGS if c.is_split == is_split]
-    tiles = B if is_plus else triton.cdiv(B, large.block_rows)
-    is_filled = tiles * triton.cdiv(C, large.block_c) >= sms
-    if is_plus and not is_split:
-        is_filled = small.block_rows < T
-    return large if is_filled else small
+    small, large, split = HEAD_GRAD_WEIGHTS_CONFIGS
+    if precision == "tf32":
+        return split
+    if is_plus:
+        return large if small.block_rows < T else small
+    tiles = triton.cdiv(B, large.block_rows) * triton.cdiv(C, large.block_c)
+    return large if tiles >= sms else small
 
 
 def head_project_config(T: int, D: int) -> tuple[int, int, int]:
-    """(BLOCK_T, BLOCK_D, warps): all of D at once, up to 4,096 numbers of D and T together."""
+    """(BLOCK_T, BLOCK_D, warps): all of D at once, up to 2,048 numbers of D and T together."""
     block_d = triton.next_power_of_2(max(D, 1))
-    block_t = max(1, min(triton.next_power_of_2(max(T, 1)), 4096 // block_d))
-    return block_t, block_d, max(1, min(8, block_d * block_t // 512))
+    block_t = max(1, min(triton.next_power_of_2(max(T, 1)), 2048 // block_d))
+    return block_t, block_d, max(1, min(8, block_d * block_t // 256))
