@@ -16,10 +16,10 @@ FIELDS = ("maps", "embeddings", "neighbors", "distances", "labels", "flat")
 
 
 def twins(gpu, *, model=None, dtype=None, **settings):
-    """(an explainer on the CPU with a database, one on the GPU with the same)."""
+    """(an explainer on the CPU with a database, one on the GPU with the same, without graphs)."""
     model = (common(norm=True) if model is None else model).eval().to(dtype)
     images, labels = pictures(12)
-    settings = {"channels": 4, "triplets": 5, **settings}
+    settings = {"channels": 4, "triplets": 5, "cuda_graphs": False, **settings}
     plain = Explainer(model, **settings)
     plain.build(loader(images.to(dtype), labels))
     ours = Explainer(copy.deepcopy(model).to(gpu), database=plain.database, **settings)

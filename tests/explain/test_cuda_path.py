@@ -76,7 +76,7 @@ def test_a_database_of_float16(gpu):
     plain, _ = twins(gpu)
     plain.database = plain.database.in_storage("float16")
     model = copy.deepcopy(plain.network.model).to(gpu)
-    ours = Explainer(model, database=plain.database, channels=4)
+    ours = Explainer(model, database=plain.database, channels=4, cuda_graphs=False)
     images = pictures(3)[0]
     got = ours.explain_batch(images.to(gpu), details=True)
     agree(got, plain.explain_batch(images, details=True), atol=1e-3)
@@ -175,6 +175,7 @@ def test_explain_stream(gpu, index, k):
         pytest.importorskip("faiss")
     plain, ours = twins(gpu, k=k)
     settings = {"database": plain.database, "channels": 4, "k": k, "index": index}
+    settings["cuda_graphs"] = False
     plain, ours = (Explainer(e.network.model, **settings) for e in (plain, ours))
     given = [pictures(count)[0] for count in (2, 3, 0, 1)]
     for details in (False, True):
