@@ -14,6 +14,7 @@ importable, as both import it and need none of its compiled operations here.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import traceback
@@ -105,25 +106,25 @@ def own_subjects() -> list[Subject]:
     flat = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 16))
     mlp = nn.Sequential(GeM(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
     arcface = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32 * 32, 16), nn.BatchNorm1d(16))
-    neck = nn.Sequential(*average(), nn.BatchNorm1d(16))
+    neck = nn.Sequential(average(), nn.BatchNorm1d(16))
     size = (128, 128)
     heads = {
         "average + linear": average(), "BN neck": neck, "GeM + MLP": mlp, "PCB stripes": Stripes(),
         "flatten": flat, "ArcFace (flatten, linear, BN)": arcface,
         "max": nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(32, 16)),
     }  # fmt: skip
-    wrappers: dict[str, Callable[[nn.Module], nn.Module]] = {
+    wrappers: dict[str, Callable[[nn.Module], Any]] = {
         "siamese": Siamese,
         "DataParallel": nn.DataParallel,
-        "torch.compile": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+        "torch.compile": lambda model: torch.compile(model, backend="eager"),
         "FX": torch.fx.symbolic_trace,
     }
-    return [
-        Subject("heads", name, lambda head=head: Head(head), size) for name, head in heads.items()
-    ] + [
-        Subject("wrappers", name, lambda wrap=wrap: wrap(Head(average())), size)
-        for name, wrap in wrappers.items()
+    found = [
+        Subject("heads", name, functools.partial(Head, head), size) for name, head in heads.items()
     ]
+    for name, wrap in wrappers.items():
+        found.append(Subject("wrappers", name, functools.partial(wrap, Head(average())), size))
+    return found
 
 
 def timm_subjects() -> list[Subject]:
@@ -159,14 +160,16 @@ def transformers_subjects() -> list[Subject]:
     """Networks of transformers, small ones of each class."""
     import transformers
 
-    small = {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    }  # fmt: skip
+    small: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     wide = {**small, "intermediate_size": 128}
     dino = {**small, "image_size": 224, "patch_size": 14}
     clip = {**wide, "patch_size": 16}
-    stages = {"hidden_sizes": [16, 32, 64, 128], "depths": [1] * 4}
-    swin = {"embed_dim": 24, "depths": [1, 1, 2, 1]}
+    stages: dict[str, Any] = {"hidden_sizes": [16, 32, 64, 128], "depths": [1] * 4}
+    swin: dict[str, Any] = {"embed_dim": 24, "depths": [1, 1, 2, 1]}
 
     def of(
         name: str, config: str, key: str = "pooler_output", side: int = 224, **settings: Any

@@ -79,7 +79,12 @@ def alternate(
     """(seconds of each side in each round, calls of a side in a round)."""
     a()
     wait(device)
-    once = paired(lambda: (a(), wait(device)), lambda: None, rounds=2, warmup=1).a
+
+    def waited() -> None:
+        a()
+        wait(device)
+
+    once = paired(waited, lambda: None, rounds=2, warmup=1).a
     calls = max(1, round(SIDE_SECONDS / min(once)))
 
     def several(call: Callable[[], object]) -> Callable[[], object]:
