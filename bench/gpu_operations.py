@@ -271,7 +271,8 @@ def _faiss_resources(device: int) -> Any:
 
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(512 * 2**20)
-    stream = faiss.cast_integer_to_cudastream_t(torch.cuda.current_stream().cuda_stream)
+    cast = faiss.cast_integer_to_cudastream_t  # type: ignore[attr-defined]  # of GPU builds alone
+    stream = cast(torch.cuda.current_stream().cuda_stream)
     resources.setDefaultStream(device, stream)
     return resources
 

@@ -220,8 +220,10 @@ def train(
         for o in optimizers
     ]
     batches = list(draws(numbers, recipe, generator))
+    side = preprocessing.size
+    assert isinstance(side, int)  # the recipe's view is a square
     loader = DataLoader(
-        Crops(samples, preprocessing.size, recipe.resize, seed),
+        Crops(samples, side, recipe.resize, seed),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_stacked,
