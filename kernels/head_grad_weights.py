@@ -211,8 +211,9 @@ def _head_product_kernel(
             rows_ptr, weight_ptr, half, half_weight, wide, offs_b, offs_c, tall, D,
             IS_SPLIT, BLOCK_R, BLOCK_C, BLOCK_D,
         )  # fmt: skip
-        out = out_ptr + (offs_b * C)[:, None] + offs_c[None, :]
-        tl.store(out, g, mask=(offs_b < B)[:, None] & mask_c[None, :])
+        out = out_ptr + group * BLOCK_R * C + i // groups * BLOCK_C
+        place = (tl.arange(0, BLOCK_R) * C)[:, None] + tl.arange(0, BLOCK_C)[None, :]  # in 32 bits
+        tl.store(out + place, g, mask=(offs_b < B)[:, None] & mask_c[None, :])
 
 
 def launch_head_grad_weights(

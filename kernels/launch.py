@@ -5,9 +5,11 @@ that makes one, and ``<OPERATION>_CONFIGS``, every value that the function can r
 are few. tests/kernels/launches.py makes launches that ask for every choice, and their kernels are
 compiled offline.
 
-All of these were reasoned from the sizes of a card (registers, shared memory, multiprocessors) and
-from what compiles without spilling, by Triton 3.7.1 on every target and by 3.6 on sm_90; where one
-was measured, its function says on which card. bench/sweep_launch.py prints what a card prefers.
+Those of the search were measured as its functions say. Those of ``sparse_cam`` (maps of up to 64
+pixels), ``grad_weights``, ``head_grad_weights`` and ``top_m`` were the fastest on an H200 with
+Triton 3.6 (bench/results/nvidia-h200-2026-11-27-kernels.json) of those that compile without
+spilling, or nearly, on every target by Triton 3.7.1. The others were reasoned from the sizes of a
+card (registers, shared memory, multiprocessors). bench/sweep_launch.py prints what a card prefers.
 """
 
 from __future__ import annotations
@@ -252,7 +254,7 @@ def grad_weights_config(
     is_last: bool,
     sms: int,
 ) -> GradWeightsConfig:
-    """32 to 128 bytes in flight a thread, at half the threads that a multiprocessor can hold.
+    """128 bytes in flight a thread, or 64; T is split until each multiprocessor has four programs.
 
     Args:
         B: images.

@@ -18,9 +18,7 @@ SPILLS = {
     ("group_bounds", "gfx942"): 2,
     ("group_bounds", "sm_80"): 8,
     ("group_bounds", "sm_100"): 336,
-    ("head_grad_weights", "sm_80"): 24,
-    ("head_grad_weights", "sm_90"): 8,
-    ("sparse_cam", "sm_90"): 8,
+    ("head_grad_weights", "sm_80"): 16,
 }
 
 
