@@ -320,7 +320,8 @@ def _triplet_inputs(case: Case, device: torch.device) -> Inputs:
     centres = torch.randn(CLASSES, D, device=device)
     table = F.normalize(centres[labels] + torch.randn(N, D, device=device), dim=1)
     rows = torch.randperm(N, device=device)[:B]
-    tensors = (table[rows], labels[rows], rows, table, labels)
+    order = reference.label_order(labels)
+    tensors = (table[rows], labels[rows], rows, table, labels, order)
     return {"tensors": tensors, "triplets": T}
 
 

@@ -62,12 +62,6 @@ AXES: dict[str, Axes] = {
         "num_stages": (2, 3, 4),
     },
     "top_m": {"num_warps": (1, 2, 4, 8), "block_c": (256, 512, 1024, 2048)},
-    "sample_triplets": {
-        "block_b": (4, 8, 16),
-        "block_n": (64, 128, 256),
-        "block_p": (64, 128, 256),
-        "num_warps": (2, 4, 8),
-    },
 }
 
 

@@ -1,5 +1,5 @@
-// The CPU backend of sample_triplets and mean_cotangents: what gcfast/reference.py specifies, draw
-// for draw, for any number of threads.
+// The CPU backend of sample_triplets and mean_cotangents: what gcfast/reference/triplets.py
+// specifies, draw for draw, for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,9 @@
 namespace gcfast {
 
 struct TripletTable {
-  const float* embeddings;     // [rows, dim]
-  const std::int64_t* labels;  // [rows]
+  const float* embeddings;       // [rows, dim]
+  const std::int64_t* labels;    // [rows]
+  const std::int64_t* by_label;  // [rows]: row numbers in the order of (label, row)
   std::int64_t rows;
   std::int64_t dim;
 };
@@ -25,13 +26,19 @@ struct TripletDraw {
   std::int64_t triplets;  // T
   std::uint64_t seed;
   std::int64_t first;     // -1: T uniform draws; otherwise the pairs first … first + T - 1
+  std::int64_t tries;     // before the table is scanned; not used where pairs are listed
 };
 
-// Outputs: positives, negatives [count, T], -1 where there is no pair; counts [count];
-// hardest [count, 2]: the farthest positive and the nearest negative, -1 where there is none.
+struct TripletOutputs {
+  std::int64_t* positives;  // [count, T], -1 where there is no pair
+  std::int64_t* negatives;
+  std::int64_t* counts;     // [count]
+  std::int64_t* hardest;    // [count, 2]: farthest positive, nearest negative, -1 where none is
+  bool* exact;              // [count]: scanned; otherwise the count is estimated, hardest -1
+};
+
 void sample_triplets(const TripletAnchors& anchors, const TripletTable& table, double margin,
-                     const TripletDraw& draw, int threads, std::int64_t* positives,
-                     std::int64_t* negatives, std::int64_t* counts, std::int64_t* hardest);
+                     const TripletDraw& draw, int threads, const TripletOutputs& out);
 
 // Outputs: cotangents [count, dim], counts [count], hardest [count, 2].
 void mean_cotangents(const TripletAnchors& anchors, const TripletTable& table, double margin,

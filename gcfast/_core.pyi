@@ -12,19 +12,22 @@ def sample_triplets(
     anchor_rows: _Ids,
     embeddings: _Floats,
     labels: _Ids,
+    by_label: _Ids,
     *,
     triplets: int,
     margin: float,
     seed: int,
     first: int,
+    tries: int,
     threads: int,
-) -> tuple[_Ids, _Ids, _Ids, _Ids]: ...
+) -> tuple[_Ids, _Ids, _Ids, _Ids, NDArray[np.bool_]]: ...
 def mean_cotangents(
     anchors: _Floats,
     anchor_labels: _Ids,
     anchor_rows: _Ids,
     embeddings: _Floats,
     labels: _Ids,
+    by_label: _Ids,
     *,
     margin: float,
     threads: int,

@@ -193,36 +193,40 @@ def knn_config(B: int, N: int, D: int, K: int, processors: int) -> KnnConfig:
     )
 
 
-class TripletsConfig(NamedTuple):
-    """How `sample_triplets` and `mean_cotangents` are launched; one form of every kernel."""
+class TriesConfig(NamedTuple):
+    """How the tries of `sample_triplets` are launched."""
 
-    block_b: int  # anchors that share a read of the table
-    block_n: int  # rows whose distances one program measures
-    tile: int  # rows that are put in order together
-    block_p: int  # positives, or rows, side by side
-    block_t: int  # draws of one program
-    block_s: int  # tiles that it searches at once
+    block_j: int  # tries side by side
+    block_d: int
+    block_k: int  # kept pairs compared at once
     num_warps: int
-    groups: int  # programs that share the positives of an anchor
-    splits: int  # programs that share the tiles
 
 
-def sample_triplets_config(B: int, N: int, processors: int) -> TripletsConfig:
-    """The launch for a group of B anchors and N rows on a GPU with so many multiprocessors."""
-    tile = 64
-    tiles = max(1, -(-N // tile))
-    return TripletsConfig(
-        block_b=8,
-        block_n=128,
-        tile=tile,
-        block_p=128,
-        block_t=4,
-        block_s=128,
-        num_warps=4,
-        # Most anchors have few positives, and then all groups but the first return at once.
-        groups=min(8, -(-N // 128)),
-        splits=min(tiles, max(1, 8 * processors // max(B, 1))),
-    )
+def tries_config(D: int) -> TriesConfig:
+    """The launch for embeddings of width D: two tiles of 2,048 numbers for 128 threads."""
+    block_d = min(128, max(16, 1 << (D - 1).bit_length()))
+    return TriesConfig(block_j=2048 // block_d, block_d=block_d, block_k=16, num_warps=4)
+
+
+def long_tries_config(D: int) -> TriesConfig:
+    """The launch for the anchors that need many tries: twice as many side by side."""
+    block_j, block_d, block_k, num_warps = tries_config(D)
+    return TriesConfig(min(2 * block_j, 256), block_d, block_k, 2 * num_warps)
+
+
+class NearConfig(NamedTuple):
+    """How rows near anchors are looked for, in `sample_triplets` and `mean_cotangents`."""
+
+    block_b: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    programs: int
+
+
+def near_config(processors: int) -> NearConfig:
+    """The launch on a GPU with so many multiprocessors."""
+    return NearConfig(block_b=64, block_n=64, block_d=64, num_warps=8, programs=2 * processors)
 
 
 VECTOR_BYTES = 16  # the widest load of one thread

@@ -1,9 +1,9 @@
 """Draws from the valid pairs of each anchor, or a list of them.
 
-:mod:`gcfast.kernels.anchor_pairs` counts the pairs of each positive; the library's prefix sum over
-the rows gives the number of the first pair of each. A program then finds for the number of a pair
-its positive (a binary search in those sums), the tile of its negative (binary searches in the
-tiles, many side by side) and its row: 7 N / 64 look-ups a draw, 12 N bytes an anchor for the sums.
+Most anchors find their draws by trying pairs (:mod:`gcfast.kernels.triplets.tries`). For the others
+the pairs of each positive are counted (:mod:`gcfast.kernels.triplets.scan`); a program then finds
+for the number of a pair its positive, by a binary search in the sums of these counts, and its
+negative, by going through those that are near.
 """
 
 from __future__ import annotations
@@ -13,53 +13,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcfast.kernels.anchor_pairs import below, log2, measured_groups
-from gcfast.kernels.launch import (
-    TripletsConfig,
-    multiprocessors,
-    sample_triplets_config,
-)
-from gcfast.reference import STREAM_TRIPLETS, Triplets
+from gcfast.kernels.launch import TriesConfig
+from gcfast.kernels.triplets.scan import Group, Scan
+from gcfast.kernels.triplets.tries import label_ranges, try_pairs
+from gcfast.reference import STREAM_TRIPLETS, Triplets, default_tries, label_order
 
 MAX_FIRST = 2**62  # above every count, and far enough below 2^63 to add T
 STREAM = tl.constexpr(STREAM_TRIPLETS)
+BLOCK_T, BLOCK_C = 16, 512
 
 
-@triton.jit(do_not_specialize=["seed", "first"])
-def _draws_kernel(
+@triton.jit(do_not_specialize=["P", "C", "T", "steps_of_search", "seed", "first"])
+def _pick_kernel(
     positives_ptr,
     negatives_ptr,
+    group_positives_ptr,
+    step_of_ptr,
     ends_ptr,
-    distances_ptr,
-    ordered_ptr,
-    anchor_labels_ptr,
+    group_negatives_ptr,
+    steps_ptr,
     anchor_rows_ptr,
-    labels_ptr,
-    margin_ptr,
-    N,
+    P,
+    C,
     T,
-    tiles,
-    steps,
+    steps_of_search,
     seed,
     first,
+    ARE_LISTED: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    TILE: tl.constexpr,
-    LOG_TILE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """positives, negatives [b, t] of the pair number rank(b, t), -1 where there is no such pair.
 
-    ends[b, n] is the number of pairs whose positive's row is at most n. The rank is first + t where
-    first >= 0, t where there are at most T pairs, otherwise floor(x pairs / 2^64) with x the 64
-    bits that Philox gives (t, row, stream) under the seed. Grid: (ceil(T / BLOCK_T), B).
+    ends[b, p] is the number of pairs of the positives up to p. The rank is first + t where first
+    >= 0, t where there are at most T pairs, otherwise floor(x pairs / 2^64) with x the 64 bits that
+    Philox gives (t, row, stream) under the seed. Grid: (ceil(T / BLOCK_T), G).
     """
     i_b = tl.program_id(1).to(tl.int64)
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    anchor_label = tl.load(anchor_labels_ptr + i_b)
     anchor_row = tl.load(anchor_rows_ptr + i_b)
-    ends_ptr += i_b * N
-    distances_ptr += i_b * N
-    pairs = tl.load(ends_ptr + N - 1)
+    ends_ptr += i_b * P
+    steps_ptr += i_b * C
+    pairs = tl.load(ends_ptr + P - 1)
 
     zero = tl.zeros((BLOCK_T,), tl.int64)
     low, high, _, _ = tl.philox(
@@ -75,51 +70,81 @@ def _draws_kernel(
     rank = tl.where(is_listed, tl.maximum(first, 0) + offs_t.to(tl.int64), drawn)
     is_pair = (offs_t < T) & (rank < pairs)
 
-    # The positive: the first row whose pairs reach beyond the rank.
-    positive, above = tl.zeros((BLOCK_T,), tl.int32), tl.zeros((BLOCK_T,), tl.int32) + N
-    for _ in range(0, steps):
-        unsure = is_pair & (positive < above)
-        middle = positive + (above - positive) // 2
+    # The positive: the first whose pairs reach beyond the rank.
+    place, above = tl.zeros((BLOCK_T,), tl.int32), tl.zeros((BLOCK_T,), tl.int32) + P
+    for _ in range(0, steps_of_search):
+        unsure = is_pair & (place < above)
+        middle = place + (above - place) // 2
         passed = unsure & (tl.load(ends_ptr + middle, mask=unsure, other=0) <= rank)
-        positive = tl.where(passed, middle + 1, positive)
+        place = tl.where(passed, middle + 1, place)
         above = tl.where(unsure & (passed == 0), middle, above)
-    positive = tl.where(is_pair, positive, 0)
-    before = tl.load(ends_ptr + positive - 1, mask=is_pair & (positive > 0), other=0)
+    place = tl.where(is_pair, place, 0)
+    before = tl.load(ends_ptr + place - 1, mask=is_pair & (place > 0), other=0)
     left = (rank - before).to(tl.int32)  # this many of its negatives come first; below N
-    threshold = tl.load(distances_ptr + positive, mask=is_pair, other=0.0) + tl.load(margin_ptr)
+    positive = tl.load(group_positives_ptr + i_b * P + place, mask=is_pair, other=-1)
+    step = tl.load(step_of_ptr + i_b * P + place, mask=is_pair, other=-1).to(tl.int32)
 
-    # The tile of rows where the negative is.
-    ordered = ordered_ptr + i_b * tiles * TILE
-    tile = tl.zeros((BLOCK_T,), tl.int32)
+    # The block of rows that its negative is in, and then its place there.
+    block = tl.zeros((BLOCK_T,), tl.int32)
     is_open = is_pair
-    for start in range(0, tiles, BLOCK_S):
-        if tl.max(is_open.to(tl.int32), axis=0) > 0:
-            offs_s = start + tl.arange(0, BLOCK_S)
-            starts = ordered + offs_s.to(tl.int64)[None, :] * TILE
-            mask = is_open[:, None] & (offs_s < tiles)[None, :]
-            values = tl.broadcast_to(threshold[:, None], (BLOCK_T, BLOCK_S))
-            inside = tl.where(mask, below(starts, values, mask, TILE, LOG_TILE), 0)
-            through = tl.cumsum(inside, axis=1)  # [BLOCK_T, BLOCK_S]
-            is_passed = through <= left[:, None]
-            passed = tl.sum(is_passed.to(tl.int32), axis=1)  # tiles, of these BLOCK_S
-            left -= tl.where(is_open, tl.max(tl.where(is_passed, through, 0), axis=1), 0)
-            is_here = is_open & (passed < BLOCK_S)
-            tile = tl.where(is_here, start + passed, tile)
-            is_open = is_open & (passed == BLOCK_S)
-
-    # And its row.
-    offs_n = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    mask = is_pair[:, None] & (offs_n < N)
-    distance = tl.load(distances_ptr + offs_n, mask=mask, other=float("inf"))
-    label = tl.load(labels_ptr + offs_n, mask=mask, other=0)
-    is_valid = mask & (label != anchor_label) & (distance < threshold[:, None])
-    number = tl.cumsum(is_valid.to(tl.int32), axis=1)
+    start = 0
+    while (start < C) & (tl.max(is_open.to(tl.int32), axis=0) > 0):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        here = tl.load(steps_ptr + offs_c, mask=offs_c < C, other=P)
+        number = tl.sum((here[None, :] <= step[:, None]).to(tl.int32), axis=1)
+        is_here = is_open & (number > left)
+        block = tl.where(is_here, start, block)
+        is_open = is_open & (is_here == 0)
+        left -= tl.where(is_open, number, 0)
+        start += BLOCK_C
+    offs = block[:, None] + tl.arange(0, BLOCK_C)[None, :]
+    here = tl.load(steps_ptr + offs, mask=is_pair[:, None] & (offs < C), other=P)
+    is_valid = here <= step[:, None]
+    number = tl.cumsum(is_valid.to(tl.int32), axis=1)  # [BLOCK_T, BLOCK_C]
     is_it = is_valid & (number == left[:, None] + 1)
-    negative = tl.max(tl.where(is_it, offs_n, -1), axis=1)
+    negative = tl.max(tl.where(is_it, offs, -1), axis=1)
+    if ARE_LISTED:
+        negative = tl.load(group_negatives_ptr + i_b * C + negative, mask=is_pair, other=-1)
 
-    offs = i_b * T + offs_t
-    tl.store(positives_ptr + offs, tl.where(is_pair, positive, -1).to(tl.int64), mask=offs_t < T)
-    tl.store(negatives_ptr + offs, negative.to(tl.int64), mask=offs_t < T)
+    offs_out = i_b * T + offs_t
+    tl.store(positives_ptr + offs_out, tl.where(is_pair, positive, -1), mask=offs_t < T)
+    negative = tl.where(is_pair, negative, -1).to(tl.int64)
+    tl.store(negatives_ptr + offs_out, negative, mask=offs_t < T)
+
+
+def picked(
+    group: Group, anchor_rows: Tensor, triplets: int, seed: int, first: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(positives [G, T], negatives [G, T], counts [G]) of a group."""
+    G, P = group.positives.shape
+    shape, device = (G, triplets), group.positives.device
+    positives = torch.full(shape, -1, dtype=torch.int64, device=device)
+    negatives = torch.full_like(positives, -1)
+    if P == 0:
+        return positives, negatives, positives.new_zeros(G)
+    ends = group.counts().cumsum(1)
+    listed = group.negatives is not None
+    _pick_kernel[(triton.cdiv(triplets, BLOCK_T), G)](
+        positives,
+        negatives,
+        group.positives,
+        group.step_of,
+        ends,
+        group.negatives if listed else group.steps,
+        group.steps,
+        anchor_rows[group.which],
+        P,
+        group.steps.shape[1],
+        triplets,
+        P.bit_length(),
+        seed,
+        -1 if first is None else min(first, MAX_FIRST),
+        ARE_LISTED=listed,
+        BLOCK_T=BLOCK_T,
+        BLOCK_C=BLOCK_C,
+        num_warps=4,
+    )
+    return positives, negatives, ends[:, -1]
 
 
 def launch_sample_triplets(
@@ -128,48 +153,66 @@ def launch_sample_triplets(
     anchor_rows: Tensor,
     embeddings: Tensor,
     labels: Tensor,
+    by_label: Tensor | None = None,
     *,
     triplets: int,
     margin: float,
     seed: int = 0,
     first: int | None = None,
-    config: TripletsConfig | None = None,
+    tries: int | None = None,
+    config: TriesConfig | None = None,
 ) -> Triplets:
-    """Draws or lists valid pairs, as :func:`gcfast.ops.sample_triplets`, which checks the input."""
+    """Draw or list valid pairs, as :func:`gcfast.ops.sample_triplets`, which checks the input."""
     B, N, device = len(anchors), len(labels), anchors.device
     positives = torch.full((B, triplets), -1, dtype=torch.int64, device=device)
     negatives = torch.full_like(positives, -1)
     counts = torch.zeros(B, dtype=torch.int64, device=device)
     hardest = torch.full((B, 2), -1, dtype=torch.int64, device=device)
+    exact = torch.ones(B, dtype=torch.bool, device=device)
     if B == 0 or N == 0:
-        return Triplets(positives, negatives, positives >= 0, counts, hardest)
-    config = config or sample_triplets_config(B, N, multiprocessors(device))
+        return Triplets(positives, negatives, positives >= 0, counts, hardest, exact)
+    tries = default_tries(N) if tries is None or first is not None else tries
+    labels, anchor_labels, anchor_rows, by_label = (
+        ids.contiguous()
+        for ids in (
+            labels,
+            anchor_labels,
+            anchor_rows,
+            label_order(labels) if by_label is None else by_label,
+        )
+    )
     with torch.cuda.device_of(anchors):
-        for group in measured_groups(
-            anchors, anchor_labels, anchor_rows, embeddings, labels, hardest, margin, config
-        ):
-            ends = group.counts.cumsum(1, dtype=torch.int64)
-            counts[group.anchors] = ends[:, -1]
-            _draws_kernel[(triton.cdiv(triplets, config.block_t), len(ends))](
-                positives[group.anchors],
-                negatives[group.anchors],
-                ends,
-                group.distances,
-                group.ordered,
-                group.anchor_labels,
-                group.anchor_rows,
-                group.labels,
-                group.margin,
-                N,
-                triplets,
-                group.ordered.shape[1],
-                N.bit_length(),
-                seed,
-                -1 if first is None else min(first, MAX_FIRST),
-                BLOCK_T=config.block_t,
-                BLOCK_S=config.block_s,
-                TILE=config.tile,
-                LOG_TILE=log2(config.tile),
-                num_warps=config.num_warps,
+        ranges = label_ranges(anchor_labels, anchor_rows, labels, by_label)
+        tried = None
+        if first is None:
+            tried = try_pairs(
+                anchors,
+                anchor_rows,
+                ranges,
+                embeddings,
+                by_label,
+                triplets=triplets,
+                margin=torch.full((1,), margin, dtype=torch.float64, device=device),
+                seed=seed,
+                tries=tries,
+                config=config,
             )
-    return Triplets(positives, negatives, positives >= 0, counts, hardest)
+            exact = tried.different <= triplets
+            positives = tried.keys[:, :triplets] // N
+            negatives = tried.keys[:, :triplets] % N
+            start, end, own = ranges.T
+            every = (end - start - (own >= 0).long()).double() * (N - end + start)
+            share = every / (tried.found.double() - 1)
+            counts = torch.where(exact, 0, (share * triplets).round().nan_to_num().long())
+        scan = Scan(anchors, anchor_labels, embeddings, labels, by_label, ranges, margin)
+        for group in scan.groups(exact.nonzero().flatten()):
+            some = picked(group, anchor_rows, triplets, seed, first)
+            which = group.which
+            counts[which], hardest[which] = some[2], group.hardest
+            replaced = torch.ones_like(some[0], dtype=torch.bool)
+            if tried is not None:
+                draw = torch.arange(triplets, device=device)
+                replaced = (draw >= tried.kept[which, None]) | (some[2] <= triplets)[:, None]
+            positives[which] = torch.where(replaced, some[0], positives[which])
+            negatives[which] = torch.where(replaced, some[1], negatives[which])
+    return Triplets(positives, negatives, positives >= 0, counts, hardest, exact)

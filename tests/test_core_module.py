@@ -17,21 +17,24 @@ def _arguments(**change):
         "anchor_rows": np.arange(2),
         "embeddings": np.ones((4, 3), np.float32),
         "labels": np.array([0, 0, 1, 1]),
+        "by_label": np.arange(4),
         "triplets": 2,
         "margin": 0.2,
         "seed": 0,
         "first": -1,
+        "tries": 0,
         "threads": 1,
     }
     return {**arguments, **change}
 
 
 def test_accepts_what_it_documents():
-    positives, negatives, counts, hardest = _core.sample_triplets(**_arguments())
+    positives, negatives, counts, hardest, exact = _core.sample_triplets(**_arguments())
     assert positives.tolist() == [[1, 1], [0, 0]]
     assert negatives.tolist() == [[2, 3], [2, 3]]
     assert counts.tolist() == [2, 2]
     assert hardest.tolist() == [[1, 2], [0, 2]]
+    assert exact.tolist() == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,9 @@ def test_accepts_what_it_documents():
         ({"embeddings": np.ones((4, 2), np.float32)}, ValueError, "same width D"),
         ({"labels": np.zeros(3, np.int64)}, ValueError, r"`labels` must have shape \[N\]"),
         ({"anchor_rows": np.zeros(3, np.int64)}, ValueError, "`anchor_rows` must have shape"),
+        ({"by_label": np.zeros(3, np.int64)}, ValueError, r"`by_label` must have shape \[N\]"),
+        ({"by_label": np.full(4, 4)}, ValueError, "`by_label` must hold the numbers of all rows"),
+        ({"tries": -1}, ValueError, "`tries` must be from 0"),
         ({"triplets": 0}, ValueError, "`triplets` must be at least 1"),
         ({"threads": 0}, ValueError, "`threads` must be at least 1"),
         ({"margin": float("nan")}, ValueError, "`margin` must be a number"),

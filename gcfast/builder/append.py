@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gcfast.builder.describe import changed_settings, identity, report_of, zero_rows
+from gcfast.builder.describe import changed_draws, changed_settings, identity, report_of, zero_rows
 from gcfast.builder.embed import Totals, embed
 from gcfast.builder.rows import Made, Rows
 from gcfast.builder.spool import one_table
@@ -38,6 +38,9 @@ def append(
     A folder is locked from the beginning, and its rows are written as they are made.
     """
     check_appendable(database, network, settings)
+    changed = changed_draws(database.manifest, settings)
+    if changed:
+        raise ValueError(f"{changed}: call rebuild, which makes all rows again")
     folder = database.path
     if folder is None:
         further = _Further(database, network, loader, settings, progress)
@@ -96,7 +99,7 @@ class _Further:
             embeddings=table[len(database) :],
             mean_activation=torch.tensor(database.manifest["mean_activation"], dtype=torch.float64),
         )
-        self.rows = self.hardest = self.zero = 0
+        self.rows = self.hardest = self.estimated = self.zero = 0
 
     def made(self, capacity: int | None) -> Iterator[Made]:
         """Make the rows, in the database's storage; ``capacity`` as for :meth:`Rows.made`."""
@@ -114,6 +117,7 @@ class _Further:
                 )
             self.rows += len(part.ids)
             self.hardest += int((part.rows.triplet_counts == 0).sum())
+            self.estimated += part.estimated
             self.zero += zero_rows(part.rows.weights)
             yield part
 
@@ -127,8 +131,16 @@ class _Further:
         _, inverse, seen = np.unique(labels.numpy(), return_inverse=True, return_counts=True)
         before = np.isin(labels.numpy(), self.stored_labels)
         alone = torch.from_numpy((seen[inverse] == 1) & ~before)
-        report = report_of(labels, self.rows, self.hardest, self.zero, self.settings, alone=alone)
-        before_this = self.database.report
+        report = report_of(
+            labels,
+            self.rows,
+            self.hardest,
+            self.estimated,
+            self.zero,
+            self.settings,
+            alone=alone,
+        )
+        before_this = {"estimated_counts": 0} | self.database.report
         if "zero_rows" not in before_this:  # built before these were counted
             stored_zero = sum(zero_rows(shard.weights) for shard in self.database.shards)
             before_this["zero_rows"] = stored_zero

@@ -109,7 +109,8 @@ def in_memory(
     hardest = sum(int((part.rows.triplet_counts == 0).sum()) for part in parts)
     zero = sum(zero_rows(part.rows.weights) for part in parts)
     rows = sum(len(part.ids) for part in parts)
-    report = report_of(embedded.labels, rows, hardest, zero, settings)
+    estimated = sum(part.estimated for part in parts)
+    report = report_of(embedded.labels, rows, hardest, estimated, zero, settings)
     (made,) = parts
     known = None if model is None else model.result()
     same = identity(network, settings, preprocessing, "float32", model=known)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gcfast.builder.embed import Embedded
 from gcfast.database.manifest import FORMAT, FORMAT_VERSION
+from gcfast.method.pairs import DRAWS
 from gcfast.method.settings import Settings
 from gcfast.model.fingerprint import fingerprint, with_outputs
 from gcfast.model.network import Network
@@ -37,6 +38,7 @@ def identity(
         "fingerprint": fingerprint(network.model) if model is None else model,
         "layer": network.layer_name,
         "settings": {**settings.describe(), "output_key": network.output_key},
+        "draws": DRAWS,
         "preprocessing": preprocessing,
         "storage": storage,
     }
@@ -52,6 +54,22 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def changed_draws(stored: dict[str, Any], settings: Settings) -> str:
+    """In words, that triplets were drawn by other rules than now; empty where none are drawn.
+
+    Args:
+        stored: a manifest, or the state of an unfinished build.
+        settings: of the rows.
+    """
+    before = stored.get("draws", 1)
+    if settings.triplets == "all" or before == DRAWS:
+        return ""
+    return (
+        f"triplets of the stored rows were drawn by the rules of version {before}, and this gcfast "
+        f"draws by version {DRAWS}"
+    )
+
+
 def zero_rows(weights: Tensor) -> int:
     """Return how many rows of weights [n, M] are zero throughout: such a row's map is empty."""
     return int((weights == 0).all(1).sum())
@@ -61,6 +79,7 @@ def report_of(
     labels: Tensor,
     rows: int,
     hardest: int,
+    estimated: int,
     zero: int,
     settings: Settings,
     *,
@@ -72,6 +91,7 @@ def report_of(
         labels: [N], of the images.
         rows: how many of them have a row.
         hardest: how many of those took their hardest triplet.
+        estimated: how many of those have an estimate for the number of their valid triplets.
         zero: how many of those have no weight but 0.
         settings: of the build.
         alone: [N] bool, images whose label is seen once; None for those of ``labels``.
@@ -93,6 +113,7 @@ def report_of(
         "skipped_single": single,
         "skipped_no_triplet": len(labels) - rows - single,
         "hardest_triplet": hardest,
+        "estimated_counts": estimated,
         "zero_rows": zero,
     }
     if rows == 0:
@@ -133,6 +154,7 @@ def describe(
         "fingerprint": with_outputs(same["fingerprint"], network),
         "layer": network.layer_name,
         "settings": same["settings"],
+        "draws": same["draws"],
         "closed_form": embedded.head is not None,
         "storage": same["storage"],
         "channels_last": network.channels_last,

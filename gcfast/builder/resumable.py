@@ -22,7 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from gcfast.builder.describe import changed_settings, describe, report_of, zero_rows
+from gcfast.builder.describe import changed_draws, changed_settings, describe, report_of, zero_rows
 from gcfast.builder.embed import Embedded, Totals, embed
 from gcfast.builder.rows import Rows
 from gcfast.builder.spool import KeptSpool
@@ -163,6 +163,8 @@ class _Unfinished:
                 f"the unfinished build {self.folder} is of another model than this one: {other}"
             )
         changed = changed_settings(stored["settings"], now["settings"])
+        draws = changed_draws(stored, self.settings)
+        changed += [draws] if draws else []
         for key in keys:
             if stored[key] != now[key]:
                 changed.append(f"{key} was {stored[key]!r}, is {now[key]!r}")
@@ -305,6 +307,7 @@ class _Unfinished:
                     "entry": entry,
                     "next": int(part.images[-1]) + 1,
                     "hardest": int((stored.triplet_counts == 0).sum()),
+                    "estimated": part.estimated,
                     "zero": zero_rows(stored.weights),
                 }
             )
@@ -313,6 +316,7 @@ class _Unfinished:
             embedded.labels,
             sum(shard["entry"]["rows"] for shard in made),
             sum(shard["hardest"] for shard in made),
+            sum(shard.get("estimated", 0) for shard in made),
             sum(shard["zero"] for shard in made),
             self.settings,
         )

@@ -16,24 +16,35 @@ from gcfast.builder.loader import batches, on_device
 from gcfast.builder.offload import Columns, Offload
 from gcfast.database.shards import Shard
 from gcfast.method.head import normalized, vjp_grad_weights
-from gcfast.method.pairs import Anchors, Cotangents, PairSource
+from gcfast.method.pairs import Cotangents, PairSource
+from gcfast.method.partners import Anchors
 from gcfast.method.settings import Settings
 from gcfast.model.network import Network
+from gcfast.ops import Triplets
 
 ROWS_AT_ONCE = 64  # rows whose triplets are held at once in stage 2
 ENUMERATION_LIMIT = 10**14  # multiply-adds: about an hour at 30 GFLOP/s
 
 
-def signed_parts(source: PairSource, anchors: Anchors, settings: Settings) -> Iterator[Cotangents]:
-    """The cotangents of the anchors' triplets, with the sign of the evidence, piece by piece."""
+def signed_parts(
+    source: PairSource, anchors: Anchors, settings: Settings, drawn: Triplets | None = None
+) -> Iterator[Cotangents]:
+    """The cotangents of the anchors' triplets, with the sign of the evidence, piece by piece.
+
+    Args:
+        source: of the triplets.
+        anchors: theirs.
+        settings: of the build.
+        drawn: their triplets where they are drawn already; None draws them.
+    """
     if settings.triplets == "all":
         whole = settings.method == "gradcam++"
         parts = source.all(anchors) if whole else iter([source.mean(anchors)])
     else:
-        drawn = source.draw(anchors, settings.triplets, settings.seed)
-        if settings.method == "gradcam":
-            drawn = averaged(drawn)
-        parts = iter([drawn])
+        if drawn is None:
+            drawn = source.drawn(anchors, settings.triplets, settings.seed)
+        part = source.cotangents(anchors, drawn)
+        parts = iter([averaged(part) if settings.method == "gradcam" else part])
     for part in parts:
         yield part._replace(values=settings.sign * part.values)
 
@@ -42,7 +53,7 @@ def averaged(part: Cotangents) -> Cotangents:
     """The mean of the valid cotangents as one triplet: Grad-CAM is linear in them."""
     kept = torch.where(part.valid[..., None], part.values, 0.0)
     mean = kept.sum(1, dtype=torch.float64) / part.valid.sum(1).clamp(min=1)[:, None]
-    return Cotangents(mean.float()[:, None], part.valid.any(1)[:, None], part.counts)
+    return part._replace(values=mean.float()[:, None], valid=part.valid.any(1)[:, None])
 
 
 class Made(NamedTuple):
@@ -51,6 +62,7 @@ class Made(NamedTuple):
     rows: Shard
     ids: list[str]
     images: Tensor  # [n] int64, the number of each row's image
+    estimated: int  # rows whose count of triplets is an estimate
 
 
 class RowTable:
@@ -66,6 +78,7 @@ class RowTable:
         self.weights = torch.empty((capacity, m))
         self.offsets = torch.empty(capacity)
         self.counts = torch.empty(capacity, dtype=torch.int64)
+        self.exact = torch.empty(capacity, dtype=torch.bool)  # counts that are no estimates
         self.filled = 0
 
     @property
@@ -75,7 +88,9 @@ class RowTable:
 
     def put(self, *columns: Tensor) -> int:
         """Append rows of all the columns, as many as there is room for; returns how many."""
-        into = (self.images, self.channels, self.weights, self.offsets, self.counts)
+        into = (
+            self.images, self.channels, self.weights, self.offsets, self.counts, self.exact
+        )  # fmt: skip
         taken = min(len(columns[0]), len(self.images) - self.filled)
         for column, values in zip(into, columns, strict=True):
             column[self.filled : self.filled + taken] = values[:taken]
@@ -94,13 +109,14 @@ class RowTable:
             labels=embedded.labels[kept],
             triplet_counts=self.counts[: self.filled],
         )
+        estimated = int((~self.exact[: self.filled]).sum())
         self.filled = 0
         # Ids are decoded together where they are, as they mostly are, those of consecutive images.
         first, last = int(kept[0]), int(kept[-1])
         ids = embedded.ids[first : last + 1]
         if len(ids) > len(kept):
             ids = [ids[number - first] for number in kept.tolist()]
-        return Made(rows, list(ids), kept)
+        return Made(rows, list(ids), kept, estimated)
 
 
 class Rows:
@@ -137,6 +153,7 @@ class Rows:
             lending = embedded._replace(embeddings=everyone[0], labels=everyone[1])
         self.first = len(lending.labels) - len(embedded.labels) if first is None else first
         self.source = lending.source(settings, self.device)
+        self._drawn: tuple[int, int, Triplets] | None = None  # of which images
         self.start = start
         C = len(embedded.mean_activation)
         self.m = C if settings.channels == "all" else settings.channels
@@ -189,11 +206,25 @@ class Rows:
         self, start: int, stop: int, device: torch.device, seen: list[Cotangents]
     ) -> Iterator[Cotangents]:
         """Yield the signed cotangents of these images; the first part is also put in ``seen``."""
-        for part in signed_parts(self.source, self.anchors(start, stop), self.settings):
+        drawn = None if self.settings.triplets == "all" else self.drawn(start, stop)
+        for part in signed_parts(self.source, self.anchors(start, stop), self.settings, drawn):
             # It tells which rows have a triplet: later ones only add to rows that have some.
             if not seen:
                 seen.append(part)
-            yield Cotangents(part.values.to(device), part.valid.to(device), part.counts)
+            yield part._replace(values=part.values.to(device), valid=part.valid.to(device))
+
+    def drawn(self, start: int, stop: int) -> Triplets:
+        """Return the triplets of these images, drawn together with those of images to come."""
+        triplets = self.settings.triplets
+        assert triplets != "all"
+        if self._drawn is None or not self._drawn[0] <= start <= stop <= self._drawn[1]:
+            end = max(stop, start + self.source.anchors_at_once(triplets))
+            end = min(end, len(self.embedded.ids))
+            anchors = self.anchors(start, end)
+            drawn = self.source.drawn(anchors, triplets, self.settings.seed)
+            self._drawn = (start, end, drawn)
+        first, _, drawn = self._drawn
+        return Triplets(*(column[start - first : stop - first] for column in drawn))
 
     def _closed_form(self) -> Iterator[tuple[int, int, Tensor, Cotangents]]:
         """Yield (first image, image after the last, weights [B, C], first part of cotangents)."""
@@ -244,6 +275,7 @@ class Rows:
             "found": first.valid.any(1),
             "finite": torch.isfinite(weights).all(1),
             "counts": first.counts,
+            "exact": torch.ones_like(first.counts).bool() if first.exact is None else first.exact,
             "channels": channels,
             "values": values,
         }
@@ -265,7 +297,8 @@ class Rows:
         # Rows that exist are computed once more with their neighbours and dropped: a matrix product
         # of other sizes may round otherwise.
         skip = int((images < self.start).sum())
-        kept = [c[skip:] for c in (images, channels, values, offsets, columns["counts"][found])]
+        counted = (columns["counts"][found], columns["exact"][found])
+        kept = [c[skip:] for c in (images, channels, values, offsets, *counted)]
         while len(kept[0]):
             taken = table.put(*kept)
             kept = [column[taken:] for column in kept]

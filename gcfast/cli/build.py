@@ -21,6 +21,7 @@ _COUNTS = {
     "skipped_single": "left out, the only picture of their class",
     "skipped_no_triplet": "left out, without a triplet of positive loss",
     "hardest_triplet": "without a triplet of positive loss, took their hardest one",
+    "estimated_counts": "with an estimate for the number of their triplets",
     "zero_rows": "whose weights are all zero, so that their maps are empty",
 }
 

@@ -48,7 +48,8 @@ class Database(Columns):
             images and pixels.
         labels: [N] int64; with names where those were strings (see :meth:`label_name`). float64
             where it was built with an objective over real-valued labels.
-        triplet_counts: [N] int64, valid pairs found for the row.
+        triplet_counts: [N] int64, valid pairs of the row; estimates for ``estimated_counts`` of the
+            rows in the report, which were not compared with all the others.
         ids: the images' names, a sequence of N strings; if opened, decoded as they are read.
         manifest: everything else, as in the manifest's JSON: settings, layer, fingerprint of the
             model, mean activation, counts of the build.

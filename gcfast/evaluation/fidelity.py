@@ -20,7 +20,8 @@ from gcfast.evaluation.ways import (
     strongest,
 )
 from gcfast.explain.calibration import Fidelity
-from gcfast.method.pairs import Anchors, Cotangents, PairSource
+from gcfast.method.pairs import Cotangents, PairSource
+from gcfast.method.partners import Anchors
 from gcfast.metrics import cosine, flat_maps, spearman
 
 FIDELITY_IMAGES = 256

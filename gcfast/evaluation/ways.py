@@ -23,7 +23,8 @@ from gcfast.database.database import Database
 from gcfast.errors import UnsupportedModelError
 from gcfast.explain.explainer import Explainer
 from gcfast.method.head import normalized
-from gcfast.method.pairs import Anchors, Cotangents, PairSource
+from gcfast.method.pairs import Cotangents, PairSource
+from gcfast.method.partners import Anchors
 from gcfast.method.settings import Settings
 from gcfast.metrics.controls import random_channels, random_rows
 

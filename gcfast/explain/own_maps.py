@@ -18,7 +18,8 @@ from gcfast.explain.result import Finish, MapOptions, TripletMaps
 from gcfast.method.head import normalized, vjp_grad_weights
 from gcfast.method.labels import numbers_like
 from gcfast.method.objectives import gradients_of
-from gcfast.method.pairs import Anchors, Cotangents, PairSource
+from gcfast.method.pairs import Cotangents, PairSource
+from gcfast.method.partners import Anchors
 from gcfast.method.settings import Settings
 from gcfast.model.capture import Captured
 from gcfast.model.network import Network

@@ -52,10 +52,13 @@ class Objective(ABC):
         hinge: the margin m where a triplet is valid exactly when ``D(a,p) + m > D(a,n)``
             (infinity: always), so that valid pairs can be counted without listing them; None where
             only the loss itself can tell.
+        is_affine: every pair is valid and the gradient is affine in the partners, so that its mean
+            over pairs is the gradient at the mean partners.
     """
 
     pairs: str = "triplet"
     hinge: float | None = None
+    is_affine: bool = False
 
     @property
     def real_labels(self) -> bool:
@@ -93,6 +96,7 @@ class DistanceDifference(Objective):
     """L = D(a, p) − D(a, n), every triplet valid (the triplet loss with an infinite margin)."""
 
     hinge = math.inf
+    is_affine = True
 
     def loss(self, anchor: Tensor, positive: Tensor, negative: Tensor, hinge: bool) -> Tensor:
         """See :meth:`Objective.loss`."""
@@ -159,6 +163,8 @@ class PairDistance(Objective):
 
     Source: paper, section 3.1 (pair-wise distances).
     """
+
+    is_affine = True
 
     def __init__(self, kind: str) -> None:
         require_choice("kind", kind, ("positive", "negative"))
@@ -250,13 +256,21 @@ class RankLoss(Objective):
         """(σ(z) − y) (w_1 − w_0); see :meth:`Objective.cotangent`."""
         assert partners.others is not None
         assert partners.above is not None
-        weight, bias = self._checked(anchor)
-        direction = weight[1] - weight[0]
-        logit = (anchor[..., None, :] - partners.others) @ direction + (bias[1] - bias[0])
-        # σ(z) − 1 is −σ(−z), which keeps its digits where the network is sure.
-        slope = torch.where(partners.above, -torch.sigmoid(-logit), torch.sigmoid(logit))
+        direction = self.direction(anchor)
+        slope = self.slopes((anchor[..., None, :] - partners.others) @ direction, partners.above)
         valid = torch.ones(slope.shape, dtype=torch.bool, device=slope.device)
         return slope[..., None] * direction, valid
+
+    def direction(self, embeddings: Tensor) -> Tensor:
+        """w_1 − w_0, [D], where the embeddings are and in their dtype."""
+        weight, _ = self._checked(embeddings)
+        return weight[1] - weight[0]
+
+    def slopes(self, difference: Tensor, above: Tensor) -> Tensor:
+        """σ(z) − y, by (w_1 − w_0)·(f_a − f_j) and whether the anchor's label is the larger."""
+        logit = difference + (self.bias[1] - self.bias[0]).to(difference)
+        # σ(z) − 1 is −σ(−z), which keeps its digits where the network is sure.
+        return torch.where(above, -torch.sigmoid(-logit), torch.sigmoid(logit))
 
     def _checked(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias where the embeddings are and in their dtype."""

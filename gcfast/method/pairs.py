@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gcfast import ops, reference
-from gcfast.method.objectives import Objective, Partners
+from gcfast.method.objectives import Objective, Partners, RankLoss
+from gcfast.method.partners import Anchors, LabelOrder
 from gcfast.ops import Triplets
 
+# The rules that triplets are drawn by; databases say which theirs were. 1: every row is scanned.
+DRAWS = 2
+DRAWN_PAIRS = 2**18  # of all anchors, that are drawn together: those that are scanned share it
 LIST_CHUNK = 4096  # pairs of an anchor that are held at once when all are listed
 FUNCTION_CHUNK = 65536  # pairs a user's function is evaluated on at once
-# Which labels the partners of ranked pairs have, beside the anchor's.
-_COMPARED = {"ranked": torch.ne, "lower": torch.lt, "higher": torch.gt}
-STREAM_PARTNERS = 1  # of the counter-based generator; 0 is `sample_triplets`
-
-
-class Anchors(NamedTuple):
-    """Rows whose partners are wanted."""
-
-    embeddings: Tensor  # [B, D] float32
-    labels: Tensor  # [B] int64; float64 for ranked pairs
-    rows: Tensor  # [B] int64; N or more for anchors from outside the table
+STREAM_PARTNERS = 1  # of the counter-based generator; `gcfast.reference.triplets` has others
 
 
 class Cotangents(NamedTuple):
@@ -33,6 +28,7 @@ class Cotangents(NamedTuple):
     values: Tensor  # [B, T, D] float32
     valid: Tensor  # [B, T] bool
     counts: Tensor  # [B] int64: valid pairs found, all of them
+    exact: Tensor | None = None  # [B] bool: the count is no estimate; None where none is
 
 
 class PairSource:
@@ -53,34 +49,57 @@ class PairSource:
         self.embeddings = embeddings
         self.labels = labels
         self.hardest = hardest
+        self.order = LabelOrder(embeddings, labels)
+        self._along: Tensor | None = None
+
+    def anchors_at_once(self, triplets: int) -> int:
+        """Return for how many anchors to draw together, where there are so many."""
+        if self._is_function:
+            return 1
+        return max(64, DRAWN_PAIRS // triplets)
 
     def draw(self, anchors: Anchors, triplets: int, seed: int) -> Cotangents:
         """T draws for each anchor: [B, T, D]."""
-        if self.objective.hinge is not None:
-            drawn = ops.sample_triplets(
-                *anchors,
-                self.embeddings,
-                self.labels,
-                triplets=triplets,
-                margin=self.objective.hinge,
-                seed=seed,
+        return self.cotangents(anchors, self.drawn(anchors, triplets, seed))
+
+    def drawn(self, anchors: Anchors, triplets: int, seed: int) -> Triplets:
+        """T draws for each anchor, as rows of the table; -1 for a partner without use.
+
+        The one partner of a ranked pair is a negative.
+        """
+        if self._is_function:
+            return self._listed(anchors, triplets, seed, first=None)
+        if self.objective.hinge is None:
+            counts = self.order.count(anchors, self.objective.pairs)
+            ranks = reference.uniform_ranks(
+                anchors.rows, triplets, counts.clamp(min=1), seed, STREAM_PARTNERS
             )
-        else:
-            drawn = self._listed(anchors, triplets, seed, first=None)
-        return self._cotangents(anchors, self._with_hardest(drawn))
+            every = torch.arange(triplets, device=counts.device)
+            few = (counts <= triplets)[:, None]
+            return self._partners(anchors, counts, torch.where(few, every, ranks))
+        return self._with_hardest(self._sampled(anchors, triplets=triplets, seed=seed))
 
     def mean(self, anchors: Anchors) -> Cotangents:
         """The mean over all valid pairs, as one triplet: [B, 1, D]."""
+        if self.objective.is_affine:
+            return self._mean_of_means(anchors)
+        if isinstance(self.objective, RankLoss):
+            return self._mean_of_slopes(self.objective, anchors)
         if self.objective.hinge is not None:
             values, counts, hardest = ops.mean_cotangents(
-                *anchors, self.embeddings, self.labels, margin=self.objective.hinge
+                *anchors,
+                self.embeddings,
+                self.labels,
+                self.order.rows,
+                margin=self.objective.hinge,
             )
             found = counts > 0
             if not self.hardest:
                 return Cotangents(values[:, None], found[:, None], counts)
             pairs = torch.where(found[:, None], -1, hardest)  # [B, 2]
-            one = Triplets(pairs[:, :1], pairs[:, 1:], (pairs >= 0).all(1)[:, None], counts, pairs)
-            fallback = self._cotangents(anchors, one)
+            valid = (pairs >= 0).all(1)[:, None]
+            one = Triplets(pairs[:, :1], pairs[:, 1:], valid, counts, pairs, counts >= 0)
+            fallback = self.cotangents(anchors, one)
             values = torch.where(found[:, None], values, fallback.values[:, 0])
             return Cotangents(values[:, None], found[:, None] | fallback.valid, counts)
 
@@ -98,28 +117,23 @@ class PairSource:
         """Every valid pair, at most LIST_CHUNK of each anchor at a time."""
         first = 0
         while True:
-            if self.objective.hinge is not None:
-                listed = ops.sample_triplets(
-                    *anchors,
-                    self.embeddings,
-                    self.labels,
-                    triplets=LIST_CHUNK,
-                    margin=self.objective.hinge,
-                    first=first,
-                )
-            else:
+            if self._is_function:
                 listed = self._listed(anchors, LIST_CHUNK, 0, first=first)
-            if first == 0:
-                listed = self._with_hardest(listed)
+            elif self.objective.hinge is None:
+                counts = self.order.count(anchors, self.objective.pairs)
+                numbers = first + torch.arange(LIST_CHUNK, device=counts.device)
+                listed = self._partners(anchors, counts, numbers.expand(len(counts), -1))
+            else:
+                listed = self._sampled(anchors, triplets=LIST_CHUNK, first=first)
+                if first == 0:
+                    listed = self._with_hardest(listed)
             width = int(listed.valid.sum(1).max()) if len(listed.valid) else 0
-            yield self._cotangents(
+            yield self.cotangents(
                 anchors,
-                Triplets(
-                    listed.positives[:, :width],
-                    listed.negatives[:, :width],
-                    listed.valid[:, :width],
-                    listed.counts,
-                    listed.hardest,
+                listed._replace(
+                    positives=listed.positives[:, :width],
+                    negatives=listed.negatives[:, :width],
+                    valid=listed.valid[:, :width],
                 ),
             )
             first += LIST_CHUNK
@@ -128,24 +142,16 @@ class PairSource:
 
     def count(self, anchors: Anchors) -> Tensor:
         """Valid pairs of each anchor, [B] int64."""
-        if self.objective.hinge is not None:
-            return ops.mean_cotangents(
-                *anchors, self.embeddings, self.labels, margin=self.objective.hinge
-            )[1]
-        return self._listed(anchors, 1, 0, first=0).counts
+        if self.objective.is_affine or self.objective.real_labels:
+            pairs = self.objective.pairs
+            kinds = ("positive", "negative") if pairs == "triplet" else (pairs,)
+            return torch.stack([self.order.count(anchors, kind) for kind in kinds]).prod(0)
+        if self._is_function:
+            return self._listed(anchors, 1, 0, first=0).counts
+        return self._sampled(anchors, triplets=1, tries=0).counts
 
-    def _with_hardest(self, drawn: Triplets) -> Triplets:
-        """Anchors without a valid pair get their hardest one, where that is wanted and exists."""
-        if not self.hardest or self.objective.hinge is None:
-            return drawn
-        use = (drawn.counts == 0) & (drawn.hardest >= 0).all(1)
-        if not bool(use.any()):
-            return drawn
-        positives, negatives = drawn.positives.clone(), drawn.negatives.clone()
-        positives[use, 0], negatives[use, 0] = drawn.hardest[use, 0], drawn.hardest[use, 1]
-        return drawn._replace(positives=positives, negatives=negatives, valid=positives >= 0)
-
-    def _cotangents(self, anchors: Anchors, drawn: Triplets) -> Cotangents:
+    def cotangents(self, anchors: Anchors, drawn: Triplets) -> Cotangents:
+        """Cotangents [B, T, D] of pairs of rows."""
         pairs = self.objective.pairs
         if self.objective.real_labels:
             others = drawn.negatives.clamp(min=0)
@@ -158,10 +164,84 @@ class PairSource:
             )
         # Which pairs are valid was settled when they were drawn, in float64.
         values, _ = self.objective.cotangent(anchors.embeddings, partners)
-        return Cotangents(values, drawn.valid, drawn.counts)
+        return Cotangents(values, drawn.valid, drawn.counts, drawn.exact)
+
+    @property
+    def _is_function(self) -> bool:
+        """Whether only the loss itself can tell which pairs are valid."""
+        return self.objective.hinge is None and self.objective.pairs == "triplet"
+
+    def _sampled(self, anchors: Anchors, **options: Any) -> Triplets:
+        margin = self.objective.hinge
+        assert margin is not None
+        return ops.sample_triplets(
+            *anchors, self.embeddings, self.labels, self.order.rows, margin=margin, **options
+        )
+
+    def _partners(self, anchors: Anchors, counts: Tensor, numbers: Tensor) -> Triplets:
+        """The partners of pairs that have but one, by numbers [B, T]."""
+        kind = self.objective.pairs
+        valid = numbers < counts[:, None]
+        rows = torch.full_like(numbers, -1)
+        if len(self.labels):
+            some = self.order.partners(anchors, kind, torch.where(valid, numbers, 0).clamp(min=0))
+            rows = torch.where(valid, some, -1)
+        none = torch.full_like(rows, -1)
+        positives, negatives = (rows, none) if kind == "positive" else (none, rows)
+        hardest = torch.full((len(counts), 2), -1, dtype=torch.int64, device=counts.device)
+        return Triplets(positives, negatives, valid, counts, hardest, counts >= 0)
+
+    def _mean_of_means(self, anchors: Anchors) -> Cotangents:
+        """The mean where the gradient is affine in the partners and every pair is valid."""
+        kind, counts = self.objective.pairs, self.count(anchors)
+        mean = partial(self.order.mean, anchors)
+        partners = Partners(
+            mean("positive")[:, None] if kind != "negative" else None,
+            mean("negative")[:, None] if kind != "positive" else None,
+        )
+        values, _ = self.objective.cotangent(anchors.embeddings.double(), partners)
+        return Cotangents(values.float(), (counts > 0)[:, None], counts)
+
+    def _mean_of_slopes(self, objective: RankLoss, anchors: Anchors) -> Cotangents:
+        """The mean of gradients that lie on one line: that of their slopes along it."""
+        counts = self.count(anchors)
+        start, end = (place[:, None] for place in self.order.range(anchors))
+        direction = objective.direction(anchors.embeddings.double())
+        own = (anchors.embeddings.double() @ direction)[:, None]
+        total = torch.zeros_like(own)
+        for first in range(0, len(self.labels), FUNCTION_CHUNK):
+            rows = self.order.rows[first : first + FUNCTION_CHUNK]
+            places = first + torch.arange(len(rows), device=rows.device)
+            above = places < start
+            slopes = objective.slopes(own - self._scores(objective)[rows], above)
+            lower, higher = objective.pairs != "higher", objective.pairs != "lower"
+            used = (above & lower) | ((places >= end) & higher)
+            total += torch.where(used, slopes, 0.0).sum(1, keepdim=True)
+        values = total / counts.clamp(min=1)[:, None] * direction
+        return Cotangents(values.float()[:, None], (counts > 0)[:, None], counts)
+
+    def _scores(self, objective: RankLoss) -> Tensor:
+        """[N] float64: the rows along the line of all gradients, worked out once."""
+        if self._along is None:
+            direction = objective.direction(self.embeddings[:1].double())
+            starts = range(0, len(self.embeddings), FUNCTION_CHUNK)
+            parts = (self.embeddings[i : i + FUNCTION_CHUNK].double() for i in starts)
+            self._along = torch.cat([part @ direction for part in parts])
+        return self._along
+
+    def _with_hardest(self, drawn: Triplets) -> Triplets:
+        """Anchors without a valid pair get their hardest one, where that is wanted and exists."""
+        if not self.hardest or self.objective.hinge is None:
+            return drawn
+        use = (drawn.counts == 0) & (drawn.hardest >= 0).all(1)
+        if not bool(use.any()):
+            return drawn
+        positives, negatives = drawn.positives.clone(), drawn.negatives.clone()
+        positives[use, 0], negatives[use, 0] = drawn.hardest[use, 0], drawn.hardest[use, 1]
+        return drawn._replace(positives=positives, negatives=negatives, valid=positives >= 0)
 
     def _listed(self, anchors: Anchors, triplets: int, seed: int, *, first: int | None) -> Triplets:
-        """As ``ops.sample_triplets``, for objectives whose pairs must be listed to be counted."""
+        """As ``ops.sample_triplets``, where pairs must be listed to be counted."""
         B, device = len(anchors.labels), anchors.labels.device
         chosen = torch.full((B, triplets, 2), -1, dtype=torch.int64, device=device)
         valid = torch.zeros((B, triplets), dtype=torch.bool, device=device)
@@ -179,26 +259,16 @@ class PairSource:
                 pairs = pairs[ranks[0]]
             chosen[b, : len(pairs)] = pairs
             valid[b, : len(pairs)] = True
-        return Triplets(chosen[..., 0], chosen[..., 1], valid, counts, hardest)
+        return Triplets(chosen[..., 0], chosen[..., 1], valid, counts, hardest, counts >= 0)
 
     def _valid_pairs(self, anchors: Anchors, b: int) -> Tensor:
-        """The valid pairs [V, 2] of one anchor, ordered by row; -1 for a partner without use.
-
-        The one partner of a ranked pair stands in the second column.
-        """
-        if self.objective.real_labels:
-            others = _COMPARED[self.objective.pairs](self.labels, anchors.labels[b]).nonzero()
-            return torch.cat([torch.full_like(others, -1), others], 1)
+        """The valid pairs [V, 2] of one anchor, ordered by row."""
         same = self.labels == anchors.labels[b]
         negatives = (~same).nonzero()  # [Q, 1]
         if anchors.rows[b] < len(same):
             same = same.clone()
             same[anchors.rows[b]] = False
         positives = same.nonzero()  # [P, 1]
-        if self.objective.pairs == "positive":
-            return torch.cat([positives, torch.full_like(positives, -1)], 1)
-        if self.objective.pairs == "negative":
-            return torch.cat([torch.full_like(negatives, -1), negatives], 1)
         if not len(positives) or not len(negatives):
             return positives.new_empty((0, 2))
 

@@ -12,38 +12,57 @@ from torch import Tensor
 
 from gcfast._checks import MAX_SEED, Dimensions, require_choice, require_int
 from gcfast.ops._operation import BACKENDS, Outputs, operation
-from gcfast.reference import Triplets
+from gcfast.reference import Triplets, default_tries, label_order
+
+MAX_TRIES = 2**31 - 2**16  # the number of a try is a 32-bit word of the generator
 
 
 def _sample_in_cpp(
-    *tensors: Tensor, triplets: int, margin: float, seed: int = 0, first: int | None = None
+    *tensors: Any,
+    triplets: int,
+    margin: float,
+    seed: int = 0,
+    first: int | None = None,
+    tries: int | None = None,
 ) -> Triplets:
     from gcfast import _core
 
-    positives, negatives, counts, hardest = _tensors(
+    arrays = _arrays(*tensors)
+    positives, negatives, counts, hardest, exact = _tensors(
         _core.sample_triplets(
-            *_arrays(tensors),
+            *arrays,
             triplets=triplets,
             margin=margin,
             seed=seed,
             first=-1 if first is None else first,
+            tries=default_tries(len(arrays[-1])) if tries is None else tries,
             threads=torch.get_num_threads(),
         )
     )
-    return Triplets(positives, negatives, positives >= 0, counts, hardest)
+    return Triplets(positives, negatives, positives >= 0, counts, hardest, exact)
 
 
-def _mean_in_cpp(*tensors: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+def _mean_in_cpp(*tensors: Any, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     from gcfast import _core
 
     cotangents, counts, hardest = _tensors(
-        _core.mean_cotangents(*_arrays(tensors), margin=margin, threads=torch.get_num_threads())
+        _core.mean_cotangents(*_arrays(*tensors), margin=margin, threads=torch.get_num_threads())
     )
     return cotangents, counts, hardest
 
 
-def _arrays(tensors: Iterable[Tensor]) -> Any:
-    return (tensor.contiguous().numpy() for tensor in tensors)
+def _arrays(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    anchor_rows: Tensor,
+    embeddings: Tensor,
+    labels: Tensor,
+    by_label: Tensor | None = None,
+) -> Any:
+    if by_label is None:
+        by_label = label_order(labels)
+    tensors = (anchors, anchor_labels, anchor_rows, embeddings, labels, by_label)
+    return [tensor.contiguous().numpy() for tensor in tensors]
 
 
 def _tensors(arrays: Iterable[NDArray[Any]]) -> tuple[Tensor, ...]:
@@ -57,11 +76,13 @@ def sample_triplets(
     anchor_rows: Tensor,
     embeddings: Tensor,
     labels: Tensor,
+    by_label: Tensor | None = None,
     *,
     triplets: int,
     margin: float,
     seed: int = 0,
     first: int | None = None,
+    tries: int | None = None,
     backend: str = "auto",
 ) -> Outputs[Triplets]:
     """Draw (positive, negative) pairs uniformly from those that are valid with each anchor.
@@ -69,8 +90,12 @@ def sample_triplets(
     A pair is valid when ``D(a, p) + margin > D(a, n)``, with p of the anchor's label and another
     row, n of another label, D the squared Euclidean distance in float64 (summed in the order of the
     dimensions, so that every backend agrees at the hinge). Draws are with replacement and depend on
-    (seed, anchor's row, draw number) and on nothing else; where an anchor has at most T valid pairs
-    each is used once.
+    (seed, anchor's row, draw number) and the table alone; where an anchor has at most T valid
+    pairs each is used once.
+
+    An anchor first tries pairs drawn from all positives and negatives. When more than T different
+    ones turn out to be valid, the rest of the table is not read, and the count is an estimate.
+    :mod:`gcfast.reference.triplets` has the rules, which all backends follow draw for draw.
 
     Args:
         anchors: [B, D] float32.
@@ -79,17 +104,22 @@ def sample_triplets(
             anchor from outside the table.
         embeddings: [N, D] float32.
         labels: [N] int64.
+        by_label: [N] int64, the rows in the order of (label, row); None sorts them in every call.
         triplets: T, at least 1.
         margin: the margin of the hinge; infinity makes every pair valid.
         seed: 0 to 2^63 - 1.
         first: None draws; a number lists the valid pairs from that one on, in the order of
             (positive, negative), T at a time.
+        tries: pairs that an anchor may try before the table is scanned for it; None takes N // 16,
+            0 scans for every anchor, so that all counts are exact.
         backend: "auto", "triton" or "reference".
 
     Returns:
         Triplets: positives, negatives [B, T] int64 (-1 where there is none), valid [B, T] bool,
         counts [B] int64 (all the valid pairs of the anchor), hardest [B, 2] int64 (farthest
-        positive, nearest negative; ties to the lower row; -1 where there is none).
+        positive, nearest negative; ties to the lower row; -1 where there is none), exact [B] bool
+        (the table was scanned for this anchor; elsewhere its count is an unbiased estimate and
+        hardest is -1).
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -102,11 +132,19 @@ def sample_triplets(
     require_int("seed", seed, 0, MAX_SEED)
     if first is not None:
         require_int("first", first, 0)
-    B = _checked_rows(anchors, anchor_labels, anchor_rows, embeddings, labels, margin)
+    if tries is not None:
+        require_int("tries", tries, 0, MAX_TRIES)
+    B = _checked_rows(anchors, anchor_labels, anchor_rows, embeddings, labels, by_label, margin)
     ids = torch.int64
     drawn = (B, triplets)
     return Outputs(
-        labels, (drawn, ids), (drawn, ids), (drawn, torch.bool), ((B,), ids), ((B, 2), ids)
+        labels,
+        (drawn, ids),
+        (drawn, ids),
+        (drawn, torch.bool),
+        ((B,), ids),
+        ((B, 2), ids),
+        ((B,), torch.bool),
     )
 
 
@@ -117,6 +155,7 @@ def mean_cotangents(
     anchor_rows: Tensor,
     embeddings: Tensor,
     labels: Tensor,
+    by_label: Tensor | None = None,
     *,
     margin: float,
     backend: str = "auto",
@@ -132,6 +171,7 @@ def mean_cotangents(
         anchor_rows: [B] int64, as in :func:`sample_triplets`.
         embeddings: [N, D] float32.
         labels: [N] int64.
+        by_label: [N] int64, the rows in the order of (label, row); None sorts them in every call.
         margin: the margin of the hinge; infinity makes every pair valid.
         backend: "auto", "triton" or "reference".
 
@@ -146,7 +186,7 @@ def mean_cotangents(
     Source: the mean over triplets of the paper's section 3.1 in the limit of all of them.
     """
     require_choice("backend", backend, BACKENDS)
-    B = _checked_rows(anchors, anchor_labels, anchor_rows, embeddings, labels, margin)
+    B = _checked_rows(anchors, anchor_labels, anchor_rows, embeddings, labels, by_label, margin)
     return Outputs(
         anchors, (anchors.shape, torch.float32), ((B,), torch.int64), ((B, 2), torch.int64)
     )
@@ -158,6 +198,7 @@ def _checked_rows(
     anchor_rows: Tensor,
     embeddings: Tensor,
     labels: Tensor,
+    by_label: Tensor | None,
     margin: float,
 ) -> int:
     """Check what both operations take; returns B."""
@@ -167,6 +208,8 @@ def _checked_rows(
     sizes.require("anchor_labels", anchor_labels, (torch.int64,), "B")
     sizes.require("anchor_rows", anchor_rows, (torch.int64,), "B")
     sizes.require("labels", labels, (torch.int64,), "N")
+    if by_label is not None:
+        sizes.require("by_label", by_label, (torch.int64,), "N")
     if math.isnan(margin):
         raise ValueError("`margin` must be a number, got nan")
     return sizes["B"]

@@ -15,7 +15,6 @@ FEW = {  # axes short enough for Triton's interpreter
     "grad_weights": {"block_t": (1, 2), "splits": (1, 2)},
     "head_grad_weights": {"block_d": (16, 32)},
     "knn": {"block_n": (32,)},
-    "sample_triplets": {"num_warps": (4,)},
 }
 
 

@@ -277,6 +277,22 @@ def test_what_cannot_be_appended_to(tmp_path: Path) -> None:
         one.append(second)
 
 
+@pytest.mark.parametrize("triplets", [3, "all"])
+def test_rows_of_older_draws_are_rebuilt_and_not_appended_to(triplets: Any) -> None:
+    first, second = halves()
+    one = explainer(triplets=triplets)
+    database = one.build(first)
+    assert database.manifest["draws"] == 2
+    del database.manifest["draws"]
+    if triplets == "all":
+        assert len(one.append(second)) == ALL
+        return
+    with pytest.raises(ValueError, match=r"by the rules of version 1, .* version 2: call rebuild"):
+        one.append(second)
+    assert one.rebuild(first).manifest["draws"] == 2
+    assert len(one.append(second)) == ALL
+
+
 def test_two_writers(tmp_path: Path) -> None:
     first, second = halves()
     one = explainer()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from gcfast.builder import rows as rows_module
 from gcfast.builder.build import build
 from gcfast.builder.spool import Spool
 from gcfast.method.head import AffineHead
+from gcfast.method.pairs import PairSource
 
 HEADS = {"closed form": common, "autograd": other}
 BOTH = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
@@ -112,6 +115,7 @@ def test_labels_seen_once_are_left_out_and_counted() -> None:
         "skipped_single": 2,
         "skipped_no_triplet": 0,
         "hardest_triplet": 0,
+        "estimated_counts": 0,
         "zero_rows": 0,
     }
 
@@ -481,3 +485,35 @@ def test_progress_is_shown_when_asked(capsys: Any) -> None:
     assert "embedding" in capsys.readouterr().err
     explainer().build(loader(*pictures(6)))
     assert capsys.readouterr().err == ""
+
+
+def test_rows_that_are_not_compared_with_all_others_have_estimated_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    images, labels = pictures(12)
+    one = explainer(objective=gcfast.TripletLoss(5.0), triplets=2)
+    exact = one.build(loader(images, labels))
+    assert exact.report["estimated_counts"] == 0
+    # Tables as small as this one are scanned.
+    module = importlib.import_module("gcfast.ops.sample_triplets")
+    monkeypatch.setattr(module, "default_tries", lambda _: 4096)
+    tried = one.build(loader(images, labels), out=tmp_path / "db")
+    assert tried.report["estimated_counts"] == len(tried) == 12
+    assert tried.report == one.build(loader(images, labels)).report
+    pairs = exact.triplet_counts.double()
+    assert (pairs > 2).all()
+    assert ((tried.triplet_counts - pairs).abs() <= pairs).all()
+
+
+def test_triplets_drawn_for_many_rows_are_those_drawn_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, labels = pictures(12)
+    one = explainer(objective=gcfast.TripletLoss(5.0), triplets=2)
+    wanted = one.build(loader(images, labels))
+    monkeypatch.setattr(rows_module, "ROWS_AT_ONCE", 3)
+    for together in (1, 4, 100):
+        monkeypatch.setattr(PairSource, "anchors_at_once", lambda *_, n=together: n)
+        got = one.build(loader(images, labels))
+        assert torch.equal(got.triplet_counts, wanted.triplet_counts)
+        torch.testing.assert_close(got.weights, wanted.weights)

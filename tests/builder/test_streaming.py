@@ -374,6 +374,12 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
             explainer(model, layer="backbone.stem"))  # fmt: skip
     refused(gcfast.ModelMismatchError, "unfinished build .* another model .*: other parameters",
             explainer(common()))  # fmt: skip
+    state = json.loads((partial / "build.json").read_text())
+    assert state.pop("draws") == 2
+    (partial / "build.json").write_text(json.dumps(state))
+    before = content(partial)
+    refused(ValueError, said + "triplets of the stored rows were drawn by the rules of version 1",
+            explainer(model))  # fmt: skip
 
 
 # --- another storage

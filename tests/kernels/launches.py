@@ -15,10 +15,14 @@ from torch import Tensor
 from gcfast.kernels.grad_weights import launch_grad_weights
 from gcfast.kernels.head_grad_weights import launch_head_grad_weights
 from gcfast.kernels.knn import launch_knn
-from gcfast.kernels.mean_cotangents import launch_mean_cotangents
-from gcfast.kernels.sample_triplets import launch_sample_triplets
+from gcfast.kernels.launch import near_config
+from gcfast.kernels.sample_triplets import picked
 from gcfast.kernels.sparse_cam import launch_sparse_cam
 from gcfast.kernels.top_m import launch_top_m
+from gcfast.kernels.triplets.near_rows import NearRows, exact_distances
+from gcfast.kernels.triplets.scan import Group
+from gcfast.kernels.triplets.thresholds import threshold_steps
+from gcfast.kernels.triplets.tries import label_ranges, try_pairs
 
 FAR = 2**31  # elements, a stride that needs 64 bits
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -109,20 +113,50 @@ def _knn() -> None:
     launch_knn(queries, torch.empty_strided((10**6, 16), (2**20, 3)), 3)
 
 
-def _triplets(launch: Callable[..., object], N: int, **options: object) -> None:
-    labels = torch.empty(N, dtype=torch.int64)
-    rows = labels[:64]
-    launch(torch.empty(64, 128), rows, rows, torch.empty(N, 128), labels, margin=0.2, **options)
+def _ids(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64)
+
+
+def _tries() -> None:
+    for N, D, number in ((10**5, 128, 0), (10**5 + 1, 33, 2**40)):
+        anchors, table = torch.empty(64, D), torch.empty(N, D)
+        with torch.cuda.device_of(table):
+            ranges = label_ranges(_ids(64), _ids(64), _ids(N), _ids(N))
+            margin = torch.empty(1, dtype=torch.float64)
+            try_pairs(
+                anchors, _ids(64), ranges, table, _ids(N), triplets=50, margin=margin, seed=number,
+                tries=N // 16,
+            )  # fmt: skip
+
+
+def _near_rows() -> None:
+    for N, D in ((10**5, 128), (10**5 + 1, 33)):
+        anchors, table = torch.empty(64, D), torch.empty(N, D)
+        near = NearRows(table, _ids(N), near_config(132))
+        with torch.cuda.device_of(table):
+            ids, _ = near.negatives(anchors, _ids(64), torch.empty(64, dtype=torch.float64), 4096)
+            exact_distances(ids, anchors, table)
+            exact_distances(_ids(64, 1000), anchors, table)
+
+
+def _thresholds() -> None:
+    for N, D in ((10**5, 128), (10**5 + 1, 33)):
+        anchors, table = torch.empty(64, D), torch.empty(N, D)
+        with torch.cuda.device_of(table):
+            threshold_steps(
+                anchors, _ids(64), table, _ids(N), torch.empty(64, 1000, dtype=torch.float64)
+            )
 
 
 def _sample_triplets() -> None:
-    for N, number in ((10**5, 2**40), (10**5 + 1, 0)):
-        _triplets(launch_sample_triplets, N, triplets=50, seed=number, first=number)
-
-
-def _mean_cotangents() -> None:
-    for N in (10**5, 10**5 + 1):
-        _triplets(launch_mean_cotangents, N)
+    steps = torch.empty(64, 10**5, dtype=torch.int32)
+    for negatives in (steps, None):
+        group = Group(
+            _ids(64), _ids(64, 1000), _ids(64, 1000), negatives, steps, _ids(64, 1001), _ids(64, 2)
+        )
+        with torch.cuda.device_of(steps):
+            for first in (None, 2**40):
+                picked(group, _ids(64), 50, 2**40, first)
 
 
 def _sparse_cam() -> None:
@@ -180,15 +214,16 @@ def _top_m() -> None:
 
 
 LAUNCHES: dict[str, Callable[[], None]] = {
-    "anchor_pairs": _mean_cotangents,
     "grad_weights": _grad_weights,
     "group_bounds": _knn,
     "head_grad_weights": _head_grad_weights,
     "knn": _knn,
-    "mean_cotangents": _mean_cotangents,
     "measured_rows": _knn,
+    "near_rows": _near_rows,
     "row_squares": _knn,
     "sample_triplets": _sample_triplets,
     "sparse_cam": _sparse_cam,
+    "thresholds": _thresholds,
     "top_m": _top_m,
+    "tries": _tries,
 }

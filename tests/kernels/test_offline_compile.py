@@ -33,7 +33,9 @@ EACH_TARGET = pytest.mark.parametrize(
 @pytest.mark.parametrize("kernel", sorted(LAUNCHES))
 def test_compiles_within_the_limits(kernel, target, tmp_path):
     results = compile_elsewhere("launches", kernel, target, tmp_path)
-    written = set(re.findall(r"def (_\w+_kernel)\(", (FOLDER / f"{kernel}.py").read_text()))
+    written = set(
+        re.findall(r"def (_\w+_kernel)\(", next(FOLDER.rglob(f"{kernel}.py")).read_text())
+    )
     assert {result["name"].partition("(")[0] for result in results} == written
     assert not problems(results, target, spills=SPILLS.get((kernel, target), 0))
 
@@ -68,21 +70,24 @@ def test_batches_of_any_size_share_compiled_kernels(tmp_path):
 
 
 def test_every_file_of_kernels_is_compiled():
-    written = {path.stem for path in FOLDER.glob("*.py") if "@triton.jit" in path.read_text()}
+    written = {path.stem for path in FOLDER.rglob("*.py") if "@triton.jit" in path.read_text()}
     assert written == set(LAUNCHES)
 
 
 def test_distances_are_compiled_without_fused_multiply_add(tmp_path):
     """In machine code, for NVIDIA and AMD; that they are fused otherwise shows the test can see."""
     program = """
+import re
+
 import offline
 
-form = next(f for f in offline.recorded("launches", "anchor_pairs") if "_distances" in f.name)
-for target, code, fused in (("sm_90", "sass", "DFMA"), ("gfx942", "amdgcn", "v_fma")):
-    for options in ({}, {"enable_fp_fusion": True}):
-        print(form.compile(target, **options).asm[code].count(fused) > 0)
+for file, kernel in (("near_rows", "_exact"), ("tries", "_tries"), ("thresholds", "_steps")):
+    form = next(f for f in offline.recorded("launches", file) if kernel in f.name)
+    for target, code, fused in (("sm_90", "sass", "DFMA"), ("gfx942", "amdgcn", "v_fmac?_f64")):
+        for options in ({}, {"enable_fp_fusion": True}):
+            print(bool(re.search(fused, form.compile(target, **options).asm[code])))
 """
-    assert run_elsewhere(["-c", program], tmp_path).split() == ["False", "True"] * 2
+    assert run_elsewhere(["-c", program], tmp_path).split() == ["False", "True"] * 6
 
 
 @EACH_TARGET

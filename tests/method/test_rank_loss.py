@@ -18,7 +18,8 @@ import gcfast
 from gcfast.explain.calibration import transfer_fidelity
 from gcfast.method import pairs as triplets_module
 from gcfast.method.objectives import LINEAR_LIMIT, Partners, objective_from
-from gcfast.method.pairs import Anchors, PairSource
+from gcfast.method.pairs import PairSource
+from gcfast.method.partners import Anchors
 
 N = 9
 PRICES = torch.tensor([310.5, 95.0, 120.25, 310.5, 88.0, 500.0, 260.0, 95.0, 41.5])

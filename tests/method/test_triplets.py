@@ -13,7 +13,9 @@ from torch import Tensor
 import gcfast
 from gcfast.method import pairs as triplets_module
 from gcfast.method.objectives import as_objective
-from gcfast.method.pairs import Anchors, PairSource
+from gcfast.method.pairs import PairSource
+from gcfast.method.partners import Anchors, LabelOrder
+from gcfast.ops import Triplets
 
 OBJECTIVES = {
     "triplet": gcfast.TripletLoss(0.2),
@@ -136,3 +138,45 @@ def test_a_function_is_evaluated_in_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(whole.values, chunked.values)
     listed = valid_pairs(anchors.embeddings, anchors.labels.tolist(), 0)
     assert int(whole.counts[0]) == len(listed)
+
+
+@pytest.mark.parametrize("kind", ["positive", "negative"])
+def test_partners_by_number_are_those_of_the_labels(kind: str) -> None:
+    embeddings, labels = clustered(30, 4, 5)
+    order = LabelOrder(embeddings, labels)
+    # Rows of the table; one from outside, of a known label and of a new one.
+    anchors = Anchors(
+        torch.cat([embeddings, embeddings[:2]]),
+        torch.cat([labels, torch.tensor([int(labels[0]), 77])]),
+        torch.cat([torch.arange(30), torch.tensor([30, 30])]),
+    )
+    counts = order.count(anchors, kind)
+    numbers = torch.arange(30).expand(32, -1)
+    rows = order.partners(anchors, kind, numbers)
+    mean = order.mean(anchors, kind)
+    for b in range(32):
+        same = labels == anchors.labels[b]
+        if b < 30:
+            own = torch.arange(30) == b
+            wanted = (same & ~own) if kind == "positive" else ~same
+        else:
+            wanted = same if kind == "positive" else ~same
+        got = rows[b, : counts[b]]
+        assert torch.equal(got.sort().values, wanted.nonzero().flatten())
+        expected = embeddings[wanted].double().mean(0) if wanted.any() else torch.zeros(4)
+        torch.testing.assert_close(mean[b], expected.double())
+    assert (counts == 0).any() == (kind == "positive")
+
+
+def test_draws_for_many_rows_are_those_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where rows are asked for across the ends of what was drawn together."""
+    monkeypatch.setattr(triplets_module, "DRAWN_PAIRS", 1)
+    source, anchors = setup("triplet", rows=300)
+    assert source.anchors_at_once(50) == 64
+    together = source.drawn(anchors, 5, seed=3)
+    for start, stop in ((0, 64), (63, 70), (250, 300)):
+        part = Anchors(*(column[start:stop] for column in anchors))
+        for name, one, whole in zip(
+            Triplets._fields, source.drawn(part, 5, seed=3), together, strict=True
+        ):
+            assert torch.equal(one, whole[start:stop]), name

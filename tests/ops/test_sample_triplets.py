@@ -8,8 +8,8 @@ import torch
 from helpers import clustered, guarded, norm_error, strided
 
 from gcfast import ops, reference
-from gcfast.kernels import anchor_pairs, mean_cotangents, sample_triplets
-from gcfast.kernels.launch import TripletsConfig
+from gcfast.kernels import mean_cotangents
+from gcfast.kernels.triplets import scan, thresholds
 
 CASES = [
     (1, 1, 1, 0.2, 3),
@@ -48,8 +48,9 @@ def test_cpp_draws_what_the_reference_draws(case, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for first in (None, 2):
-            options = {"triplets": T, "margin": margin, "seed": 2**40 + 5, "first": first}
+        for first, tries in ((None, 0), (None, 1024), (2, None)):
+            options = {"triplets": T, "margin": margin, "seed": 2**40 + 5}
+            options |= {"first": first, "tries": tries}
             wanted = ops.sample_triplets(*arguments, **options, backend="reference")
             got = ops.sample_triplets(*arguments, **options)
             for name, a, b in zip(wanted._fields, wanted, got, strict=True):
@@ -64,24 +65,27 @@ def test_cpp_draws_what_the_reference_draws(case, threads):
 
 
 def test_many_threads_and_groups_give_the_same_bits():
-    embeddings, labels = clustered(1500, 24, 9)  # large enough that threads are started
+    # Large enough that threads are started.
+    embeddings, labels = clustered(1500, 24, 9, spread=1.2)
     arguments = _arguments(embeddings, labels)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            drawn = ops.sample_triplets(*arguments, triplets=50, margin=0.2, seed=1)
-            results.append((*drawn, *ops.mean_cotangents(*arguments, margin=0.2)))
+            for tries in (0, 4096):
+                options = {"triplets": 20, "margin": 0.2, "seed": 1, "tries": tries}
+                results.append(
+                    (
+                        *ops.sample_triplets(*arguments, **options),
+                        *ops.mean_cotangents(*arguments, margin=0.2),
+                    )
+                )
     finally:
         torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-TILED = TripletsConfig(
-    block_b=16, block_n=64, tile=16, block_p=32, block_t=16, block_s=4, num_warps=4,
-    groups=2, splits=3,
-)  # fmt: skip
+    assert not results[1][5].all(), "some are not scanned"
+    for wanted, *others in (results[::2], results[1::2]):
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(wanted, other, strict=True))
 
 
 def _lattice(rows, dim, classes):
@@ -89,50 +93,87 @@ def _lattice(rows, dim, classes):
     return torch.randint(-1, 2, (rows, dim)).float(), torch.randint(classes, (rows,))
 
 
-def _assert_same_as_reference(arguments, margin, **options):
+def _assert_same_as_reference(arguments, margin, backend="triton", **options):
     wanted = ops.sample_triplets(*arguments, margin=margin, **options, backend="reference")
-    got = ops.sample_triplets(*arguments, margin=margin, **options, backend="triton")
+    got = ops.sample_triplets(*arguments, margin=margin, **options, backend=backend)
     for name, a, b in zip(wanted._fields, wanted, got, strict=True):
         assert torch.equal(a, b), name
     wanted = ops.mean_cotangents(*arguments, margin=margin, backend="reference")
-    got = ops.mean_cotangents(*arguments, margin=margin, backend="triton")
+    got = ops.mean_cotangents(*arguments, margin=margin, backend=backend)
     torch.testing.assert_close(got[0], wanted[0], atol=1e-6, rtol=1e-6)
     assert torch.equal(got[1], wanted[1])
     assert torch.equal(got[2], wanted[2])
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("first", [None, 2])
+@pytest.mark.parametrize(("first", "tries"), [(None, 0), (None, 1024), (2, None)])
 @pytest.mark.parametrize("case", [c for c in CASES if c[-1] < 99], ids=str)
-def test_triton_draws_what_the_reference_draws(case, first, device):
+def test_triton_draws_what_the_reference_draws(case, first, tries, device):
     N, D, classes, margin, T = case
     embeddings, labels = clustered(N, D, classes)
     guard = guarded((N, D)).copy_(embeddings).to(device)
     arguments = _arguments(guard, labels.to(device), torch.arange(min(N, 5), device=device))
-    _assert_same_as_reference(arguments, margin, triplets=T, seed=2**40 + 5, first=first)
+    options = {"triplets": T, "seed": 2**40 + 5, "first": first, "tries": tries}
+    _assert_same_as_reference(arguments, margin, **options)
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("few", [4, 4096])  # negatives that are listed for an anchor
 @pytest.mark.parametrize("margin", [0.0, 1.0, math.inf, -math.inf])
-def test_triton_agrees_at_the_hinge_and_over_many_tiles(margin, monkeypatch, device):
-    for module in (sample_triplets, mean_cotangents):
-        monkeypatch.setattr(module, "sample_triplets_config", lambda *_: TILED)
+def test_triton_agrees_at_the_hinge(margin, few, monkeypatch, device):
+    monkeypatch.setattr(scan, "FEW_NEGATIVES", few)
+    monkeypatch.setattr(thresholds, "SLAB_ROWS", 40)
     embeddings, labels = _lattice(83, 3, 3)
-    rows = torch.tensor([0, 82])
-    arguments = [a.to(device) for a in _arguments(embeddings, labels, rows)]
-    _assert_same_as_reference(arguments, margin, triplets=40, seed=1)
+    arguments = [a.to(device) for a in _arguments(embeddings, labels, torch.tensor([0, 82]))]
+    for tries in (0, 2048):
+        _assert_same_as_reference(arguments, margin, triplets=40, seed=1, tries=tries)
     _assert_same_as_reference(arguments, margin, triplets=40, first=500)
 
 
-def test_triton_takes_anchors_in_groups_and_the_table_in_slabs(monkeypatch, device):
-    monkeypatch.setattr(anchor_pairs, "SCRATCH_BYTES", 28 * 70 * 2)  # two anchors a group
+@pytest.mark.parametrize("margin", [0.0, 1.0, math.inf, -math.inf])
+def test_cpp_agrees_at_the_hinge(margin):
+    embeddings, labels = _lattice(900, 3, 3)
+    arguments = _arguments(embeddings, labels, torch.arange(40))
+    for tries in (0, 2048):
+        _assert_same_as_reference(arguments, margin, "auto", triplets=40, seed=1, tries=tries)
+    _assert_same_as_reference(arguments, margin, "auto", triplets=40, first=500)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e25])
+def test_what_float32_cannot_square_is_measured_in_float64(scale, backend, device):
+    embeddings, labels = _lattice(300, 3, 3)
+    embeddings = embeddings * scale
+    if backend == "triton":
+        embeddings, labels = embeddings.to(device), labels.to(device)
+    arguments = _arguments(embeddings, labels, torch.arange(3, device=embeddings.device))
+    for tries in (0, 1024):
+        _assert_same_as_reference(arguments, scale**2, backend, triplets=40, tries=tries)
+
+
+@pytest.mark.parametrize("few", [4, 4096])
+def test_triton_takes_anchors_in_groups_and_the_table_in_slabs(few, monkeypatch, device):
+    monkeypatch.setattr(scan, "SCRATCH_BYTES", 2 * 4 * 70)  # two anchors with steps
+    monkeypatch.setattr(scan, "FEW_NEGATIVES", few)
+    monkeypatch.setattr(mean_cotangents, "WEIGHTS_BYTES", 0)
     monkeypatch.setattr(mean_cotangents, "SLAB_BYTES", 8 * 4 * 30)  # thirty rows a product
-    monkeypatch.setattr(anchor_pairs, "TRANSPOSE_BYTES", 0)
     embeddings, labels = _lattice(70, 4, 3)
     arguments = [
         a.to(device) for a in _arguments(embeddings, labels, torch.tensor([3, 69, 8, 20, 41]))
     ]
     _assert_same_as_reference(arguments, 1.0, triplets=6)
+
+
+def test_cpp_halves_a_group_that_finds_too_many_rows():
+    """Every row is a negative under every threshold: 64 anchors are too many at once."""
+    embeddings, labels = clustered(300_000, 2, 2)
+    arguments = _arguments(embeddings, labels, torch.arange(70))
+    counts = (labels == labels[:70, None]).sum(1)
+    drawn = ops.sample_triplets(*arguments, triplets=3, margin=math.inf, tries=0)
+    assert torch.equal(drawn.counts, (counts - 1) * (len(labels) - counts))
+    assert (labels[drawn.positives] == labels[:70, None]).all()
+    assert (labels[drawn.negatives] != labels[:70, None]).all()
 
 
 def test_triton_takes_any_strides(device):
@@ -207,25 +248,46 @@ def test_triton_lists_nothing_from_the_last_number_on(device):
     assert not listed.valid.any()
 
 
-def test_triton_draws_uniformly(device):
+def _seen(embeddings, labels, margin, T, copies, tries, backend="auto"):
+    """(how often each valid pair of a copy of row 7 was drawn [V], were all scanned for)."""
+    N = len(labels)
+    one = torch.full((1,), N, device=labels.device)
+    arguments = (embeddings[7:8], labels[7:8], one, embeddings, labels)
+    V = int(ops.sample_triplets(*arguments, triplets=1, margin=margin, tries=0).counts)
+    assert V > T
+    listed = ops.sample_triplets(*arguments, triplets=V, margin=margin, first=0)
+    number = torch.full((N, N), -1, device=labels.device)
+    number[listed.positives[0], listed.negatives[0]] = torch.arange(V, device=labels.device)
+    # Every copy is an anchor of its own from outside the table.
+    rows = N + torch.arange(copies, device=labels.device)
+    drawn = ops.sample_triplets(
+        embeddings[7:8].expand(copies, -1).contiguous(),
+        labels[7:8].expand(copies).contiguous(),
+        *(rows, embeddings, labels),
+        triplets=T,
+        margin=margin,
+        seed=1,
+        tries=tries,
+        backend=backend,
+    )
+    assert drawn.valid.all()
+    taken = number[drawn.positives, drawn.negatives].flatten()
+    return torch.bincount(taken, minlength=V), set(drawn.exact.tolist())
+
+
+def _assert_uniform(seen):
     """A chi-square test at three standard deviations, always of the same seeds."""
-    embeddings, labels = (a.to(device) for a in clustered(90, 3, 4, spread=2.0))
-    arguments = _arguments(embeddings, labels, torch.tensor([7], device=device))
-    V = int(ops.sample_triplets(*arguments, triplets=1, margin=0.5).counts)
-    T, seeds = V - 1, 12
-    listed = ops.sample_triplets(*arguments, triplets=V, margin=0.5)
-    number = torch.full((90, 90), -1, device=device)
-    number[listed.positives[0], listed.negatives[0]] = torch.arange(V, device=device)
-    seen = torch.zeros(V, dtype=torch.int64, device=device)
-    wide = TILED._replace(tile=64, block_t=1024)
-    for seed in range(seeds):
-        drawn = sample_triplets.launch_sample_triplets(
-            *arguments, triplets=T, margin=0.5, seed=seed, config=wide
-        )
-        seen += torch.bincount(number[drawn.positives[0], drawn.negatives[0]], minlength=V)
-    expected = seeds * T / V
+    freedom, expected = len(seen) - 1, float(seen.sum()) / len(seen)
     chi2 = float((seen - expected).square().sum() / expected)
-    assert abs(chi2 - (V - 1)) < 3 * math.sqrt(2 * (V - 1))
+    assert abs(chi2 - freedom) < 3 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("tries", [0, 4096])
+def test_triton_draws_uniformly(tries, device):
+    embeddings, labels = (a.to(device) for a in clustered(90, 3, 4, spread=2.0))
+    seen, scanned = _seen(embeddings, labels, 0.5, 120, 40, tries, "triton")
+    assert scanned == {tries == 0}
+    _assert_uniform(seen)
 
 
 def test_draws_are_valid_pairs_counted_and_the_hardest_is_right():
@@ -278,24 +340,100 @@ def test_draws_depend_on_seed_row_and_draw_alone():
     assert not torch.equal(other.positives, everything.positives)
 
 
-def test_draws_are_uniform_over_the_valid_pairs():
-    """A chi-square test at three standard deviations: 1,500 seeds of 40 draws, always the same."""
-    embeddings, labels = clustered(24, 3, 3, spread=2.0)
-    pairs = _all_pairs(embeddings, labels, 5, 0.5)
-    V, T, seeds = len(pairs), 40, 1500
-    assert V > T
-    number = torch.full((24, 24), -1)
-    for i, (p, n) in enumerate(pairs):
-        number[p, n] = i
-    seen = torch.zeros(V, dtype=torch.int64)
-    for seed in range(seeds):
-        drawn = ops.sample_triplets(
-            *_arguments(embeddings, labels, torch.tensor([5])), triplets=T, margin=0.5, seed=seed
+# Scanned, tried, and tried so little that some draws are left for the scan.
+@pytest.mark.parametrize(("tries", "expected"), [(0, {True}), (4096, {False}), (256, {True})])
+def test_draws_are_uniform_over_the_valid_pairs(tries, expected):
+    seen, scanned = _seen(*clustered(60, 3, 3, spread=1.2), 0.2, 120, 2000, tries)
+    assert scanned == expected
+    _assert_uniform(seen)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_draw_is_the_same_however_many_are_made_and_whether_a_scan_follows(backend):
+    embeddings, labels = clustered(300, 6, 4)
+    arguments = _arguments(embeddings, labels, torch.arange(30))
+    draws = {
+        T: ops.sample_triplets(
+            *arguments, triplets=T, margin=0.2, seed=3, tries=1024, backend=backend
         )
-        seen += torch.bincount(number[drawn.positives[0], drawn.negatives[0]], minlength=V)
-    expected = seeds * T / V
-    chi2 = float((seen - expected).square().sum() / expected)
-    assert abs(chi2 - (V - 1)) < 3 * math.sqrt(2 * (V - 1))
+        for T in (5, 40, 300)
+    }
+    assert 0 < int(draws[40].exact.sum()) < 30
+    many = draws[300].counts > 300
+    assert many.any()
+    assert draws[300].exact.all()
+    for T in (5, 40):
+        for b in many.nonzero().flatten():
+            assert torch.equal(draws[T].positives[b], draws[300].positives[b, :T])
+            assert torch.equal(draws[T].negatives[b], draws[300].negatives[b, :T])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tries_never_take_the_place_of_the_few_valid_pairs(backend):
+    """However often these are tried: no number of repetitions shows that there are more than T."""
+    embeddings, labels = clustered(90, 3, 10, spread=1.0)
+    arguments = _arguments(embeddings, labels)
+    options = {"triplets": 120, "margin": 0.2, "backend": backend}
+    scanned = ops.sample_triplets(*arguments, **options, tries=0)
+    tried = ops.sample_triplets(*arguments, **options, tries=2**20)
+    few = scanned.counts <= 120
+    plenty = scanned.counts > 400  # among 242 draws from so many there are 121 different ones
+    assert few.sum() > 5
+    assert plenty.sum() > 5
+    assert tried.exact[few].all()
+    assert not tried.exact[plenty].any()
+    for name in ("positives", "negatives", "counts", "hardest"):
+        assert torch.equal(getattr(tried, name)[few], getattr(scanned, name)[few])
+
+
+def test_estimated_counts_are_right_on_average():
+    embeddings, labels = clustered(400, 6, 4, spread=1.0)
+    arguments = _arguments(embeddings, labels, torch.arange(20))
+    exact = ops.sample_triplets(*arguments, triplets=1, margin=0.2, tries=0).counts
+    options = {"triplets": 30, "margin": 0.2, "tries": 2**16}
+    drawn = [ops.sample_triplets(*arguments, **options, seed=seed) for seed in range(400)]
+    assert not any(one.exact.any() for one in drawn)
+    assert all((one.hardest == -1).all() for one in drawn)
+    mean = torch.stack([one.counts for one in drawn]).double().mean(0)
+    # An estimate from T + 1 finds is off by a share of 1 / sqrt(T - 1) at most.
+    assert ((mean / exact - 1).abs() < 4 / math.sqrt(29 * 400)).all()
+
+
+def test_with_an_infinite_margin_every_try_counts():
+    embeddings, labels = clustered(5000, 4, 10)
+    arguments = _arguments(embeddings, labels, torch.arange(5))
+    drawn = ops.sample_triplets(*arguments, triplets=50, margin=math.inf)
+    assert not drawn.exact.any()
+    own = torch.bincount(labels)[labels[:5]]
+    assert torch.equal(drawn.counts, (own - 1) * (5000 - own))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_the_order_of_labels_may_be_given(backend, device):
+    embeddings, labels = clustered(300, 3, 4)
+    if backend == "triton":
+        embeddings, labels = embeddings.to(device), labels.to(device)
+    arguments = _arguments(embeddings, labels, torch.arange(4, device=labels.device))
+    order = reference.label_order(labels)
+    for run, more in (
+        (ops.sample_triplets, {"triplets": 9, "tries": 1024}),
+        (ops.mean_cotangents, {}),
+    ):
+        wanted = run(*arguments, margin=0.2, backend=backend, **more)
+        got = run(*arguments, order, margin=0.2, backend=backend, **more)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("bad", [-1, 300])
+def test_cpp_reads_no_row_that_is_not_there(bad):
+    embeddings, labels = clustered(300, 3, 4)
+    arguments = _arguments(embeddings, labels)
+    order = torch.full((300,), bad)
+    for tries in (0, 1024):
+        with pytest.raises(ValueError, match="`by_label` must hold the numbers of all rows"):
+            ops.sample_triplets(*arguments, order, triplets=9, margin=0.2, tries=tries)
+    with pytest.raises(ValueError, match="`by_label` must hold"):
+        ops.mean_cotangents(*arguments, order, margin=0.2)
 
 
 def test_an_anchor_from_outside_the_table_keeps_its_twin():
@@ -365,6 +503,10 @@ def test_ranks_match_big_integers():
         ({"seed": -1}, ValueError, "`seed` must be from 0 to"),
         ({"triplets": 0}, ValueError, "`triplets` must be at least 1"),
         ({"first": -1}, ValueError, "`first` must be at least 0"),
+        ({"tries": -1}, ValueError, "`tries` must be from 0 to"),
+        ({"tries": 2**31}, ValueError, "`tries` must be from 0 to"),
+        ({"by_label": torch.zeros(4).long()}, ValueError, r"`by_label` must have shape \[N\]"),
+        ({"by_label": torch.zeros(5)}, TypeError, "`by_label` must have dtype int64"),
         ({"backend": "cuda"}, ValueError, "`backend` must be one of 'auto', 'triton', 'reference'"),
     ],
     ids=lambda v: "" if not isinstance(v, dict) else "-".join(v),

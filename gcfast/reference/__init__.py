@@ -2,8 +2,8 @@
 
 Each function has the name and the signature of its twin in :mod:`gcfast.ops`, where the arguments
 are checked and documented; here they are trusted. Whatever another backend computes is right when
-it agrees with this file and wrong when it does not. ``sample_triplets`` and ``mean_cotangents`` are
-written for clarity, one anchor after another: on the CPU their C++ twins run instead.
+it agrees with this package and wrong when it does not. ``sample_triplets`` and ``mean_cotangents``
+are in :mod:`gcfast.reference.triplets`.
 
 Sources: the paper is Chen et al., *Adapting Grad-CAM for Embedding Networks*, WACV 2020; Grad-CAM++
 is Chattopadhay et al., arXiv:1710.11063.
@@ -12,26 +12,46 @@ is Chattopadhay et al., arXiv:1710.11063.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gcfast.reference.triplets import (
+    STREAM_TRIES,
+    STREAM_TRIPLETS,
+    TRY_ROUND,
+    Triplets,
+    default_tries,
+    label_order,
+    mean_cotangents,
+    philox,
+    sample_triplets,
+    uniform_ranks,
+)
+
+__all__ = [
+    "STREAM_TRIES",
+    "STREAM_TRIPLETS",
+    "TRY_ROUND",
+    "Triplets",
+    "accumulator",
+    "default_tries",
+    "filled_neighbors",
+    "grad_weights",
+    "head_grad_weights",
+    "knn",
+    "label_order",
+    "mean_cotangents",
+    "philox",
+    "sample_triplets",
+    "sparse_cam",
+    "top_m",
+    "uniform_ranks",
+]
+
 KNN_TILE_BYTES = 64 * 2**20  # of distances held at once by `knn`
 KNN_SPARE = 8  # neighbours kept beyond K until their distances are known exactly
-PHILOX_ROUNDS = 10
-STREAM_TRIPLETS = 0  # the generator's last counter word: one stream for each use
-
-
-class Triplets(NamedTuple):
-    """Pairs drawn for each anchor, as row numbers of the table."""
-
-    positives: Tensor  # [B, T] int64, -1 where not valid
-    negatives: Tensor  # [B, T] int64, -1 where not valid
-    valid: Tensor  # [B, T] bool
-    counts: Tensor  # [B] int64: valid pairs of the anchor
-    hardest: Tensor  # [B, 2] int64: farthest positive, nearest negative; -1 where there is none
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -248,158 +268,3 @@ def _smallest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _smallest_by_sort(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     ordered, columns = scores.sort(dim=1, stable=True)
     return ordered[:, :count], columns[:, :count]
-
-
-def philox(counter: tuple[Tensor | int, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, each in an int64 tensor.
-
-    Args:
-        counter: four words of 32 bits, int64 tensors that broadcast, or ints.
-        seed: the key, 64 bits.
-    """
-    mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
-    k0, k1 = seed & mask, (seed >> 32) & mask
-    for _ in range(PHILOX_ROUNDS):
-        # The products wrap round in int64, which leaves both 32-bit halves as they should be.
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & mask) ^ c1 ^ k0,
-            product1 & mask,
-            ((product0 >> 32) & mask) ^ c3 ^ k1,
-            product0 & mask,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return c0, c1, c2, c3
-
-
-def uniform_ranks(
-    rows: Tensor, draws: int, counts: Tensor, seed: int, stream: int = STREAM_TRIPLETS
-) -> Tensor:
-    """Integers uniform in [0, counts), a function of (seed, row, draw, stream) alone.
-
-    A 64-bit word x becomes ``floor(x * count / 2^64)``; its probabilities differ from uniform by
-    less than count / 2^64.
-
-    Args:
-        rows: [B] int64.
-        draws: T.
-        counts: [B] int64, at least 1.
-        seed: 0 to 2^63 - 1.
-        stream: which use of the generator.
-
-    Returns:
-        [B, T] int64.
-    """
-    mask = 0xFFFFFFFF
-    draw = torch.arange(draws, device=rows.device)[None]
-    row = rows[:, None]
-    low, high, _, _ = philox((draw, row & mask, (row >> 32) & mask, stream), seed)
-    count_low, count_high = (counts & mask)[:, None], (counts >> 32)[:, None]
-    # The upper half of a 64 x 64-bit product, by 32-bit halves; shifts are masked to be unsigned.
-    middle = high * count_low + ((low * count_low >> 32) & mask)
-    carry = low * count_high + (middle & mask)
-    return high * count_high + ((middle >> 32) & mask) + ((carry >> 32) & mask)
-
-
-def _anchor_distances(anchor: Tensor, embeddings: Tensor) -> Tensor:
-    """Squared distances [N] in float64, summed over D in order and without fused multiply-add.
-
-    The order is part of the specification: it decides which pairs at the hinge are valid, so every
-    backend keeps to it, bit for bit.
-    """
-    total = torch.zeros(len(embeddings), dtype=torch.float64, device=embeddings.device)
-    for d in range(embeddings.shape[1]):
-        difference = embeddings[:, d].double() - anchor[d].double()
-        total = total + difference * difference
-    return total
-
-
-class _AnchorPairs(NamedTuple):
-    positives: Tensor  # row numbers [P]
-    negatives: Tensor  # row numbers [Q]
-    valid: Tensor  # [P, Q] bool
-    hardest: tuple[int, int]
-
-
-def _pairs_of(
-    anchor: Tensor, label: Tensor, row: Tensor, embeddings: Tensor, labels: Tensor, margin: float
-) -> _AnchorPairs:
-    same = labels == label
-    ids = torch.arange(len(labels), device=labels.device)
-    positives, negatives = ids[same & (ids != row)], ids[~same]
-    distances = _anchor_distances(anchor, embeddings)
-    valid = distances[positives][:, None] + margin > distances[negatives][None]
-    hardest = (
-        int(positives[distances[positives].argmax()]) if len(positives) else -1,
-        int(negatives[distances[negatives].argmin()]) if len(negatives) else -1,
-    )
-    return _AnchorPairs(positives, negatives, valid, hardest)
-
-
-def sample_triplets(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    anchor_rows: Tensor,
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    triplets: int,
-    margin: float,
-    seed: int = 0,
-    first: int | None = None,
-) -> Triplets:
-    """T draws, uniform over the valid (positive, negative) pairs of each anchor.
-
-    The valid pairs of an anchor are ordered by (positive's row, negative's row). Where there are at
-    most T of them each is taken once, in that order; otherwise draw t is the pair number
-    ``uniform_ranks(...)[t]``. With ``first``, pairs ``first … first + T - 1`` are listed instead.
-    """
-    B, device = len(anchors), anchors.device
-    positives = torch.full((B, triplets), -1, dtype=torch.int64, device=device)
-    negatives = positives.clone()
-    counts = torch.zeros(B, dtype=torch.int64, device=device)
-    hardest = torch.full((B, 2), -1, dtype=torch.int64, device=device)
-    for b in range(B):
-        pairs = _pairs_of(anchors[b], anchor_labels[b], anchor_rows[b], embeddings, labels, margin)
-        valid = pairs.valid.nonzero()  # [V, 2], ordered
-        counts[b], hardest[b] = len(valid), torch.tensor(pairs.hardest)
-        if first is not None:
-            chosen = valid[first : first + triplets]
-        elif len(valid) <= triplets:
-            chosen = valid
-        else:
-            ranks = uniform_ranks(anchor_rows[b : b + 1], triplets, counts[b : b + 1], seed)
-            chosen = valid[ranks[0]]
-        positives[b, : len(chosen)] = pairs.positives[chosen[:, 0]]
-        negatives[b, : len(chosen)] = pairs.negatives[chosen[:, 1]]
-    return Triplets(positives, negatives, positives >= 0, counts, hardest)
-
-
-def mean_cotangents(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    anchor_rows: Tensor,
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    margin: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean over *all* valid pairs of dL/df_a = 2 (f_n - f_p), without drawing any.
-
-    ``2 / V (sum_n m_n f_n - sum_p n_p f_p)``, where n_p counts the negatives that p is valid with
-    and m_n the positives that n is valid with. Returns (cotangents [B, D] float32, counts [B],
-    hardest [B, 2]).
-    """
-    cotangents = torch.zeros(anchors.shape, dtype=torch.float64, device=anchors.device)
-    counts = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-    hardest = torch.full((len(anchors), 2), -1, dtype=torch.int64, device=anchors.device)
-    table = embeddings.double()
-    for b in range(len(anchors)):
-        pairs = _pairs_of(anchors[b], anchor_labels[b], anchor_rows[b], embeddings, labels, margin)
-        counts[b], hardest[b] = pairs.valid.sum(), torch.tensor(pairs.hardest)
-        if counts[b]:
-            valid = pairs.valid.double()
-            pull = valid.sum(0) @ table[pairs.negatives] - valid.sum(1) @ table[pairs.positives]
-            cotangents[b] = 2 * pull / counts[b]
-    return cotangents.float(), counts, hardest
