@@ -22,7 +22,7 @@ PATH = re.compile(rf"(?<![\w./~-])(?:{FOLDERS})/[\w./-]*\w(?![\w*-])")
 BUILT = ("gcfast/kernels", "bench/.cache", "bench/out")  # by an installation, or by a run
 COMMENT = re.compile(r"\S  # (.*)")
 SHAPE = re.compile(r"(?<![\w\])])\[([\w*+/ ,-]+)\]")
-LETTERS = {"B", "T", "C", "P", "H", "W", "OH", "OW", "M", "K", "N", "D", "Q", "S"}
+LETTERS = {"B", "T", "C", "P", "H", "W", "OH", "OW", "M", "K", "N", "D", "Q", "S", "G"}
 
 
 def missing_paths(text: str) -> list[str]:

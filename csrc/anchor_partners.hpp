@@ -42,10 +42,10 @@ inline AnchorPartners partners_of(const TripletTable& table, std::int64_t label,
   const auto label_at = [&](std::int64_t place) { return table.labels[row_at(table, place)]; };
   AnchorPartners found{0, 0, -1, table.rows};
   found.start = first_place(0, table.rows, [&](auto place) { return label_at(place) < label; });
-  found.end = first_place(found.start, table.rows,
-                          [&](auto place) { return label_at(place) <= label; });
-  const std::int64_t place = first_place(
-      found.start, found.end, [&](auto at) { return row_at(table, at) < anchor_row; });
+  found.end =
+      first_place(found.start, table.rows, [&](auto place) { return label_at(place) <= label; });
+  const std::int64_t place =
+      first_place(found.start, found.end, [&](auto at) { return row_at(table, at) < anchor_row; });
   if (place < found.end && row_at(table, place) == anchor_row) found.own = place;
   return found;
 }

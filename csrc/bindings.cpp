@@ -1,4 +1,5 @@
-// What Python sees of the compiled code: checks, conversion and the interpreter lock, no arithmetic.
+// What Python sees of the compiled code: checks, conversion and the interpreter lock, no
+// arithmetic.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -62,7 +63,8 @@ py::tuple sample_triplets(const Floats& anchors, const Ids& anchor_labels, const
                                    counts.mutable_data(), hardest.mutable_data(),
                                    exact.mutable_data()};
   {
-    // The arguments hold references to the arrays for the whole call, and nothing below is Python's.
+    // The arguments hold references to the arrays for the whole call, and nothing below is
+    // Python's.
     const py::gil_scoped_release unlocked;
     gcfast::sample_triplets(in.anchors, in.table, margin, {triplets, seed, first, tries}, threads,
                             out);
@@ -97,9 +99,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("sample_triplets", &sample_triplets, py::arg("anchors").noconvert(),
              py::arg("anchor_labels").noconvert(), py::arg("anchor_rows").noconvert(),
              py::arg("embeddings").noconvert(), py::arg("labels").noconvert(),
-             py::arg("by_label").noconvert(), py::kw_only(), py::arg("triplets"),
-             py::arg("margin"), py::arg("seed"), py::arg("first"), py::arg("tries"),
-             py::arg("threads"),
+             py::arg("by_label").noconvert(), py::kw_only(), py::arg("triplets"), py::arg("margin"),
+             py::arg("seed"), py::arg("first"), py::arg("tries"), py::arg("threads"),
              "(positives [B,T], negatives [B,T], counts [B], hardest [B,2], exact [B]); see "
              "gcfast.ops.sample_triplets. first = -1 draws, first >= 0 lists pairs from there on.");
   module.def("mean_cotangents", &mean_cotangents, py::arg("anchors").noconvert(),

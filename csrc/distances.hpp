@@ -24,7 +24,7 @@ float quick_square(const float* x, std::int64_t dim);
 constexpr double relative_error(std::int64_t dim, double unit) {
   return 2.0 * static_cast<double>(dim + 8) * unit;
 }
-constexpr double kUnit = 1.0 / (1 << 24);             // roundoff of float32
+constexpr double kUnit = 1.0 / (1 << 24);  // roundoff of float32
 constexpr double kUnitDouble = 1.0 / (1LL << 53);
 constexpr float kLargest = 3.0e38F;
 constexpr double kTiny = 1e-30;

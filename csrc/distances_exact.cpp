@@ -1,6 +1,5 @@
-#include "distances.hpp"
-
 #include "clones.hpp"
+#include "distances.hpp"
 
 namespace gcfast {
 

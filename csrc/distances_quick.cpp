@@ -1,8 +1,7 @@
 // Compiled with fused multiply-add and with sums in any order: nothing here decides what a bound on
 // its error leaves open.
-#include "distances.hpp"
-
 #include "clones.hpp"
+#include "distances.hpp"
 
 namespace gcfast {
 namespace {

@@ -19,9 +19,9 @@ using std::int64_t;
 using std::size_t;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kStretches = 128;       // at most, of rows
-constexpr int64_t kStretchRows = 2046;    // at least: whole blocks of products
-constexpr int64_t kTileRows = 510;        // whole blocks, too
+constexpr int64_t kStretches = 128;     // at most, of rows
+constexpr int64_t kStretchRows = 2046;  // at least: whole blocks of products
+constexpr int64_t kTileRows = 510;      // whole blocks, too
 constexpr int64_t kMostSlices = 4096;
 
 // total[d] += factor * row[d]
@@ -76,7 +76,10 @@ class Search {
  public:
   Search(const std::vector<NearAnchor>& anchors, const TripletTable& table, bool pull,
          int64_t most_found)
-      : anchors_(anchors), table_(table), pull_(pull), most_found_(most_found),
+      : anchors_(anchors),
+        table_(table),
+        pull_(pull),
+        most_found_(most_found),
         packed_(static_cast<size_t>(table.dim * kProductAnchors), 0.0F),
         share_(2 * relative_error(table.dim, kUnit)),
         nearest_(anchors.size()) {
@@ -143,8 +146,8 @@ class Search {
       const int64_t count = std::min(kProductRows, end - start);
       const float* const rows = row(start);
       float* const squares = tile.squares.data() + (start - begin);
-      quick_products(rows, count, table_.dim, packed_.data(),
-                     static_cast<int64_t>(anchors_.size()), products.data());
+      quick_products(rows, count, table_.dim, packed_.data(), static_cast<int64_t>(anchors_.size()),
+                     products.data());
       for (int64_t r = 0; r < count; ++r) {
         squares[r] = quick_square(rows + r * table_.dim, table_.dim);
         if (!(squares[r] < kLargest)) squares[r] = -std::numeric_limits<float>::infinity();
@@ -175,8 +178,7 @@ class Search {
     return static_cast<float>(squares_[a] * (1 - share_) - limit);
   }
 
-  void take(size_t a, int64_t number, float product, float square, double& nearest,
-            Stretch& out) {
+  void take(size_t a, int64_t number, float product, float square, double& nearest, Stretch& out) {
     const NearAnchor& anchor = anchors_[a];
     if (table_.labels[number] == anchor.label) return;
     const double squares = static_cast<double>(squares_[a]) + static_cast<double>(square);
@@ -197,8 +199,8 @@ class Search {
         step = anchor.ladder.above(least);
       }
       if (least <= nearest) {
-        out.contenders.push_back({least, static_cast<std::uint32_t>(number),
-                                  static_cast<std::int32_t>(a)});
+        out.contenders.push_back(
+            {least, static_cast<std::uint32_t>(number), static_cast<std::int32_t>(a)});
         nearest = std::min(nearest, most);
       }
     }

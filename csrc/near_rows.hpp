@@ -1,5 +1,5 @@
-// The negatives of some anchors that are under a threshold of theirs, found by matrix products. What
-// the products' error leaves open is measured again while the row is at hand.
+// The negatives of some anchors that are under a threshold of theirs, found by matrix products.
+// What the products' error leaves open is measured again while the row is at hand.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace gcfast {
 
-// The thresholds D(a, p) + margin of an anchor's positives, in ascending order, and where a distance
-// comes among them.
+// The thresholds D(a, p) + margin of an anchor's positives, in ascending order, and where a
+// distance comes among them.
 class Ladder {
  public:
   Ladder() = default;
@@ -54,8 +54,8 @@ struct Near {
 
 constexpr std::int64_t kNearAnchors = 64;  // that may be looked for together
 
-// For each anchor, at most kNearAnchors. The same for any number of threads. Empty where `most_found`
-// rows would not hold what there is, unless there is but one anchor.
+// For each anchor, at most kNearAnchors. The same for any number of threads. Empty where
+// `most_found` rows would not hold what there is, unless there is but one anchor.
 std::vector<Near> near_rows(const std::vector<NearAnchor>& anchors, const TripletTable& table,
                             bool pull, std::int64_t most_found, int threads);
 

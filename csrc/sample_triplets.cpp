@@ -178,9 +178,9 @@ Chosen choose(const TripletDraw& draw, uint64_t row, int64_t count, int64_t trie
   std::vector<std::pair<int64_t, size_t>> drawn;
   for (int64_t t = tried; t < T; ++t)
     drawn.emplace_back(
-        static_cast<int64_t>(scale_to(
-            philox(static_cast<std::uint32_t>(t), row, kStreamTriplets, draw.seed).first,
-            static_cast<uint64_t>(count))),
+        static_cast<int64_t>(
+            scale_to(philox(static_cast<std::uint32_t>(t), row, kStreamTriplets, draw.seed).first,
+                     static_cast<uint64_t>(count))),
         static_cast<size_t>(t));
   std::sort(drawn.begin(), drawn.end());
   for (const auto& [rank, place] : drawn) {

@@ -15,26 +15,27 @@ struct TripletTable {
 };
 
 struct TripletAnchors {
-  const float* embeddings;      // [count, dim]
-  const std::int64_t* labels;   // [count]
-  const std::int64_t* rows;     // [count]: the anchor's own row, never its own positive
+  const float* embeddings;     // [count, dim]
+  const std::int64_t* labels;  // [count]
+  const std::int64_t* rows;    // [count]: the anchor's own row, never its own positive
   std::int64_t count;
 };
 
-// How the pairs of an anchor are chosen from its valid ones, which are ordered by (positive, negative).
+// How the pairs of an anchor are chosen from its valid ones, which are ordered by (positive,
+// negative).
 struct TripletDraw {
   std::int64_t triplets;  // T
   std::uint64_t seed;
-  std::int64_t first;     // -1: T uniform draws; otherwise the pairs first … first + T - 1
-  std::int64_t tries;     // before the table is scanned; not used where pairs are listed
+  std::int64_t first;  // -1: T uniform draws; otherwise the pairs first … first + T - 1
+  std::int64_t tries;  // before the table is scanned; not used where pairs are listed
 };
 
 struct TripletOutputs {
   std::int64_t* positives;  // [count, T], -1 where there is no pair
   std::int64_t* negatives;
-  std::int64_t* counts;     // [count]
-  std::int64_t* hardest;    // [count, 2]: farthest positive, nearest negative, -1 where none is
-  bool* exact;              // [count]: scanned; otherwise the count is estimated, hardest -1
+  std::int64_t* counts;   // [count]
+  std::int64_t* hardest;  // [count, 2]: farthest positive, nearest negative, -1 where none is
+  bool* exact;            // [count]: scanned; otherwise the count is estimated, hardest -1
 };
 
 void sample_triplets(const TripletAnchors& anchors, const TripletTable& table, double margin,

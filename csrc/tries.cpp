@@ -15,8 +15,8 @@ using std::int64_t;
 using std::size_t;
 using std::uint64_t;
 
-constexpr int64_t kRound = 256;  // TRY_ROUND of the reference
-constexpr int64_t kAhead = 16;   // tries whose rows are on their way from memory
+constexpr int64_t kRound = 256;          // TRY_ROUND of the reference
+constexpr int64_t kAhead = 16;           // tries whose rows are on their way from memory
 constexpr int64_t kMostKnown = 1 << 16;  // positives whose distances are kept
 
 void fetch(const float* row, int64_t dim) {
@@ -42,9 +42,9 @@ class Tries {
     const auto P = static_cast<uint64_t>(partners_.positives());
     const auto Q = static_cast<uint64_t>(partners_.negatives());
     for (size_t j = 0; j < kRound; ++j) {
-      const RandomWords words = philox(static_cast<std::uint32_t>(first) +
-                                           static_cast<std::uint32_t>(j),
-                                       anchor_row, kStreamTries, seed);
+      const RandomWords words =
+          philox(static_cast<std::uint32_t>(first) + static_cast<std::uint32_t>(j), anchor_row,
+                 kStreamTries, seed);
       ranks_[j] = static_cast<int64_t>(scale_to(words.first, P));
       positives_[j] = partners_.positive_place(ranks_[j]);
       negatives_[j] = partners_.negative_place(static_cast<int64_t>(scale_to(words.second, Q)));
@@ -97,7 +97,8 @@ class Tries {
     if (far < kLargest && near < kLargest) {
       const double gap = static_cast<double>(far) - static_cast<double>(near) + margin_;
       const double slack = (static_cast<double>(far) + static_cast<double>(near)) *
-                               relative_error(table_.dim, kUnit) + kTiny;
+                               relative_error(table_.dim, kUnit) +
+                           kTiny;
       if (gap > slack) return true;
       if (gap < -slack) return false;
     }
@@ -138,8 +139,8 @@ Tried try_pairs(const float* anchor, int64_t anchor_row, const TripletTable& tab
     tried.enough = kept() > T && different(tried.kept, most) > T;
   }
   if (tried.enough) {
-    const double every = static_cast<double>(partners.positives()) *
-                         static_cast<double>(partners.negatives());
+    const double every =
+        static_cast<double>(partners.positives()) * static_cast<double>(partners.negatives());
     tried.count = static_cast<int64_t>(
         std::nearbyint(every / static_cast<double>(needed_at - 1) * static_cast<double>(T)));
   }

@@ -103,8 +103,8 @@ TEST(an_exception_of_the_sampler_reaches_the_caller) {
                                            {1, 0, -1, 0}, 3, outputs)) ==
         "`margin` must be a number, got NaN");
   given.by_label.assign(given.by_label.size(), given.rows);
-  CHECK(MESSAGE_OF(std::invalid_argument,
-                   gcfast::sample_triplets(given.anchor(), given.table(), 0.2, {1, 0, -1, 1024}, 3,
-                                           outputs)) ==
-        "`by_label` must hold the numbers of all rows");
+  CHECK(
+      MESSAGE_OF(std::invalid_argument, gcfast::sample_triplets(given.anchor(), given.table(), 0.2,
+                                                                {1, 0, -1, 1024}, 3, outputs)) ==
+      "`by_label` must hold the numbers of all rows");
 }
