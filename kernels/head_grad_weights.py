@@ -244,21 +244,23 @@ def launch_head_grad_weights(
     )
     # Triton's interpreter does not multiply bfloat16: there the halves are kept in float32.
     is_half = config.is_split and cotangents.is_cuda
-    kind = {"dtype": torch.bfloat16 if is_half else torch.float32, "device": device}
+    dtype = torch.bfloat16 if is_half else torch.float32
     # Rows of whole vectors; the weight itself where it has them.
     groups, tall = (B, T) if is_plus else (1, B)
     tall, wide, deep = triton.cdiv(tall, 4) * 4, triton.cdiv(C, 16) * 16, D
     if config.is_split:
         deep = triton.cdiv(D, 16) * 16
-    rows = torch.empty((1 + config.is_split, groups * tall * deep), **kind)
+    rows = torch.empty((1 + config.is_split, groups * tall * deep), dtype=dtype, device=device)
     factor = weight
-    is_copied = (weight.dtype, weight.stride()) != (kind["dtype"], (wide, 1)) or config.is_split
+    is_copied = (weight.dtype, weight.stride()) != (dtype, (wide, 1)) or config.is_split
     if is_copied:
-        factor = torch.empty((1 + config.is_split, deep, wide), **kind)
+        factor = torch.empty((1 + config.is_split, deep, wide), dtype=dtype, device=device)
     scales = torch.empty(B, dtype=torch.float32, device=device)
     # Pointers that the flags leave unused still need a tensor.
     flags = scales if valid is None else valid.view(torch.uint8)
-    unit, lengths = (scales, scales) if norms is None else (embeddings, norms)
+    unit, lengths = scales, scales
+    if embeddings is not None and norms is not None:
+        unit, lengths = embeddings, norms
     sums = scales if activation_sums is None else activation_sums
     valid_strides = (0, 0) if valid is None else flags.stride()
     unit_strides = (0, 0, 0) if norms is None else (*unit.stride(), *lengths.stride())

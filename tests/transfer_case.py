@@ -105,7 +105,7 @@ def answering(rows: Tensor, answer: Callable[[np.ndarray[Any, Any], int], Any]) 
     import faiss
 
     class Answering(faiss.IndexFlatL2):  # type: ignore[misc]
-        def search(self, queries: np.ndarray[Any, Any], k: int) -> Any:
+        def search(self, queries: np.ndarray[Any, Any], k: int) -> Any:  # type: ignore[override]
             found = np.asarray(answer(queries, k)).reshape(len(queries), k)
             return np.zeros(found.shape, np.float32), found
 

@@ -187,7 +187,7 @@ def test_ids_that_do_not_fit_are_refused() -> None:
 def test_an_id_that_is_no_rows_is_refused_when_it_is_found() -> None:
     rows, ids = table(), np.arange(1, ROWS + 1)
 
-    class Odd(faiss.IndexFlatL2):  # type: ignore[misc]
+    class Odd(faiss.IndexFlatL2):  # type: ignore[misc, name-defined]
         def search(self, queries: Any, k: int) -> tuple[Any, Any]:
             D, found = super().search(queries, k)
             return D, found + 1 + 10_000 * (queries[:, :1] > 5)
