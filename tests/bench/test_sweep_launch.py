@@ -112,7 +112,8 @@ def test_parts_compile_every_variant_once(monkeypatch):
 
 
 def test_every_operation_with_cases_has_axes():
-    assert set(sweep_launch.AXES) == set(cases.CASES)
+    # Drawing triplets is several kernels, each with blocks of its own.
+    assert set(sweep_launch.AXES) == set(cases.CASES) - {"sample_triplets"}
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -460,10 +460,13 @@ def test_a_model_without_parameters() -> None:
 
 
 def test_embeddings_of_zero_are_no_trouble() -> None:
-    model = Net(Lambda(lambda maps: 0 * maps.mean((2, 3))))
-    one = gcfast.Explainer(model, "backbone", channels=5)
+    factor = 1.0
+    one = gcfast.Explainer(
+        Net(Lambda(lambda maps: factor * maps.mean((2, 3)))), "backbone", channels=5
+    )
     images, labels = pictures(6)
-    one.build([(images, labels)])
+    one.build([(images, labels)])  # a build of zeros is refused
+    factor = 0.0
     why = one.explain_batch(images, details=True)
     assert torch.equal(why.embeddings, torch.zeros(6, CHANNELS))
     assert torch.isfinite(why.maps).all()
