@@ -103,23 +103,21 @@ class _Further:
 
     def made(self, capacity: int | None) -> Iterator[Made]:
         """Make the rows, in the database's storage; ``capacity`` as for :meth:`Rows.made`."""
+        database = self.database
         rows = Rows(self.network, self.embedded, self.settings, everyone=self.everyone)
         for part in rows.made(self.loader, capacity=capacity, progress=self.progress):
-            if self.database.storage != "float32":
-                part = part._replace(
-                    rows=in_storage(
-                        part.rows,
-                        self.database.storage,
-                        self.database.weight_scale,
-                        self.embedded.mean_activation,
-                        first=len(self.database) + self.rows,
-                    )
-                )
+            stored = in_storage(
+                part.rows,
+                database.storage,
+                database.weight_scale,
+                self.embedded.mean_activation,
+                first=len(database) + self.rows,
+            )
             self.rows += len(part.ids)
             self.hardest += int((part.rows.triplet_counts == 0).sum())
             self.estimated += part.estimated
-            self.zero += zero_rows(part.rows.weights)
-            yield part
+            self.zero += zero_rows(stored.weights)
+            yield part._replace(rows=stored)
 
     def manifest(self, stored: dict[str, Any]) -> dict[str, Any]:
         """Return the database's manifest once all rows are made; raises ValueError without any.

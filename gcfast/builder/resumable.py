@@ -34,7 +34,7 @@ from gcfast.database.shards import Shard, ShardFile
 from gcfast.database.write import (
     HEAD,
     check_target,
-    commit_build,
+    commit,
     disk_errors,
     next_number,
     state_of,
@@ -88,7 +88,7 @@ def build_into(
         with work.kept():
             manifest = work.finished or work.make()
             with disk_errors(target):
-                commit_build(target, manifest)
+                commit(target, manifest, build=True)
     return Database.open(target, verify=False)
 
 
@@ -329,8 +329,6 @@ class _Unfinished:
         state = self.state
         if state["weight_scale"] is None:
             state["weight_scale"] = scale_for(rows.weights, state["storage"])
-        if state["storage"] == "float32":
-            return rows
         first = sum(shard["entry"]["rows"] for shard in state["shards"])
         try:
             return in_storage(

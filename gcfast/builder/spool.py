@@ -88,18 +88,13 @@ class Spool:
 
     def _spill(self) -> None:
         try:
-            self._write()
+            self._append()
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"cannot spool to temporary files, {error.strerror or error}: "
                 f"TMPDIR can name a larger place than {self.folder or tempfile.gettempdir()}",
             ) from error
-
-    def _write(self) -> None:
-        if self._directory is None:
-            self._directory = tempfile.TemporaryDirectory(prefix="gcfast-spool-", dir=self.folder)
-        self._append()
 
     def _append(self) -> None:
         for name, parts in self._parts.items():
@@ -115,7 +110,8 @@ class Spool:
         self._file(name).unlink(missing_ok=True)
 
     def _file(self, name: str) -> Path:
-        assert self._directory is not None
+        if self._directory is None:
+            self._directory = tempfile.TemporaryDirectory(prefix="gcfast-spool-", dir=self.folder)
         return Path(self._directory.name) / name
 
 

@@ -28,16 +28,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file, flush it to the disk and rename it to ``path``.
-
-    A reader, also one after a crash, sees the old file or the new one.
-    """
+    """Write a file in one step: a reader, also one after a crash, sees the old or the new."""
     staged = path.with_name(f"{path.name}.new")
-    with staged.open("wb") as file:
+    write(staged, content)
+    rename(staged, path)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file and flush it to the disk; it is not complete before that."""
+    with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    rename(staged, path)
 
 
 def rename(staged: Path, path: Path) -> None:

@@ -14,8 +14,8 @@ from gcfast.database import shards
 from gcfast.database.manifest import STORAGES
 from gcfast.database.shards import Shard
 
-# Where the largest weight of a database's first rows is put in float16: 2^8 above it is left before
-# infinity, and 2^22 below it before digits are lost.
+# What the largest weight of a database's first rows is scaled to in float16: that leaves a factor of
+# 2^8 above it before infinity, and of 2^22 below it before digits are lost.
 LARGEST_AT = 2.0**8
 # The largest norm-relative error of a row of weights in float16; 5e-4 is what rounding alone makes.
 HALF_TOLERANCE = 2e-3
@@ -45,23 +45,22 @@ class Conversion:
         self.storage = storage
         self.changes = storage != manifest.get("storage", STORAGES[0])
         self._stored = rows
+        self._mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
+        self._factor = 1.0
         if self.changes:
             old = manifest.get("weight_scale", 1.0)
             scale = scale_for(rows(0, shards.SHARD_ROWS).weights.float() / old, storage)
             self.manifest |= {"storage": storage, "weight_scale": scale}
             self._factor = scale / old
-            self._mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
 
     def rows(self, start: int, stop: int) -> Shard:
         """Return consecutive rows; raises ValueError for one that the storage cannot hold."""
         rows = self._stored(start, stop)
-        if not self.changes:
-            return rows
         return in_storage(rows, self.storage, self._factor, self._mean, first=start)
 
 
 def scale_for(weights: Tensor, storage: str) -> float:
-    """The power of two that the weights of a database are multiplied by in this storage.
+    """Return the power of two that a database's weights are multiplied by in a storage.
 
     Args:
         weights: [n, M] float32, raw, of its first rows.
@@ -74,10 +73,10 @@ def scale_for(weights: Tensor, storage: str) -> float:
 
 
 def in_storage(rows: Shard, storage: str, scale: float, mean: Tensor, *, first: int = 0) -> Shard:
-    """Rows with embeddings and weights in another storage, the offsets made anew of the weights.
+    """Return rows with embeddings and weights in a storage, and offsets made of those weights.
 
     Args:
-        rows: as they are.
+        rows: in any storage.
         storage: "float32" or "float16".
         scale: what weights and offsets are multiplied by.
         mean: [C], the mean activation, for the offsets of rounded weights.
@@ -87,6 +86,8 @@ def in_storage(rows: Shard, storage: str, scale: float, mean: Tensor, *, first: 
         ValueError: weights or embeddings that float16 cannot hold, with the row.
     """
     dtype = torch.float16 if storage == "float16" else torch.float32
+    if rows.weights.dtype == dtype and scale == 1:
+        return rows
     wanted = rows.weights.float() * scale
     weights = wanted.to(dtype)
     embeddings = rows.embeddings.to(dtype)
@@ -106,7 +107,7 @@ def in_storage(rows: Shard, storage: str, scale: float, mean: Tensor, *, first: 
 
 
 def _why_not(embedding: Tensor, wanted: Tensor, scale: float) -> str:
-    """What of a row float16 cannot hold; its weights come scaled."""
+    """Say which value of a row float16 cannot hold; ``wanted`` are its scaled weights."""
     largest = torch.finfo(torch.float16).max
     value = float(embedding[embedding.abs().argmax()])
     if not abs(value) <= largest:

@@ -48,7 +48,7 @@ from gcfast.database.manifest import (
 )
 from gcfast.database.members import Members, PackedMembers
 from gcfast.database.shards import Shard
-from gcfast.errors import GcfastError
+from gcfast.errors import GcfastError, NoDatabaseError
 
 # "{}" stands for a part of the checksum; files from before had none.
 MEMBERS = "members-{}.safetensors"
@@ -148,19 +148,19 @@ def writing(folder: Path, check: Callable[[], Checked]) -> Iterator[Checked]:
         if new and not any(folder.iterdir()):
             (folder / f"{MANIFEST}.new").touch()
         checked = check()
-        before = in_use(folder)
+        before = _of_database(folder)
         try:
             if new:
                 with disk_errors(folder):
                     files.sync_folder(folder.parent)
             yield checked
         except BaseException:
-            # The old manifest may come back in a crash, if the renaming was not flushed.
-            _clear(folder, before)
+            # After a crash the old manifest may be back, if its replacement was not flushed.
+            _clear(folder, before | in_use(folder))
             with suppress(OSError):
-                folder.rmdir()  # that is, where nothing is left in it
+                folder.rmdir()  # succeeds where nothing is left in it
             raise
-        _clear(folder, set())
+        _clear(folder, in_use(folder))
 
 
 @contextmanager
@@ -220,34 +220,34 @@ def next_number(folder: Path) -> int:
     return max((int(match[1]) for match in shards), default=-1) + 1
 
 
-def commit(folder: Path, manifest: dict[str, Any]) -> None:
+def commit(folder: Path, manifest: dict[str, Any], *, build: bool = False) -> None:
     """Replace the manifest: from now on readers find the files that it names.
+
+    Args:
+        folder: the database's.
+        manifest: the new one.
+        build: whether it is that of the folder's unfinished build. Its state then becomes the
+            manifest: until the rename it can be resumed, and after it nothing of its own is left.
 
     Raises:
         OSError: the manifest cannot be written; the old one is back in its place.
     """
-    path = folder / MANIFEST
+    path, content = folder / MANIFEST, encoded(manifest)
     before = path.read_bytes() if path.exists() else None
+    staged = folder / (STATE if build else f"{MANIFEST}.new")
+    if build:
+        files.replace(staged, content)
+        _clear(folder, in_use(folder))
+    else:
+        files.write(staged, content)
     try:
-        files.replace(path, encoded(manifest))
+        files.rename(staged, path)
     except OSError:
-        with suppress(OSError):
-            if before is None:
-                path.unlink(missing_ok=True)
-            elif path.read_bytes() != before:
-                files.replace(path, before)
+        if not staged.exists():  # it was renamed, but that was not flushed to the disk
+            with suppress(OSError):
+                files.replace(staged, content)
+                path.unlink() if before is None else files.replace(path, before)
         raise
-
-
-def commit_build(folder: Path, manifest: dict[str, Any]) -> None:
-    """Replace the manifest by that of an unfinished build, which is then finished.
-
-    The build's state becomes the manifest: until the rename the build can still be resumed, and
-    after it nothing of its own is left.
-    """
-    files.replace(folder / STATE, encoded(manifest))
-    _clear(folder, in_use(folder))
-    files.rename(folder / STATE, folder / MANIFEST)
 
 
 def write_database(
@@ -313,23 +313,30 @@ def in_use(folder: Path) -> set[str]:
     """Return the names of the files of a folder's database and of its unfinished build."""
     every = {file.name for file in folder.iterdir()}
     try:
-        names = {MANIFEST, STATE}
-        if MANIFEST in every:
-            names |= named_files(read_manifest(folder))
         state = state_of(folder)
-        if state is not None:
-            # A build's state names its shards with a few words on each.
-            names |= {shard.get("entry", shard)["file"] for shard in state["shards"]}
-            if state["format"] != FORMAT:
-                names |= {file for file in every if file == HEAD or file.startswith(SPOOL)}
-    except (GcfastError, ValueError, KeyError, TypeError, AttributeError):
-        return every  # one of the two is damaged, and for the user to settle
-    return names
+        if state is None:
+            return _of_database(folder)
+        # A build's state names its shards with a few words on each.
+        names = {STATE, *(shard.get("entry", shard)["file"] for shard in state["shards"])}
+        if state["format"] != FORMAT:
+            names |= {file for file in every if file == HEAD or file.startswith(SPOOL)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return every  # a damaged state is for the user to settle
+    return names | _of_database(folder)
+
+
+def _of_database(folder: Path) -> set[str]:
+    """Return the names of the files of a folder's database; all of them if it is damaged."""
+    try:
+        return named_files(read_manifest(folder))
+    except NoDatabaseError:
+        return set()
+    except GcfastError:
+        return {file.name for file in folder.iterdir()}
 
 
 def _clear(folder: Path, kept: set[str]) -> None:
-    """Delete our files that are not in use, nor among those kept."""
-    kept = kept | in_use(folder)
+    """Delete our files but for those kept."""
     for file in folder.iterdir():
         if OURS.fullmatch(file.name) and file.name not in kept:
             with suppress(OSError):

@@ -244,14 +244,14 @@ def test_a_rebuild_killed_at_any_step_of_its_end_leaves_a_database(
 
 def _kill_at(point: int) -> None:
     """Have this process end at a counted step of the end of a build."""
-    countdown, commit = Countdown(point), resumable.commit_build
+    countdown, commit = Countdown(point), resumable.commit
 
-    def counting(folder: Path, manifest: dict[str, Any]) -> None:
+    def counting(folder: Path, manifest: dict[str, Any], *, build: bool) -> None:
         for name in ("fsync", "rename", "unlink", "rmdir"):
             setattr(os, name, countdown.around(getattr(os, name)))
-        commit(folder, manifest)
+        commit(folder, manifest, build=build)
 
-    resumable.commit_build = counting
+    resumable.commit = counting
 
 
 # --- refused

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 import gcfast
 from gcfast import ops
+from gcfast.builder.build import in_memory
+from gcfast.builder.embed import embed
+from gcfast.builder.rows import Rows
 
 N = 9
 LOOPED = (0, 4, 8)  # rows that the loop is run for
@@ -256,3 +259,35 @@ def test_vectors_that_are_not_normalised_equal_the_loop(
         l2_normalize=False,
     )
     assert norm_error(got(database), wanted) < CLOSE
+
+
+@METHODS
+@BOTH
+def test_rows_of_some_of_the_images(make: Callable[[], nn.Module], method: str) -> None:
+    """Given all embeddings and their own first number, they are those of the whole build."""
+    one = gcfast.Explainer(make(), "backbone", channels=5, triplets=4, method=method)
+    images, labels = pictures(12)
+    given = loader(images, labels, 4)
+    embedded = embed(one.network, given, one.settings)
+    whole, _ = in_memory(one.network, given, embedded, one.settings)
+    for first in (0, 4):
+        part = slice(first, first + 8)
+        columns = {
+            name: value[part]
+            for name, value in embedded._asdict().items()
+            if name in ("embeddings", "labels", "ids", "norms", "pixels", "pooled")
+            and value is not None
+        }
+        rows = Rows(
+            one.network,
+            embedded._replace(**columns),
+            one.settings,
+            everyone=(embedded.embeddings, embedded.labels),
+            first=first,
+        )
+        (made,) = rows.made(given[first // 4 : first // 4 + 2])
+        assert made.images.tolist() == list(range(8))
+        assert made.ids == whole.ids[part]
+        assert torch.equal(made.rows.channels, whole.channels[part])
+        assert torch.equal(made.rows.triplet_counts, whole.triplet_counts[part])
+        torch.testing.assert_close(made.rows.weights, whole.weights[part], rtol=1e-4, atol=1e-7)
