@@ -156,7 +156,7 @@ def check_appendable(database: Database, network: Network, settings: Settings) -
     Raises:
         ModelMismatchError: the model has changed since.
         ValueError: other settings than the rows were made with.
-        GcfastError: rows that are centres of others.
+        GcfastError: rows that are centers of others.
     """
     manifest = database.manifest
     if "compressed" in manifest:

@@ -1,4 +1,4 @@
-"""What a manifest says of a build: of which model, with which settings, how it went."""
+"""What a manifest says of a build: the model, the settings, and the counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def identity(
     *,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What makes two builds the same but for their images; part of the manifest.
+    """Return what builds that differ only in their images have in common; for the manifest.
 
     Args:
         network: the model and its layer.
@@ -45,7 +45,7 @@ def identity(
 
 
 def changed_settings(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In words, each setting of a build that is another one now."""
+    """Return a few words for each setting that has changed since a build."""
     now = json.loads(json.dumps(now))
     return [
         f"{key} was {was!r}, is {now.get(key)!r}"
@@ -85,7 +85,7 @@ def report_of(
     *,
     alone: Tensor | None = None,
 ) -> dict[str, int]:
-    """The counts of a build.
+    """Return the counts of a build.
 
     Args:
         labels: [N], of the images.
@@ -109,7 +109,7 @@ def report_of(
     report = {
         "images": len(labels),
         "rows": rows,
-        # Without a positive there is no triplet, so that none of these has a row.
+        # Without a positive there is no triplet, and so no row.
         "skipped_single": single,
         "skipped_no_triplet": len(labels) - rows - single,
         "hardest_triplet": hardest,
@@ -128,11 +128,11 @@ def report_of(
 def describe(
     network: Network, embedded: Embedded, same: dict[str, Any], report: dict[str, int]
 ) -> dict[str, Any]:
-    """The manifest of a database but for its shards.
+    """Return the manifest of a database, without its shards.
 
     Args:
         network: the model, its layer known.
-        embedded: what stage 1 found out.
+        embedded: the results of stage 1.
         same: of :func:`identity`.
         report: of :func:`report_of`.
 

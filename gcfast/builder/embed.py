@@ -133,8 +133,8 @@ def embed(
 ) -> Embedded:
     """Stage 1: one forward pass over the loader.
 
-    Batches that the spool already holds are compared with it, without a forward pass but for the
-    last of them.
+    Batches that the spool already holds are compared with it, without a forward pass except for
+    the last of them.
 
     Args:
         network: the model and its layer.

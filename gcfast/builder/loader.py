@@ -1,4 +1,4 @@
-"""What a loader gives, checked and brought to the model."""
+"""The batches of a loader, checked and moved to the model's device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 
 def batches(loader: Iterable[Any], *, real_labels: bool = False) -> Iterator[Batch]:
-    """The elements of a loader, checked, as they come; empty ones are left out."""
+    """Yield the elements of a loader, checked; empty ones are left out."""
     if not isinstance(loader, Iterable):
         raise TypeError(
             f"`loader` must be an iterable of (images, labels), got {type(loader).__name__}"
@@ -47,7 +47,7 @@ def batches(loader: Iterable[Any], *, real_labels: bool = False) -> Iterator[Bat
 
 
 def on_device(images: Tensor, network: Network) -> Tensor:
-    """The images on the model's device and in its dtype, without waiting for the device.
+    """Return the images on the model's device and in its dtype, without waiting for the device.
 
     They go by pinned memory of our own: the loader may fill its own again at once.
     """
@@ -61,7 +61,7 @@ def on_device(images: Tensor, network: Network) -> Tensor:
 
 
 def listed_ids(ids: Any, count: int) -> list[str]:
-    """Ids of any kind, also as a tensor or an array, as strings."""
+    """Return ids of any kind, also a tensor or an array of them, as strings."""
     values = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"`ids` must be one id an image, got {ids!r}")
@@ -72,7 +72,7 @@ def listed_ids(ids: Any, count: int) -> list[str]:
 
 
 def check_embeddings(embeddings: Tensor, images: Tensor, *, first: int = 0) -> None:
-    """Refuse embeddings with NaN or infinity, blaming the images where it is they that have it."""
+    """Raise ValueError for NaN or infinity in embeddings, or in the images they come from."""
     if bool(torch.isfinite(embeddings.sum(dtype=torch.float64))):
         return
     require_finite_rows("images", images, first=first)

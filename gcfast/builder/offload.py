@@ -1,8 +1,8 @@
-"""Keeping the device at work while a build takes its results to the host.
+"""Keeping the device busy while a build copies its results to the host.
 
 A ``.cpu()`` after every batch makes the device wait for the host: nothing new is launched until the
-copy is there. :class:`Offload` runs one batch behind instead: the copies of a batch go to pinned
-memory on a stream of their own and are taken up when the next batch has been launched.
+copy is done. :class:`Offload` runs one batch behind instead: the copies of a batch go to pinned
+memory on a stream of their own and are used when the next batch has been launched.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ class Transport(Protocol):
     """Copies that are started now and finished later."""
 
     def start(self, columns: Mapping[str, Tensor]) -> Any:
-        """Begin the copies; the token finishes them."""
+        """Start the copies and return a token for :meth:`finish`."""
 
     def finish(self, token: Any) -> Columns:
-        """The columns on the host, the caller's own."""
+        """Wait for the copies and return the columns on the host, which the caller owns."""
 
 
 class Offload(Generic[Note]):
-    """Columns of batches on the host, in order, each handed out once the next has been launched.
+    """Columns of batches on the host, in order, each returned once the next has been launched.
 
-    The one thing waited for is the event behind the copies of the batch that is handed out, and
-    by then the device has the following batch to work on. Checks whose errors name rows (finite
-    embeddings and weights, a head that still agrees) need values on the host: made on what ``put``
-    hands out, they cost no wait of their own. What such an error needs besides, the row number or
-    the images to blame, travels as the note; images stay in memory one batch longer for it.
+    It waits only for the event after the copies of the batch that it returns, and by then the
+    device has the following batch to work on. Checks whose errors name rows (finite embeddings and
+    weights, a head that still agrees) need values on the host: done on what ``put`` returns, they
+    do not wait again. What else such an error needs, the row number or the images, is passed along
+    as the note; images stay in memory one batch longer for it.
 
     Args:
         device: where the columns are made. On the CPU there is nothing to copy or to wait for, and
-            a batch is handed out at once.
-        behind: batches under way before the first is handed out.
-        transport: how columns travel; None for pinned buffers on a GPU.
+            a batch is returned at once.
+        behind: how many batches are in flight before the first is returned.
+        transport: how columns are copied; None for pinned buffers on a GPU.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Offload(Generic[Note]):
         self._pending: deque[tuple[Any, Note]] = deque()
 
     def put(self, columns: Mapping[str, Tensor], note: Note) -> list[tuple[Columns, Note]]:
-        """Start a batch; the batches that are now to be taken up, at most one."""
+        """Start a batch; return the batches that are done now, at most one."""
         if self.transport is None:
             return [(dict(columns), note)]
         self._pending.append((self.transport.start(columns), note))
         return [self._take()] if len(self._pending) > self.behind else []
 
     def drain(self) -> list[tuple[Columns, Note]]:
-        """What is still under way, in order: at the end, or before a checkpoint is stored."""
+        """Return what is still in flight, in order: at the end, or before a state is stored."""
         return [self._take() for _ in range(len(self._pending))]
 
     def _take(self) -> tuple[Columns, Note]:
@@ -75,16 +75,16 @@ class Offload(Generic[Note]):
 class _Copy(NamedTuple):
     slot: int
     shapes: dict[str, torch.Size]
-    event: Any  # torch.cuda.Event, recorded behind the copies
+    event: Any  # torch.cuda.Event, recorded after the copies
 
 
 class PinnedTransport:
-    """Copies to a ring of pinned buffers, on a stream beside the current one.
+    """Copies to a ring of pinned buffers, on a stream of its own.
 
     Args:
         device: a GPU.
-        slots: batches that may be under way at once. A slot is filled again only after its copies
-            were finished, which copies them out of it: pinned memory is slow to get and is kept.
+        slots: how many batches may be in flight at once. :meth:`finish` copies a slot's content
+            out of it before it is filled again: pinned memory is slow to allocate and is kept.
     """
 
     def __init__(self, device: torch.device, *, slots: int) -> None:
@@ -103,7 +103,7 @@ class PinnedTransport:
                 shapes[name] = column.shape
                 self._buffer(slot, name, column).copy_(column.reshape(-1), non_blocking=True)
                 if column.is_cuda:
-                    # Or the allocator gives the memory to the next batch while it is being read.
+                    # Else the allocator gives the memory to the next batch while it is read.
                     column.record_stream(self.stream)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self.stream)
@@ -127,12 +127,12 @@ class PinnedTransport:
 
 
 def resident(table: Tensor, device: torch.device, *, free_bytes: int | None = None) -> Tensor:
-    """The table on the device, where the rows' triplets are then drawn, if it has the room.
+    """Return the table on the device, where triplets are then drawn, if it fits.
 
     Args:
         table: on the CPU, memory-mapped or not.
         device: of the model.
-        free_bytes: memory that is free there; None asks the driver.
+        free_bytes: free memory of the device; None asks the driver.
 
     Returns:
         A copy on the device where the table takes at most RESIDENT_SHARE of what is free; otherwise

@@ -1,4 +1,4 @@
-"""The paper's compressed database: k-means centres in the place of rows."""
+"""The paper's compressed database: k-means centers instead of rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gcfast.database.manifest import CALIBRATION
 from gcfast.database.members import Members
 from gcfast.database.shards import Shard
 
-SAMPLE_EACH = 256  # rows a centre that k-means is trained on; FAISS takes no more of its own
+SAMPLE_EACH = 256  # rows for each center that k-means is trained on; FAISS's own limit
 ROWS_AT_ONCE = 16_384
-CENTRES_AT_ONCE = 1024
+CENTERS_AT_ONCE = 1024
 
 
 class Compressed(NamedTuple):
-    """What makes a database of centres."""
+    """What makes a database of centers."""
 
     rows: Shard
     ids: list[str]
@@ -39,7 +39,7 @@ def compressed(
     seed: int,
     iterations: int,
 ) -> Compressed:
-    """Compress a database's rows to k-means centres; see :meth:`gcfast.Database.compress`.
+    """Compress a database's rows to k-means centers; see :meth:`gcfast.Database.compress`.
 
     Args:
         shards: the rows as they are stored.
@@ -54,7 +54,7 @@ def compressed(
     require_int("seed", seed, 0, 2**31 - 1)
     require_int("iterations", iterations, 1)
     if "compressed" in manifest:
-        raise ValueError("`database` must be a whole one, got one of centres already")
+        raise ValueError("`database` must be a whole one, got one of centers already")
     centroids = _centroids(shards, centers, seed, iterations)
     assignment, distances = _assigned(shards, centroids)
     # FAISS splits clusters that run empty while it trains; one may still be, at the end.
@@ -74,7 +74,7 @@ def compressed(
         labels=_labels(assignment, counts, torch.cat([shard.labels for shard in shards])),
         triplet_counts=torch.zeros_like(counts).index_add_(0, assignment, triplets),
     )
-    # A distance to a centre says something else than one to a row.
+    # A distance to a center means something else than one to a row.
     dropped = ("index", "shards", "older_rows", "weight_scale", CALIBRATION)
     manifest = {key: value for key, value in manifest.items() if key not in dropped}
     manifest |= {
@@ -103,7 +103,7 @@ def _pieces(shards: list[Shard]) -> Iterator[tuple[int, Shard]]:
 
 
 def _centroids(shards: list[Shard], centers: int, seed: int, iterations: int) -> Tensor:
-    """Return [centers, D] float32: FAISS k-means on a sample of SAMPLE_EACH rows a centre."""
+    """Return [centers, D] float32: FAISS k-means on SAMPLE_EACH sampled rows for each center."""
     faiss = import_faiss("compress")
     N, wanted = sum(len(shard.labels) for shard in shards), SAMPLE_EACH * centers
     D = shards[0].embeddings.shape[1]
@@ -127,7 +127,7 @@ def _centroids(shards: list[Shard], centers: int, seed: int, iterations: int) ->
 
 
 def _assigned(shards: list[Shard], centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (nearest centre [N] int64, squared L2 distance [N]); ties to the smaller number."""
+    """Return (nearest center [N] int64, squared L2 distance [N]); ties to the smaller number."""
     index = import_faiss("compress").IndexFlatL2(centroids.shape[1])
     index.add(centroids.numpy())
     assignment, distances = [], []
@@ -140,29 +140,29 @@ def _assigned(shards: list[Shard], centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_weights(shards: list[Shard], C: int, assignment: Tensor, counts: Tensor) -> Tensor:
-    """Return [centres, C] float64: each cluster's mean, 0 for a channel that a row did not keep."""
+    """Return [centers, C] float64: each cluster's mean, 0 for a channel that a row did not keep."""
     sums = torch.zeros(len(counts) * C, dtype=torch.float64)
     for first, piece in _pieces(shards):
-        centres = assignment[first : first + len(piece.labels), None]
-        where = (centres * C + piece.channels).flatten()
+        centers = assignment[first : first + len(piece.labels), None]
+        where = (centers * C + piece.channels).flatten()
         sums.index_add_(0, where, piece.weights.double().flatten())
     return sums.view(-1, C).div_(counts[:, None])
 
 
 def _strongest(weights: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """(channels [centres, M] int64, weights [centres, M] float32), by falling weight."""
+    """Return (channels [centers, M] int64, weights [centers, M] float32), highest weight first."""
     parts = [
-        ops.top_m(weights[start : start + CENTRES_AT_ONCE].float(), m)
-        for start in range(0, len(weights), CENTRES_AT_ONCE)
+        ops.top_m(weights[start : start + CENTERS_AT_ONCE].float(), m)
+        for start in range(0, len(weights), CENTERS_AT_ONCE)
     ]
     channels, kept = zip(*parts, strict=True)
     return torch.cat(channels), torch.cat(kept)
 
 
 def _labels(assignment: Tensor, counts: Tensor, labels: Tensor) -> Tensor:
-    """The most frequent label of each centre's rows [centres], ties to the smaller; numbers' mean.
+    """Return the label of each center [centers]: that of most of its rows, ties to the smaller.
 
-    A majority of prices would be any of them.
+    Real-valued labels give their mean: two prices are seldom the same.
     """
     if labels.is_floating_point():
         return labels.new_zeros(len(counts)).index_add_(0, assignment, labels) / counts
@@ -173,9 +173,9 @@ def _labels(assignment: Tensor, counts: Tensor, labels: Tensor) -> Tensor:
     return torch.from_numpy(pairs[order[first], 1])
 
 
-def _nearest_members(assignment: Tensor, distances: Tensor, centres: int) -> Tensor:
-    """The row nearest to each centre [centres]; ties to the smaller row."""
+def _nearest_members(assignment: Tensor, distances: Tensor, centers: int) -> Tensor:
+    """Return the row nearest to each center [centers]; ties to the smaller row."""
     order: Any = np.lexsort((distances.numpy(), assignment.numpy()))
     _, first = np.unique(assignment.numpy()[order], return_index=True)
-    assert len(first) == centres
+    assert len(first) == centers
     return torch.from_numpy(order[first])

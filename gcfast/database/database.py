@@ -130,7 +130,7 @@ class Database(Columns):
         require_int("row", row, 0, len(self) - 1)
         if self._members_file is not None and self._checked:
             self._members_file.verify()
-        return self.members.of_centre(row)
+        return self.members.of_center(row)
 
     @property
     def index_path(self) -> Path | None:
@@ -174,15 +174,15 @@ class Database(Columns):
         return index
 
     def compress(self, centers: int = 50, *, seed: int = 0, iterations: int = 25) -> Database:
-        """Make the paper's compressed database: k-means centres of the embeddings, as rows.
+        """Make the paper's compressed database: k-means centers of the embeddings, as rows.
 
-        A centre's grad-weights are the M highest of the mean over its rows, where a channel that a
+        A center's grad-weights are the M highest of the mean over its rows, where a channel that a
         row did not keep counts as 0; its offset is computed from them. Its label is the most
         frequent one (ties to the smaller; the mean of real-valued labels), its id that of the row
         nearest to it. ``members_of`` gives the ids of all its rows, and the manifest counts them.
-        Centres are not normalised; they are searched by L2 like any rows. A calibration is dropped,
-        because a distance to a centre means something else: calibrate an explainer of the centres
-        again. Memory: [centers, C] float64 and 256 embeddings per centre.
+        Centers are not normalized; they are searched by L2 like any rows. A calibration is dropped,
+        because a distance to a center means something else: calibrate an explainer of the centers
+        again. Memory: [centers, C] float64 and 256 embeddings per center.
 
         Args:
             centers: how many; empty ones, which FAISS rarely leaves, are dropped.
@@ -196,7 +196,7 @@ class Database(Columns):
             MissingExtraError: FAISS is not installed.
             TypeError, ValueError: an argument out of range; a compressed database.
 
-        Source: the paper's experiments with a database of k-means centres.
+        Source: the paper's experiments with a database of k-means centers.
         """
         rows, ids, manifest, members = compressed(
             self.shards, self.ids, self.manifest, centers, seed=seed, iterations=iterations

@@ -14,8 +14,8 @@ from gcfast.database import shards
 from gcfast.database.manifest import STORAGES
 from gcfast.database.shards import Shard
 
-# What the largest weight of a database's first rows is scaled to in float16: that leaves a factor of
-# 2^8 above it before infinity, and of 2^22 below it before digits are lost.
+# What the largest weight of a database's first rows is scaled to in float16: that leaves a factor
+# of 2^8 above it before infinity, and of 2^22 below it before digits are lost.
 LARGEST_AT = 2.0**8
 # The largest norm-relative error of a row of weights in float16; 5e-4 is what rounding alone makes.
 HALF_TOLERANCE = 2e-3

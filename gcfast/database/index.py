@@ -18,11 +18,11 @@ from gcfast.database.shards import Shard
 from gcfast.database.write import INDEX, commit, disk_errors, write_file, writing
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
 
-TRAINING_ROWS = 2**20  # that an index is trained on at most, evenly spread
+TRAINING_ROWS = 2**20  # an index is trained on at most so many, evenly spread
 
 
 def made(factory: str, shards: list[Shard], *, name: str = "factory") -> Any:
-    """A FAISS index of all rows, in order.
+    """Make a FAISS index of all rows, in order.
 
     Args:
         factory: a FAISS factory string.
@@ -93,10 +93,10 @@ def store(index: Any, factory: str, folder: Path, manifest: dict[str, Any]) -> d
 def read(
     folder: Path | None, manifest: dict[str, Any], rows: int, *, verify: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """The stored index, and what the manifest says of it; see :meth:`gcfast.Database.read_index`.
+    """Return the stored index and its entry; see :meth:`gcfast.Database.read_index`.
 
-    The manifest that is given may be older than the folder's, whose index of the same rows is then
-    taken: the older one's may be gone.
+    The given manifest may be older than the folder's: if its index is gone, the newer one's of the
+    same rows is read.
     """
     faiss = import_faiss("index")
     entry = manifest.get("index")
@@ -123,7 +123,7 @@ def read(
 
 
 def _read(faiss: Any, folder: Path, entry: dict[str, Any], rows: int, *, verify: bool) -> Any:
-    again = "gcfast index, or Database.build_index, makes it anew"
+    again = "gcfast index, or Database.build_index, makes it again"
     if entry["rows"] != rows:
         raise GcfastError(
             f"the index of {folder} was made of {entry['rows']} rows and the database has {rows}: "
@@ -131,7 +131,7 @@ def _read(faiss: Any, folder: Path, entry: dict[str, Any], rows: int, *, verify:
         )
     path = folder / entry["file"]
     try:
-        # One descriptor for all: the file may be removed, or be another one, at any moment.
+        # One descriptor for all: the file may be deleted at any moment.
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != entry["bytes"]:
@@ -154,13 +154,13 @@ def _read(faiss: Any, folder: Path, entry: dict[str, Any], rows: int, *, verify:
 
 
 def spread_rows(count: int, most: int) -> Tensor:
-    """Numbers of at most ``most`` rows of ``count``, evenly spread."""
+    """Return the numbers of at most ``most`` rows of ``count``, evenly spread."""
     most = min(count, most)
     return torch.linspace(0, count - 1, most, dtype=torch.float64).round().long()
 
 
 def spread(shards: list[Shard], most: int) -> Tensor:
-    """Embeddings of at most ``most`` rows, evenly spread over the shards, as they are stored."""
+    """Return the stored embeddings of at most ``most`` rows, evenly spread over the shards."""
     return rows_at(shards, spread_rows(sum(len(shard.labels) for shard in shards), most).numpy())
 
 
@@ -176,5 +176,5 @@ def rows_at(shards: list[Shard], numbers: np.ndarray[Any, Any]) -> Tensor:
 
 
 def as_array(rows: Tensor) -> np.ndarray[Any, Any]:
-    """Embeddings as FAISS takes them."""
+    """Return embeddings as the array that FAISS takes."""
     return np.ascontiguousarray(rows.detach().float().numpy())

@@ -1,7 +1,7 @@
-"""The members of a compressed database: the ids of the rows that each centre stands for.
+"""The members of a compressed database: the ids of the rows that each center stands for.
 
-Unpacked, they would be most of the folder. The file holds one packed block per centre, so that one
-centre's ids can be read alone.
+Unpacked, they would be most of the folder. The file holds one packed block per center, so that one
+center's ids can be read alone.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class MembersFile(MappedFile):
         self.members: Members | PackedMembers
         if packed:
             self.members = PackedMembers(ends, self.columns["block_ends"], self.columns["blocks"])
-            # One block for each centre, and no byte more.
+            # One block for each center, and no byte more.
             blocks = self.members.block_ends
             sound = (
                 len(ends) == len(blocks)
                 and rising(blocks, len(self.members.blocks))
                 and rising(ends, int(ends[-1]))
             )
-            what = f"the members of {len(ends)} centres"
+            what = f"the members of {len(ends)} centers"
         else:
             ids = IdTable(self.columns["id_ends"], self.columns["id_bytes"])
             self.members = Members(ends, ids)
@@ -70,33 +70,33 @@ def rising(ends: Tensor, last: int) -> bool:
 
 
 class Members(NamedTuple):
-    """The ids of the rows of each centre, centre after centre."""
+    """The ids of the rows of each center, center after center."""
 
-    ends: Tensor  # [centres] int64: where each centre's members end
+    ends: Tensor  # [centers] int64: where each center's members end
     ids: IdTable
 
     @classmethod
-    def of(cls, assignment: Tensor, centres: int, ids: Sequence[str]) -> Members:
-        """Group the ids by centre.
+    def of(cls, assignment: Tensor, centers: int, ids: Sequence[str]) -> Members:
+        """Group the ids by center.
 
         Args:
-            assignment: [N] int64, the centre of each row.
-            centres: how many there are.
+            assignment: [N] int64, the center of each row.
+            centers: how many there are.
             ids: the rows' ids.
         """
         order = assignment.argsort(stable=True)
         names = list(ids)
-        ends = torch.bincount(assignment, minlength=centres).cumsum(0)
+        ends = torch.bincount(assignment, minlength=centers).cumsum(0)
         return cls(ends, IdTable.encoded([names[row] for row in order.tolist()]))
 
-    def of_centre(self, centre: int) -> list[str]:
-        """Return the ids of one centre's rows, in the order of the rows."""
-        start = int(self.ends[centre - 1]) if centre else 0
-        return self.ids.decoded(start, int(self.ends[centre]))
+    def of_center(self, center: int) -> list[str]:
+        """Return the ids of one center's rows, in the order of the rows."""
+        start = int(self.ends[center - 1]) if center else 0
+        return self.ids.decoded(start, int(self.ends[center]))
 
     def packed(self) -> PackedMembers:
         """Return the members as a file holds them."""
-        blocks = [packed(self.of_centre(centre)) for centre in range(len(self.ends))]
+        blocks = [packed(self.of_center(center)) for center in range(len(self.ends))]
         return PackedMembers(
             self.ends,
             torch.tensor([len(block) for block in blocks]).cumsum(0),
@@ -105,39 +105,35 @@ class Members(NamedTuple):
 
 
 class PackedMembers(NamedTuple):
-    """The members with one block of :func:`packed` ids for each centre."""
+    """The members with one block of :func:`packed` ids for each center."""
 
-    ends: Tensor  # [centres] int64: where each centre's members end
-    block_ends: Tensor  # [centres] int64: where each centre's block ends
+    ends: Tensor  # [centers] int64: where each center's members end
+    block_ends: Tensor  # [centers] int64: where each center's block ends
     blocks: Tensor  # uint8
 
-    def of_centre(self, centre: int) -> list[str]:
-        """Return the ids of one centre's rows, in the order of the rows.
+    def of_center(self, center: int) -> list[str]:
+        """Return the ids of one center's rows, in the order of the rows.
 
         Raises:
             DamagedDatabaseError: the block does not hold them.
         """
         start, first = (
-            (int(ends[centre - 1]) if centre else 0) for ends in (self.block_ends, self.ends)
+            (int(ends[center - 1]) if center else 0) for ends in (self.block_ends, self.ends)
         )
-        block = self.blocks[start : int(self.block_ends[centre])].numpy().tobytes()
-        count = int(self.ends[centre]) - first
+        block = self.blocks[start : int(self.block_ends[center])].numpy().tobytes()
+        count = int(self.ends[center]) - first
         try:
             return unpacked(block, count)
         except (zlib.error, ValueError, IndexError) as error:
             raise DamagedDatabaseError(
-                f"the members of centre {centre} are damaged: {error}"
+                f"the members of center {center} are damaged: {error}"
             ) from None
-
-    def packed(self) -> PackedMembers:
-        """Return the members as a file holds them: as they are."""
-        return self
 
 
 def packed(ids: Sequence[str]) -> bytes:
     """Compress ids with zlib: rising whole numbers as their differences, others as they are.
 
-    A million row numbers in 50 centres take 0.93 bytes each, against 13.9 as strings with their
+    A million row numbers in 50 centers take 0.93 bytes each, against 13.9 as strings with their
     ends; paths like "class0001/img_000600.jpg" 3.4 against 32 (measured, rows assigned at random).
     """
     numbers = rising_numbers(ids)

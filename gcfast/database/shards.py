@@ -20,7 +20,7 @@ class Shard(NamedTuple):
     """Consecutive rows of a database, as CPU tensors, each contiguous; memory-mapped if opened.
 
     With float16 storage ``weights`` and ``offsets`` are multiplied by the database's
-    ``weight_scale``, so that small weights keep their digits: maps that are normalised come out
+    ``weight_scale``, so that small weights keep their digits: maps that are normalized come out
     the same, raw ones are divided by it.
     """
 

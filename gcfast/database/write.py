@@ -4,7 +4,7 @@ What is in a folder::
 
     manifest.json                what the database is; name, size and checksum of each of its files
     rows-00000.safetensors, …    the rows, a file for each shard
-    members-….safetensors        which rows the centres of a compressed database stand for
+    members-….safetensors        which rows the centers of a compressed database stand for
     index-….faiss                a FAISS index of the rows
     build.json, head.safetensors, spool-…    an unfinished build (gcfast.builder.resumable)
     ….new                        a file that is being written
@@ -263,7 +263,7 @@ def write_database(
 
     Args:
         target: the folder.
-        manifest: of the database, but for its files.
+        manifest: of the database, without its files.
         rows: returns the rows from one number to another.
         ids: theirs.
         members: of a compressed database.
@@ -288,8 +288,9 @@ def write_database(
         # The database may have been opened in an older format.
         manifest = manifest | {"format_version": FORMAT_VERSION, "shards": entries}
         if members is not None:
-            packed = members.packed()._asdict()
-            manifest["members"] = write_tensors(target, MEMBERS, packed) | {"packed": True}
+            packed = members.packed() if isinstance(members, Members) else members
+            entry = write_tensors(target, MEMBERS, packed._asdict())
+            manifest["members"] = entry | {"packed": True}
         commit(target, manifest)
     return manifest
 
@@ -336,7 +337,7 @@ def _of_database(folder: Path) -> set[str]:
 
 
 def _clear(folder: Path, kept: set[str]) -> None:
-    """Delete our files but for those kept."""
+    """Delete our files, except those kept."""
     for file in folder.iterdir():
         if OURS.fullmatch(file.name) and file.name not in kept:
             with suppress(OSError):

@@ -51,36 +51,36 @@ def made(storage: str = "float32") -> Database:
 def in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
     monkeypatch.setattr(shards, "SHARD_ROWS", 70)
     monkeypatch.setattr(compress_module, "ROWS_AT_ONCE", 32)
-    monkeypatch.setattr(compress_module, "CENTRES_AT_ONCE", 5)
+    monkeypatch.setattr(compress_module, "CENTERS_AT_ONCE", 5)
     made().save(tmp_path / "whole")
     return Database.open(tmp_path / "whole")
 
 
 def check(small: Database, whole: Database) -> None:
-    """Everything but the centres' places, by a loop over centres and rows."""
+    """Everything but the centers' places, by a loop over centers and rows."""
     f, full = whole.embeddings.double(), dense(whole, C).double()
     distances = (f[:, None] - small.embeddings.double()).square().sum(-1)
     nearest = distances.argmin(1)
     mean = torch.tensor(whole.manifest["mean_activation"], dtype=torch.float64)
-    for centre in range(len(small)):
-        rows = [row for row in range(len(whole)) if nearest[row] == centre]
+    for center in range(len(small)):
+        rows = [row for row in range(len(whole)) if nearest[row] == center]
         assert rows
-        assert small.manifest["compressed"]["counts"][centre] == len(rows)
-        assert small.members_of(centre) == [whole.ids[row] for row in rows]
-        assert small.ids[centre] == whole.ids[min(rows, key=lambda row: distances[row, centre])]
+        assert small.manifest["compressed"]["counts"][center] == len(rows)
+        assert small.members_of(center) == [whole.ids[row] for row in rows]
+        assert small.ids[center] == whole.ids[min(rows, key=lambda row: distances[row, center])]
         average = sum(full[row] for row in rows) / len(rows)
         kept = sorted(range(C), key=lambda c: (-float(average[c].float()), c))[:M]
-        assert small.channels[centre].tolist() == kept
-        torch.testing.assert_close(small.weights[centre], average[kept].float())
+        assert small.channels[center].tolist() == kept
+        torch.testing.assert_close(small.weights[center], average[kept].float())
         torch.testing.assert_close(
-            small.offsets[centre], (average[kept] * mean[kept]).sum().float(), rtol=1e-5, atol=1e-9
+            small.offsets[center], (average[kept] * mean[kept]).sum().float(), rtol=1e-5, atol=1e-9
         )
         votes: dict[int, int] = {}
         for row in rows:
             label = int(whole.labels[row])
             votes[label] = votes.get(label, 0) + 1
-        assert small.labels[centre] == min(votes, key=lambda label: (-votes[label], label))
-        assert small.triplet_counts[centre] == sum(int(whole.triplet_counts[row]) for row in rows)
+        assert small.labels[center] == min(votes, key=lambda label: (-votes[label], label))
+        assert small.triplet_counts[center] == sum(int(whole.triplet_counts[row]) for row in rows)
 
 
 @pytest.mark.parametrize("centers", [1, 3, 13, N])
@@ -96,12 +96,12 @@ def test_it_equals_the_loop(in_shards: Database, centers: int) -> None:
         assert not torch.equal(other.embeddings, small.embeddings)
 
 
-def test_centres_are_the_clusters_means_and_not_normalised(in_shards: Database) -> None:
+def test_centers_are_the_clusters_means_and_not_normalized(in_shards: Database) -> None:
     small = in_shards.compress(5)
     nearest = torch.cdist(in_shards.embeddings, small.embeddings).argmin(1)
-    for centre in range(5):
-        mean = in_shards.embeddings[nearest == centre].mean(0)
-        torch.testing.assert_close(small.embeddings[centre], mean, rtol=1e-3, atol=1e-3)
+    for center in range(5):
+        mean = in_shards.embeddings[nearest == center].mean(0)
+        torch.testing.assert_close(small.embeddings[center], mean, rtol=1e-3, atol=1e-3)
     assert (small.embeddings.norm(dim=1) < 0.9995).all()
 
 
@@ -162,9 +162,9 @@ def test_members_of_the_second_format_still_open(in_shards: Database, tmp_path: 
     opened.save(tmp_path / "anew")
     anew = Database.open(tmp_path / "anew")
     assert anew.manifest["format_version"] == 3
-    for centre in range(6):
-        assert opened.members_of(centre) == small.members_of(centre)
-        assert anew.members_of(centre) == small.members_of(centre)
+    for center in range(6):
+        assert opened.members_of(center) == small.members_of(center)
+        assert anew.members_of(center) == small.members_of(center)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_a_block_that_is_no_ids_is_named() -> None:
     ends = torch.tensor([3])
     for block in (b"", b"\0nonsense", bytes([2]) + packed(["a", "b", "c"])[1:]):
         blocks = torch.tensor(list(block), dtype=torch.uint8)
-        with pytest.raises(gcfast.DamagedDatabaseError, match="members of centre 0 are damaged"):
-            PackedMembers(ends, torch.tensor([len(block)]), blocks).of_centre(0)
+        with pytest.raises(gcfast.DamagedDatabaseError, match="members of center 0 are damaged"):
+            PackedMembers(ends, torch.tensor([len(block)]), blocks).of_center(0)
 
 
 def test_it_explains(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_it_explains(tmp_path: Path) -> None:
     assert torch.equal(explained.neighbors[:, 0], distances.argmin(1))
     with pytest.raises(gcfast.GcfastError, match="a compressed database takes no further rows"):
         small.append(loader(*pictures(5)))
-    with pytest.raises(ValueError, match="`database` must be a whole one, got one of centres"):
+    with pytest.raises(ValueError, match="`database` must be a whole one, got one of centers"):
         small.database.compress(2)
 
 
@@ -253,7 +253,7 @@ def test_damaged_members(tmp_path: Path, harm: str) -> None:
         "deleted": "the members file .* is missing",
         "truncated": "truncated or changed",
         "edited": "is changed: its checksum differs",
-        "shorter": "must hold the members of 1 centres",
+        "shorter": "must hold the members of 1 centers",
         "plain, shorter": "must hold 300 members",
     }[harm]
     if harm == "deleted":

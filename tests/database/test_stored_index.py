@@ -85,7 +85,7 @@ def test_it_is_replaced_and_not_copied(tmp_path: Path, one: gcfast.Explainer) ->
 def test_a_stale_one_is_refused(tmp_path: Path, one: gcfast.Explainer) -> None:
     one.database.build_index("Flat")
     one.append(loader(*pictures(6)))
-    words = "was made of 40 rows and the database has 46: gcfast index, or .* makes it anew"
+    words = "was made of 40 rows and the database has 46: gcfast index, or .* makes it again"
     with pytest.raises(gcfast.GcfastError, match=words):
         one.database.read_index()
     with pytest.raises(gcfast.GcfastError, match=words):
@@ -114,7 +114,7 @@ def test_damage(one: gcfast.Explainer) -> None:
     content = bytearray(file.read_bytes())
 
     def refused(words: str, *, verify: bool = True) -> None:
-        with pytest.raises(gcfast.DamagedDatabaseError, match=words + ".* makes it anew"):
+        with pytest.raises(gcfast.DamagedDatabaseError, match=words + ".* makes it again"):
             Database.open(database.path, verify=verify).read_index()
 
     file.write_bytes(content[:-1])
