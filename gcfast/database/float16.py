@@ -45,17 +45,18 @@ class Conversion:
         self.storage = storage
         self.changes = storage != manifest.get("storage", STORAGES[0])
         self._stored = rows
-        self._mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
-        self._factor = 1.0
         if self.changes:
             old = manifest.get("weight_scale", 1.0)
             scale = scale_for(rows(0, shards.SHARD_ROWS).weights.float() / old, storage)
             self.manifest |= {"storage": storage, "weight_scale": scale}
             self._factor = scale / old
+            self._mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
 
     def rows(self, start: int, stop: int) -> Shard:
         """Return consecutive rows; raises ValueError for one that the storage cannot hold."""
         rows = self._stored(start, stop)
+        if not self.changes:
+            return rows
         return in_storage(rows, self.storage, self._factor, self._mean, first=start)
 
 
@@ -86,8 +87,6 @@ def in_storage(rows: Shard, storage: str, scale: float, mean: Tensor, *, first: 
         ValueError: weights or embeddings that float16 cannot hold, with the row.
     """
     dtype = torch.float16 if storage == "float16" else torch.float32
-    if rows.weights.dtype == dtype and scale == 1:
-        return rows
     wanted = rows.weights.float() * scale
     weights = wanted.to(dtype)
     embeddings = rows.embeddings.to(dtype)
