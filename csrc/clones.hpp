@@ -6,7 +6,6 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
 #define GCFAST_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#define GCFAST_HAS_CLONES
 #else
 #define GCFAST_CLONES
 #endif

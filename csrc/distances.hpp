@@ -19,6 +19,9 @@ void exact_distances(const float* anchor, const float* table, const std::vector<
 float quick_distance(const float* x, const float* y, std::int64_t dim);
 double quick_distance_double(const float* x, const float* y, std::int64_t dim);
 float quick_square(const float* x, std::int64_t dim);
+// To `scale` times the codes, signed bytes.
+float quick_sketched_distance(const float* x, const std::uint8_t* codes, float scale,
+                              std::int64_t dim);
 
 // A sum of D squares of differences has D + 2 roundings at most; twice that.
 constexpr double relative_error(std::int64_t dim, double unit) {

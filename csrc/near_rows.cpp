@@ -124,14 +124,13 @@ class Search {
       for (const auto& one : stretch.contenders) {
         const auto a = static_cast<size_t>(one.anchor);
         if (one.least > nearest_[a].load(std::memory_order_relaxed)) continue;
-        const double distance = exact_distance(row(one.row), anchors_[a].embedding, table_.dim);
+        const double distance =
+            exact_distance(table_.row(one.row), anchors_[a].embedding, table_.dim);
         if (distance < best[a]) best[a] = distance, out[a].nearest = one.row;
       }
   }
 
  private:
-  const float* row(int64_t number) const { return table_.embeddings + number * table_.dim; }
-
   // Rows that may be under the limit of an anchor, or nearer than the nearest that is known.
   void find(int64_t begin, int64_t end, const std::array<double, kNearAnchors>& nearest,
             Tile& tile) const {
@@ -144,7 +143,7 @@ class Search {
     tile.counts.fill(0);
     for (int64_t start = begin; start < end; start += kProductRows) {
       const int64_t count = std::min(kProductRows, end - start);
-      const float* const rows = row(start);
+      const float* const rows = table_.row(start);
       float* const squares = tile.squares.data() + (start - begin);
       quick_products(rows, count, table_.dim, packed_.data(), static_cast<int64_t>(anchors_.size()),
                      products.data());
@@ -190,12 +189,12 @@ class Search {
     };
     const bool is_finite = squares >= 0 && squares < static_cast<double>(kLargest);
     if (!is_finite || is_unsure() || least <= nearest) {
-      const double closer = quick_distance_double(row(number), anchor.embedding, table_.dim);
+      const double closer = quick_distance_double(table_.row(number), anchor.embedding, table_.dim);
       const double error = closer * relative_error(table_.dim, kUnitDouble);
       least = closer - error, most = closer + error;
       step = anchor.ladder.above(least);
       if (!(closer < kInfinity) || is_unsure()) {
-        least = most = exact_distance(row(number), anchor.embedding, table_.dim);
+        least = most = exact_distance(table_.row(number), anchor.embedding, table_.dim);
         step = anchor.ladder.above(least);
       }
       if (least <= nearest) {
@@ -208,7 +207,7 @@ class Search {
     out.under[a].rows.push_back(static_cast<std::uint32_t>(number));
     out.under[a].steps.push_back(static_cast<std::int32_t>(step));
     if (pull_)
-      add_scaled(out.pull.data() + a * static_cast<size_t>(table_.dim), row(number),
+      add_scaled(out.pull.data() + a * static_cast<size_t>(table_.dim), table_.row(number),
                  static_cast<double>(anchor.ladder.steps() - step), table_.dim);
   }
 

@@ -6,6 +6,7 @@
 #include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "clones.hpp"
@@ -202,7 +203,14 @@ void sample_triplets(const TripletAnchors& anchors, const TripletTable& table, d
     out.positives[b * T + t] = positive;
     out.negatives[b * T + t] = negative;
   };
-  parallel_for(anchors.count, threads, [&](int64_t b) {
+  // Anchors of one label follow each other, whose positives are then in the cache.
+  std::vector<int64_t> order(static_cast<size_t>(anchors.count));
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
+    return std::pair(anchors.labels[x], x) < std::pair(anchors.labels[y], y);
+  });
+  parallel_for(anchors.count, threads, [&](int64_t i) {
+    const int64_t b = order[static_cast<size_t>(i)];
     std::fill_n(out.positives + b * T, T, int64_t{-1});
     std::fill_n(out.negatives + b * T, T, int64_t{-1});
     std::fill_n(out.hardest + 2 * b, 2, int64_t{-1});
@@ -253,7 +261,7 @@ void mean_cotangents(const TripletAnchors& anchors, const TripletTable& table, d
          std::copy(extreme.begin(), extreme.end(), hardest + 2 * b);
          std::vector<double> total(near.pull);
          for (size_t p = 0; counts[b] > 0 && p < positives.rows.size(); ++p) {
-           const float* const row = table.embeddings + positives.rows[p] * table.dim;
+           const float* const row = table.row(positives.rows[p]);
            const auto valid = static_cast<double>(pairs.count_of(p));
            for (int64_t d = 0; d < table.dim; ++d)
              total[static_cast<size_t>(d)] -= valid * static_cast<double>(row[d]);

@@ -12,7 +12,15 @@ struct TripletTable {
   const std::int64_t* by_label;  // [rows]: row numbers in the order of (label, row)
   std::int64_t rows;
   std::int64_t dim;
+  // nullptr, or [rows, dim + 8]: what tries look at first, at each place of the order the row there
+  // as dim signed bytes, the float that these are multiples of, and a float that the distance
+  // between the row and the multiples does not exceed.
+  const std::uint8_t* sketch = nullptr;
+
+  const float* row(std::int64_t number) const { return embeddings + number * dim; }
 };
+
+constexpr std::int64_t sketch_bytes(std::int64_t dim) { return dim + 8; }
 
 struct TripletAnchors {
   const float* embeddings;     // [count, dim]

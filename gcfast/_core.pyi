@@ -13,6 +13,7 @@ def sample_triplets(
     embeddings: _Floats,
     labels: _Ids,
     by_label: _Ids,
+    sketch: NDArray[np.uint8] | None,
     *,
     triplets: int,
     margin: float,

@@ -154,6 +154,7 @@ def launch_sample_triplets(
     embeddings: Tensor,
     labels: Tensor,
     by_label: Tensor | None = None,
+    sketch: Tensor | None = None,
     *,
     triplets: int,
     margin: float,
@@ -163,6 +164,7 @@ def launch_sample_triplets(
     config: TriesConfig | None = None,
 ) -> Triplets:
     """Draw or list valid pairs, as :func:`gcfast.ops.sample_triplets`, which checks the input."""
+    del sketch  # rows come from memory fast enough
     B, N, device = len(anchors), len(labels), anchors.device
     positives = torch.full((B, triplets), -1, dtype=torch.int64, device=device)
     negatives = torch.full_like(positives, -1)

@@ -17,6 +17,9 @@ from gcfast.ops import Triplets
 # The rules that triplets are drawn by; databases say which theirs were. 1: every row is scanned.
 DRAWS = 2
 DRAWN_PAIRS = 2**18  # of all anchors, that are drawn together: those that are scanned share it
+# A sketch of the rows for tries on the CPU is made when a row in so many has been an anchor, for
+# then it pays; for tables of so many rows (those of fewer are scanned) and of up to so many bytes.
+SKETCH_SHARE, SKETCH_ROWS, SKETCH_BYTES = 256, 4096, 2**31
 LIST_CHUNK = 4096  # pairs of an anchor that are held at once when all are listed
 FUNCTION_CHUNK = 65536  # pairs a user's function is evaluated on at once
 STREAM_PARTNERS = 1  # of the counter-based generator; `gcfast.reference.triplets` has others
@@ -51,6 +54,8 @@ class PairSource:
         self.hardest = hardest
         self.order = LabelOrder(embeddings, labels)
         self._along: Tensor | None = None
+        self._sketch: Tensor | None = None
+        self._anchors = 0  # that triplets were drawn for
 
     def anchors_at_once(self, triplets: int) -> int:
         """Return for how many anchors to draw together, where there are so many."""
@@ -174,8 +179,19 @@ class PairSource:
     def _sampled(self, anchors: Anchors, **options: Any) -> Triplets:
         margin = self.objective.hinge
         assert margin is not None
+        self._anchors += len(anchors.rows)
+        N, D = self.embeddings.shape
+        pays = self._anchors * SKETCH_SHARE > N >= SKETCH_ROWS and N * (D + 8) <= SKETCH_BYTES
+        if self._sketch is None and pays and not self.embeddings.is_cuda:
+            self._sketch = reference.label_sketch(self.embeddings, self.order.rows)
         return ops.sample_triplets(
-            *anchors, self.embeddings, self.labels, self.order.rows, margin=margin, **options
+            *anchors,
+            self.embeddings,
+            self.labels,
+            self.order.rows,
+            self._sketch,
+            margin=margin,
+            **options,
         )
 
     def _partners(self, anchors: Anchors, counts: Tensor, numbers: Tensor) -> Triplets:

@@ -30,12 +30,12 @@ def _sample_in_cpp(
     arrays = _arrays(*tensors)
     positives, negatives, counts, hardest, exact = _tensors(
         _core.sample_triplets(
-            *arrays,
+            **arrays,
             triplets=triplets,
             margin=margin,
             seed=seed,
             first=-1 if first is None else first,
-            tries=default_tries(len(arrays[-1])) if tries is None else tries,
+            tries=default_tries(len(arrays["labels"])) if tries is None else tries,
             threads=torch.get_num_threads(),
         )
     )
@@ -45,8 +45,10 @@ def _sample_in_cpp(
 def _mean_in_cpp(*tensors: Any, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     from gcfast import _core
 
+    arrays = _arrays(*tensors)
+    del arrays["sketch"]
     cotangents, counts, hardest = _tensors(
-        _core.mean_cotangents(*_arrays(*tensors), margin=margin, threads=torch.get_num_threads())
+        _core.mean_cotangents(**arrays, margin=margin, threads=torch.get_num_threads())
     )
     return cotangents, counts, hardest
 
@@ -58,11 +60,18 @@ def _arrays(
     embeddings: Tensor,
     labels: Tensor,
     by_label: Tensor | None = None,
+    sketch: Tensor | None = None,
 ) -> Any:
-    if by_label is None:
-        by_label = label_order(labels)
-    tensors = (anchors, anchor_labels, anchor_rows, embeddings, labels, by_label)
-    return [tensor.contiguous().numpy() for tensor in tensors]
+    tensors = {
+        "anchors": anchors,
+        "anchor_labels": anchor_labels,
+        "anchor_rows": anchor_rows,
+        "embeddings": embeddings,
+        "labels": labels,
+        "by_label": label_order(labels) if by_label is None else by_label,
+        "sketch": sketch,
+    }
+    return {k: None if t is None else t.contiguous().numpy() for k, t in tensors.items()}
 
 
 def _tensors(arrays: Iterable[NDArray[Any]]) -> tuple[Tensor, ...]:
@@ -77,6 +86,7 @@ def sample_triplets(
     embeddings: Tensor,
     labels: Tensor,
     by_label: Tensor | None = None,
+    sketch: Tensor | None = None,
     *,
     triplets: int,
     margin: float,
@@ -105,6 +115,8 @@ def sample_triplets(
         embeddings: [N, D] float32.
         labels: [N] int64.
         by_label: [N] int64, the rows in the order of (label, row); None sorts them in every call.
+        sketch: [N, D + 8] uint8, of :func:`gcfast.reference.label_sketch`, with which tries are
+            faster on the CPU. Draws do not depend on it.
         triplets: T, at least 1.
         margin: the margin of the hinge; infinity makes every pair valid.
         seed: 0 to 2^63 - 1.
@@ -135,6 +147,10 @@ def sample_triplets(
     if tries is not None:
         require_int("tries", tries, 0, MAX_TRIES)
     B = _checked_rows(anchors, anchor_labels, anchor_rows, embeddings, labels, by_label, margin)
+    if sketch is not None:
+        Dimensions(N=len(labels), W=embeddings.shape[1] + 8).require(
+            "sketch", sketch, (torch.uint8,), "N W"
+        )
     ids = torch.int64
     drawn = (B, triplets)
     return Outputs(

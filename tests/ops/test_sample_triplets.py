@@ -424,6 +424,34 @@ def test_the_order_of_labels_may_be_given(backend, device):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e12, 1e25])
+def test_a_sketch_changes_no_draw(scale):
+    for embeddings, labels in (_lattice(300, 3, 3), clustered(300, 20, 4)):
+        embeddings = embeddings * scale
+        embeddings[7], embeddings[8] = math.nan, 0
+        arguments = _arguments(embeddings, labels, torch.arange(40))
+        order = reference.label_order(labels)
+        sketch = reference.label_sketch(embeddings, order)
+        for margin in (0.0, 0.2 * scale**2, math.inf):
+            options = {"triplets": 20, "margin": margin, "tries": 2048}
+            wanted = ops.sample_triplets(*arguments, order, **options)
+            got = ops.sample_triplets(*arguments, order, sketch, **options)
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_a_row_is_as_near_to_its_sketch_as_that_says():
+    embeddings = torch.randn(50, 9) * 10.0 ** torch.randint(-20, 20, (50, 1))
+    embeddings[3] = 0
+    order = torch.randperm(50)
+    sketch = reference.label_sketch(embeddings, order)
+    codes = sketch[:, :9].view(torch.int8).double()
+    scale, radius = sketch[:, 9:].contiguous().view(torch.float32).double().T
+    off = (embeddings[order].double() - scale[:, None] * codes).norm(dim=1)
+    assert (off <= radius).all()
+    # Codes are half a step off at most.
+    assert (radius <= 1.01 * scale / 2 * 3 + 1e-30).all()
+
+
 @pytest.mark.parametrize("bad", [-1, 300])
 def test_cpp_reads_no_row_that_is_not_there(bad):
     embeddings, labels = clustered(300, 3, 4)
@@ -507,6 +535,8 @@ def test_ranks_match_big_integers():
         ({"tries": 2**31}, ValueError, "`tries` must be from 0 to"),
         ({"by_label": torch.zeros(4).long()}, ValueError, r"`by_label` must have shape \[N\]"),
         ({"by_label": torch.zeros(5)}, TypeError, "`by_label` must have dtype int64"),
+        ({"sketch": torch.zeros(5, 4).byte()}, ValueError, r"`sketch` must have shape \[N, W\]"),
+        ({"sketch": torch.zeros(5, 12)}, TypeError, "`sketch` must have dtype uint8"),
         ({"backend": "cuda"}, ValueError, "`backend` must be one of 'auto', 'triton', 'reference'"),
     ],
     ids=lambda v: "" if not isinstance(v, dict) else "-".join(v),
