@@ -1,7 +1,11 @@
 """Where and how the tests run: the device, seeds, and memory that shows what was not written."""
 
 import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
 
 # On a GPU cuBLAS warns of `poisoned` below without it; read when CUDA is first used.
@@ -9,11 +13,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Triton reads this when a kernel is decorated, so it must be set before any kernel is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-
-import warnings
-from collections.abc import Iterator
-
-import pytest
+# A child started in the root would import the source tree, which has no compiled module: it finds
+# what the tests share here instead.
+os.environ["PYTHONSAFEPATH"] = "1"
+SHARED = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in SHARED if path)
 
 # On tensors this small a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from kill_builds import MOMENTS, POINTS
 from networks import CHANNELS, DIM, Lambda, Net, Pool, common, loader, other, pictures
 from torch import Tensor, nn
 
@@ -133,21 +134,14 @@ def test_ids_and_labels_of_every_kind(tmp_path: Path) -> None:
 # --- killed and resumed
 
 
-def test_killed_at_any_moment_it_resumes_to_the_same_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [pytest.param("closed form", marks=pytest.mark.slow), "autograd"])
+def test_killed_at_any_moment_it_resumes_to_the_same_rows(tmp_path: Path, head: str) -> None:
     here = Path(__file__).parents[1]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, here / "kill_builds.py", tmp_path, head],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here,
-        )
-        for head in HEADS
-    ]  # fmt: skip
-    kills = []
-    for run in runs:
-        said, error = run.communicate()
-        assert run.returncode == 0, error
-        kills += [json.loads(line) for line in said.splitlines()]
-    assert len(kills) == 20
+    command = [sys.executable, here / "kill_builds.py", tmp_path, head]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kills) == POINTS + MOMENTS
     assert all(kill["same"] and kill["clean"] for kill in kills)
     counted = [kill for kill in kills if isinstance(kill["point"], int)]
     assert all(kill["killed"][0] for kill in counted)

@@ -215,7 +215,8 @@ def _spills(compiled: Any) -> int:
     return sum(int(count) for count in counts)
 
 
-def _attempt(form: Form, target: str) -> dict[str, Any]:
+def attempt(form: Form, target: str) -> dict[str, Any]:
+    """What became of one form, as :func:`compile_elsewhere` tells."""
     try:
         compiled = form.compile(target)
     except Exception as error:  # of the compiler's own kinds, to be reported with the name
@@ -225,4 +226,4 @@ def _attempt(form: Form, target: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([_attempt(form, sys.argv[3]) for form in recorded(*sys.argv[1:3])]))
+    print(json.dumps([attempt(form, sys.argv[3]) for form in recorded(*sys.argv[1:3])]))

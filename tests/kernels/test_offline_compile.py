@@ -1,5 +1,6 @@
 """Every kernel in every form that it can be launched in, compiled for GPUs that are not there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -22,14 +23,8 @@ SPILLS = {
 }
 
 
-# Compiling for all of them takes longer than all other tests.
-EACH_TARGET = pytest.mark.parametrize(
-    "target",
-    [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.slow) for t in TARGETS],
-)
-
-
-@EACH_TARGET
+@pytest.mark.slow  # longer than all other tests
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", sorted(LAUNCHES))
 def test_compiles_within_the_limits(kernel, target, tmp_path):
     results = compile_elsewhere("launches", kernel, target, tmp_path)
@@ -38,6 +33,25 @@ def test_compiles_within_the_limits(kernel, target, tmp_path):
     )
     assert {result["name"].partition("(")[0] for result in results} == written
     assert not problems(results, target, spills=SPILLS.get((kernel, target), 0))
+
+
+ONE_OF_EACH = """
+import json
+import sys
+
+import offline
+
+forms = [form for file in sys.argv[1:] for form in offline.recorded("launches", file)]
+first = {form.kernel.__name__: form for form in reversed(forms)}
+print(json.dumps([offline.attempt(form, "sm_90") for form in first.values()]))
+"""
+
+
+def test_one_form_of_each_kernel_compiles(tmp_path):
+    results = json.loads(run_elsewhere(["-c", ONE_OF_EACH, *LAUNCHES], tmp_path))
+    written = (re.findall(r"def _\w+_kernel\(", p.read_text()) for p in FOLDER.rglob("*.py"))
+    assert len(results) == sum(map(len, written))
+    assert not problems(results, "sm_90")
 
 
 FORMS_OF_BATCHES = """
@@ -74,6 +88,7 @@ def test_every_file_of_kernels_is_compiled():
     assert written == set(LAUNCHES)
 
 
+@pytest.mark.slow
 def test_distances_are_compiled_without_fused_multiply_add(tmp_path):
     """In machine code, for NVIDIA and AMD; that they are fused otherwise shows the test can see."""
     program = """
@@ -90,7 +105,9 @@ for file, kernel in (("near_rows", "_exact"), ("tries", "_tries"), ("thresholds"
     assert run_elsewhere(["-c", program], tmp_path).split() == ["False", "True"] * 6
 
 
-@EACH_TARGET
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=[pytest.mark.slow][: t != "sm_90"]) for t in TARGETS]
+)
 def test_finds_what_does_not_fit(target, tmp_path):
     results = compile_elsewhere("offline_samples", "offline_samples", target, tmp_path)
     found = problems(results, target)

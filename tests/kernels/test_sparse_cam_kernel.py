@@ -8,6 +8,8 @@ from gcfast import ops
 from gcfast.kernels import launch
 from gcfast.kernels.sparse_cam import launch_sparse_cam, sparse_cam_bytes
 
+SLOW_LARGE = [pytest.param(66, n, marks=pytest.mark.slow) for n in ("minmax", None)]
+
 
 @pytest.fixture(autouse=True)
 def _on_device(device):
@@ -144,8 +146,11 @@ def test_offsets_beyond_32_bits():
              "weights": torch.ones(2, 1)}, size=(4, 4), normalize=None)  # fmt: skip
 
 
-@pytest.mark.parametrize("normalize", ["max", "minmax", None])
-@pytest.mark.parametrize("side", [3, 66])
+# 66 pixels a side take several blocks.
+@pytest.mark.parametrize(
+    ("side", "normalize"),
+    [(3, "max"), (3, "minmax"), (3, None), (66, "max"), *SLOW_LARGE],
+)
 def test_hard_values(normalize, side):
     for value in (0.0, -5.0, 3e38, 1e-42):
         activations = torch.full((1, 2, side, side), value)
@@ -165,9 +170,11 @@ def test_hard_values(normalize, side):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
-@pytest.mark.parametrize("normalize", ["max", "minmax", None])
+@pytest.mark.parametrize(
+    ("side", "normalize"),
+    [(4, "max"), (4, "minmax"), (4, None), (66, "max"), *SLOW_LARGE],
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-@pytest.mark.parametrize("side", [4, 66])
 def test_nan_and_infinity_are_where_the_reference_has_them(side, value, normalize):
     inputs = _inputs(2, 6, side, side, 3, 4, 1)
     inputs["channels"][:] = torch.arange(4)

@@ -282,6 +282,7 @@ def _assert_uniform(seen):
     assert abs(chi2 - freedom) < 3 * math.sqrt(2 * freedom)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tries", [0, 4096])
 def test_triton_draws_uniformly(tries, device):
     embeddings, labels = (a.to(device) for a in clustered(90, 3, 4, spread=2.0))
