@@ -12,6 +12,7 @@ from gcfast.metrics.localisation import (
     max_box_acc_v2,
     threshold_boxes,
 )
+from gcfast.metrics.ranking import ranking_scores
 from gcfast.metrics.regions import RegionSums, region_sums
 from gcfast.metrics.scores import (
     box_score,
@@ -37,6 +38,7 @@ __all__ = [
     "max_box_acc_v2",
     "part_score",
     "pointing_game",
+    "ranking_scores",
     "region_sums",
     "spearman",
     "threshold_boxes",
