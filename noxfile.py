@@ -79,11 +79,12 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Every program of examples/, each in a folder of its own."""
+    """Every program of examples/, each in a folder of its own, and again over what it wrote."""
     for path in sorted(Path("examples").glob("*.py")):
         with tempfile.TemporaryDirectory() as folder:
             program = str(path.absolute())
             with session.chdir(folder):
+                session.run("python", program)
                 session.run("python", program)
 
 

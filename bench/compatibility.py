@@ -7,8 +7,10 @@ Every network is built from its real class with random weights. The default laye
 independently, by a hook on the layer, one backward pass and the formula written out below. The
 table goes to docs/compatibility.md, the figures to bench/results/compatibility.json.
 
-timm and transformers have to be installed; a torchvision that does not fit this PyTorch is made
-importable, as both import it and need none of its compiled operations here.
+timm, transformers and lightning have to be installed, and what is not is named at the end; a
+torchvision that does not fit this PyTorch is made importable, as they import it and need none of
+its compiled operations here. The files are written after every network, and rows of an
+earlier run stay, so that the table can be made in pieces.
 """
 
 from __future__ import annotations
@@ -125,6 +127,22 @@ def own_subjects() -> list[Subject]:
     for name, wrap in wrappers.items():
         found.append(Subject("wrappers", name, functools.partial(wrap, Head(average())), size))
     return found
+
+
+def lightning_subjects() -> list[Subject]:
+    """A module of PyTorch Lightning round a backbone."""
+    import lightning.pytorch as lightning
+
+    class Lightning(lightning.LightningModule):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.backbone(images)
+
+    make = functools.partial(Lightning, Head(average()))
+    return [Subject("wrappers", "LightningModule", make, (128, 128))]
 
 
 def timm_subjects() -> list[Subject]:
@@ -276,16 +294,16 @@ def measured(subject: Subject) -> dict[str, Any]:
     }
 
 
-def subjects() -> list[Subject]:
-    """All that can be made here."""
+def subjects() -> tuple[list[Subject], list[str]]:
+    """All that can be made here, and what cannot."""
     make_torchvision_importable()
-    found = own_subjects()
-    for more in (timm_subjects, transformers_subjects):
+    found, left_out = own_subjects(), []
+    for more in (lightning_subjects, timm_subjects, transformers_subjects):
         try:
             found += more()
         except ImportError as error:
-            print(f"left out: {error}", file=sys.stderr)
-    return found
+            left_out.append(f"{more.__name__}: {error}")
+    return found, left_out
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -321,10 +339,17 @@ def main(command: list[str] | None = None) -> int:
     """Return 0 if every map that was made is the right one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of names")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="folder for both files instead")
     asked = parser.parse_args(command)
-    rows = []
-    for subject in subjects():
+    torch.set_num_threads(asked.threads)
+    results = (asked.out or ROOT / "bench" / "results") / "compatibility.json"
+    written = (asked.out or ROOT / "docs") / "compatibility.md"
+    found, left_out = subjects()
+    # Rows of earlier runs stay, so that the table can be made in pieces.
+    known = _read(results)
+    wrong = []
+    for subject in found:
         if asked.only and not any(part in subject.name for part in asked.only):
             continue
         row: dict[str, Any] = {"group": subject.group, "name": subject.name}
@@ -335,17 +360,28 @@ def main(command: list[str] | None = None) -> int:
         except Exception as error:
             traceback.print_exc()
             row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        rows.append(row)
+        if not row.get("difference", 1.0) <= TOLERANCE:
+            wrong.append(f"{subject.group}: {subject.name}")
+        known[subject.group, subject.name] = row
+        order = {(one.group, one.name): i for i, one in enumerate(found)}
+        rows = sorted(known.values(), key=lambda r: order.get((r["group"], r["name"]), len(order)))
+        text = json.dumps({"torch": torch.__version__, "rows": rows}, indent=1)
+        results.write_text(text + "\n")
+        written.write_text(page(rows))
         print(json.dumps(row), flush=True)
-    results = asked.out or ROOT / "bench" / "results"
-    pages = asked.out or ROOT / "docs"
-    (results / "compatibility.json").write_text(
-        json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n"
-    )
-    (pages / "compatibility.md").write_text(page(rows))
-    wrong = [r["name"] for r in rows if not r.get("difference", 1.0) <= TOLERANCE]
-    print(f"{len(rows) - len(wrong)} of {len(rows)} maps are the right ones", *wrong, sep="\n  ")
+    for line in left_out:
+        print(f"left out: {line}")
+    print(f"{len(wrong)} maps are not the right ones", *wrong, sep="\n  ")
     return bool(wrong)
+
+
+def _read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of a file that the same PyTorch has written; none where there is no such file."""
+    if not path.exists():
+        return {}
+    kept = json.loads(path.read_text())
+    same = kept["torch"] == torch.__version__
+    return {(row["group"], row["name"]): row for row in kept["rows"] if same}
 
 
 if __name__ == "__main__":

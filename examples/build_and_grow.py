@@ -26,8 +26,9 @@ class Loader:
 
 
 explainer = gcfast.Explainer(load_network())
-# Rows are written as they are made. If this process is killed, the same call continues.
-explainer.build(Loader(range(6)), out="birds.gcfast", resume=True)
+# Rows are written as they are made. If this process is killed, the same call continues; where a
+# complete database is there, it is replaced in the end.
+explainer.build(Loader(range(6)), out="birds.gcfast", resume=True, overwrite=True)
 database = explainer.append(Loader(range(6, 9)))  # the rows that are there stay as they are
 print(f"{len(gcfast.Database.open('birds.gcfast', verify=True))} rows: {database.report}")
 
@@ -35,4 +36,4 @@ print(f"{len(gcfast.Database.open('birds.gcfast', verify=True))} rows: {database
 print(explainer.calibrate(Loader(range(20, 24))))
 images, _, _ = next(batches(range(30, 33)))
 print("confidence:", explainer.explain_batch(images, details=True).confidence)
-database.save("calibrated.gcfast")
+database.save("calibrated.gcfast", overwrite=True)

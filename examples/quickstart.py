@@ -18,7 +18,7 @@ for label in TRAINING_LABELS[:6]:
 
 explainer = gcfast.Explainer(model)
 database = explainer.build(loader)
-database.save("birds.gcfast")
+database.save("birds.gcfast", overwrite=True)  # without it, an existing database is refused
 print(f"explained layer: {explainer.layer_name}; {database}")
 
 # In the process that answers queries, once:

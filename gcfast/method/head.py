@@ -30,7 +30,10 @@ from gcfast.ops.precision import full_precision
 # The worst seen on the tested heads: 4e-7 in float32, 2e-3 in float16, 2e-2 in bfloat16.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 PROBE_IMAGES = 2
-PROBE_VARIANTS = 5  # activations that the map has to reproduce
+# Sizes of the activations that the map has to reproduce: the image's own, a relative, and strangers
+# of both signs, so that whatever is not affine bends somewhere (a hidden ReLU switches). One more
+# is the mean of the last two.
+VARIANTS = (1.0, 1.0, -1.0, 6.0, -4.0)
 JACOBIAN_BYTES = 2**26  # of the gradients of one batched product
 EXACT_TOLERANCE = 1e-8
 # What the largest element of a float16 cotangent is scaled to, a row; the gradient of one pixel is
@@ -217,7 +220,7 @@ def _from_modules(network: Network, image: Tensor) -> AffineHead | None:
         except Exception:  # whatever the model says to several activations for one image
             return None
     composed = _composed(behind, pooled.shape[1])
-    if composed is None or len(output) != PROBE_VARIANTS:
+    if composed is None or len(output) != len(VARIANTS) + 1:
         return None
     weight, bias = composed
     raw = pooled @ weight.T + bias
@@ -297,7 +300,7 @@ def _from_gradients(network: Network, image: Tensor) -> AffineHead | None:
         return None  # no copy, or no float64: autograd takes this model
     # The backbone is what costs. Most models let one image through it be several behind the layer;
     # one that has counted its images by then does not.
-    for copies in (1, PROBE_VARIANTS):
+    for copies in (1, len(VARIANTS) + 1):
         try:
             head = _from_jacobian(twin, image.repeat(copies, 1, 1, 1))
         except Exception:
@@ -318,11 +321,13 @@ def _from_jacobian(twin: Network, images: Tensor) -> AffineHead | None:
 
     Args:
         twin: a copy of the model, float64 behind the layer.
-        images: [1 or PROBE_VARIANTS, 3, h, w], all the same.
+        images: [1 or V, 3, h, w] for V variants, all the same.
     """
     with twin.differentiable(images, replace=_varied(torch.float64)) as captured:
         at = captured.output.detach()
-        if len(at) != PROBE_VARIANTS:
+        if len(at) != len(VARIANTS) + 1:
+            return None
+        if not _keeps_lines(at):
             return None
         norms = at.norm(dim=1)
         unit = bool((norms - norms[0]).abs().max() < UNIT_TOLERANCE * norms[0])
@@ -349,20 +354,31 @@ def _from_jacobian(twin: Network, images: Tensor) -> AffineHead | None:
 
 
 def _varied(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """From the activation of one image, or of several that are the same, to PROBE_VARIANTS."""
+    """From the activation of one image, or of several that are the same, to variants of it."""
 
-    def varied(activation: Tensor) -> Tensor:
-        # The image itself, a relative, and strangers of both signs and several sizes, so that
-        # whatever is not affine bends somewhere (a hidden ReLU switches).
+    def vary(activation: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        shape = (PROBE_VARIANTS, *activation.shape[1:])
+        shape = (len(VARIANTS), *activation.shape[1:])
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        sizes = 4 * torch.randn(len(noise), generator=generator, dtype=torch.float64)
-        sizes[:2], noise[0] = 1, 0
+        noise[0] = 0
+        sizes = torch.tensor(VARIANTS, dtype=torch.float64)
         factors = sizes.view(-1, *[1] * (noise.ndim - 1)) * (1 + noise)
-        return (activation.double() * factors.to(activation.device)).to(dtype)
+        # One image, or several that are the same.
+        varied = activation[:1].double() * factors.to(activation.device)
+        return torch.cat([varied, varied[-2:].mean(0, keepdim=True)]).to(dtype)
 
-    return varied
+    return vary
+
+
+def _keeps_lines(output: Tensor) -> bool:
+    """Whether the last of the outputs [variants, D] is in the plane of the two before it.
+
+    An affine map keeps it there, divided by its norm or not. A head with a hidden nonlinearity
+    hardly does, and is known by one product instead of a whole Jacobian.
+    """
+    plane = torch.linalg.qr(output[-3:-1].T).Q  # [D, 2]
+    off = output[-1] - plane @ (plane.T @ output[-1])
+    return bool(off.norm() <= EXACT_TOLERANCE * output[-3:].norm())  # NaN included
 
 
 def _jacobian(twin: Network, captured: Captured, output: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from networks import (
 )
 from torch import Tensor, nn
 
+import gcfast.method.head as head_module
 from gcfast.method.head import AffineHead, normalized, probe, vjp_grad_weights
 from gcfast.method.pairs import Cotangents
 from gcfast.model.network import Network
@@ -54,6 +55,17 @@ def test_affine_heads_are_found_and_reproduce_the_model(name: str, l2_normalize:
 @pytest.mark.parametrize("name", OTHER_HEADS)
 def test_other_heads_are_not_taken_for_affine(name: str) -> None:
     assert probed(OTHER_HEADS[name](CHANNELS)) is None
+
+
+def test_a_hidden_nonlinearity_is_known_without_a_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand outputs behind the first of many layers would each cost a backward pass."""
+    taken = []
+    true = head_module._jacobian
+    monkeypatch.setattr(head_module, "_jacobian", lambda *args: taken.append(1) or true(*args))
+    assert probed(OTHER_HEADS["mlp"](CHANNELS)) is None
+    assert not taken
+    assert probed(Loose()) is not None
+    assert taken
 
 
 def test_weight_and_bias_are_the_models_own() -> None:

@@ -1,0 +1,15 @@
+"""The README's Python example is run as it stands."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_runs_twice_in_one_folder(tmp_path, monkeypatch, capsys):
+    """The second time over the database that the first has written."""
+    example = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.count("torch.Size([4, 128, 128])") == 2
