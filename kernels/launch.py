@@ -66,6 +66,29 @@ def sparse_cam_rows(B: int, OH: int, config: SparseCamConfig) -> int:
     return -(-OH // (slices * config.block_oh)) * config.block_oh
 
 
+class RefineConfig(NamedTuple):
+    """Launch choices of ``refine``: a program's tile of channels and pixels, twice."""
+
+    block_c: int  # of the statistics
+    block_p: int
+    sum_block_c: int  # of the sum over the channels
+    sum_block_p: int
+    product_block: int  # pixels of the result
+    num_warps: int
+
+
+REFINE_CONFIGS = (RefineConfig(8, 256, 16, 128, 256, 4), RefineConfig(64, 16, 128, 16, 256, 4))
+
+
+def refine_config(*, is_last: bool) -> RefineConfig:
+    """Tiles that lie as the memory does, up to 2,048 numbers for 128 threads.
+
+    Args:
+        is_last: whether neighbouring channels are neighbours in memory (channels-last).
+    """
+    return REFINE_CONFIGS[is_last]
+
+
 TOP_M_MAX_C, TOP_M_MAX_M = 8192, 256  # a library sort beyond
 
 

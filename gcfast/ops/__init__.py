@@ -15,6 +15,7 @@ None of them is differentiable. Inputs may have any strides and are not changed.
 from gcfast.ops.grad_weights import METHODS, grad_weights
 from gcfast.ops.head_grad_weights import head_grad_weights
 from gcfast.ops.knn import knn
+from gcfast.ops.refine import refine
 from gcfast.ops.sample_triplets import mean_cotangents, sample_triplets
 from gcfast.ops.sparse_cam import sparse_cam
 from gcfast.ops.top_m import top_m
@@ -27,6 +28,7 @@ __all__ = [
     "head_grad_weights",
     "knn",
     "mean_cotangents",
+    "refine",
     "sample_triplets",
     "sparse_cam",
     "top_m",

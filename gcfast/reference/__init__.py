@@ -3,7 +3,7 @@
 Each function has the name and the signature of its twin in :mod:`gcfast.ops`, where the arguments
 are checked and documented; here they are trusted. Whatever another backend computes is right when
 it agrees with this package and wrong when it does not. ``sample_triplets`` and ``mean_cotangents``
-are in :mod:`gcfast.reference.triplets`.
+are in :mod:`gcfast.reference.triplets`, ``refine`` in :mod:`gcfast.reference.refining`.
 
 Sources: the paper is Chen et al., *Adapting Grad-CAM for Embedding Networks*, WACV 2020; Grad-CAM++
 is Chattopadhay et al., arXiv:1710.11063.
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gcfast.reference.refining import refine
 from gcfast.reference.triplets import (
     STREAM_TRIES,
     STREAM_TRIPLETS,
@@ -46,6 +47,7 @@ __all__ = [
     "label_sketch",
     "mean_cotangents",
     "philox",
+    "refine",
     "sample_triplets",
     "sparse_cam",
     "top_m",

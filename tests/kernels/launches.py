@@ -16,6 +16,7 @@ from gcfast.kernels.grad_weights import launch_grad_weights
 from gcfast.kernels.head_grad_weights import launch_head_grad_weights
 from gcfast.kernels.knn import launch_knn
 from gcfast.kernels.launch import near_config
+from gcfast.kernels.refine import launch_refine
 from gcfast.kernels.sample_triplets import picked
 from gcfast.kernels.sparse_cam import launch_sparse_cam
 from gcfast.kernels.top_m import launch_top_m
@@ -205,6 +206,20 @@ def _sparse_cam() -> None:
         launch(far, (225, 225), is_mixed=True, stride=FAR + 1)
 
 
+def _refine() -> None:
+    # As the networks have them, and odd sizes.
+    for C, side, dtype in zip((1024, 40, 2047), (14, 28, 13), FLOATS, strict=True):
+        maps = torch.empty(16, 7, 7)
+        launch_refine(maps, torch.empty(16, C, side, side, dtype=dtype))
+        launch_refine(maps, _channels_last(16, C, side, side, dtype))
+    # The second of two, whose map is finer; a batch of one; everything that can be 1 is.
+    launch_refine(torch.empty(3, 14, 14), _channels_last(3, 512, 28, 28))
+    launch_refine(torch.empty(1, 7, 5, dtype=torch.bfloat16), torch.empty(1, 33, 15, 11))
+    launch_refine(torch.empty(1, 1, 1), torch.empty(1, 1, 1, 1))
+    far = torch.empty_strided((3, 64, 9, 9), (FAR + 1, FAR + 1, 9 * (FAR + 1), FAR + 1))
+    launch_refine(torch.empty(3, 7, 7), far)
+
+
 def _top_m() -> None:
     for C, M in ((2048, 64), (2047, 200), (8191, 50), (8192, 256), (1024, 50), (200, 50)):
         launch_top_m(torch.empty(3, C), M)
@@ -220,6 +235,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "knn": _knn,
     "measured_rows": _knn,
     "near_rows": _near_rows,
+    "refine": _refine,
     "row_squares": _knn,
     "sample_triplets": _sample_triplets,
     "sparse_cam": _sparse_cam,

@@ -96,3 +96,4 @@ def test_operations_on_nothing_launch_no_empty_grid(B, N, device, monkeypatch):
     found = rows[:, :1].clamp(max=N - 1)
     maps = ops.sparse_cam(made(B, 5, 2, 2), found, *table, size=(3, 3), **on_triton)
     assert maps.shape == (B, 3, 3)
+    assert ops.refine(maps, made(B, 5, 6, 6), **on_triton).shape == (B, 6, 6)

@@ -36,6 +36,7 @@ CALLS = {
         {"size": [7, 5]},
     ),
     "knn": lambda: ((torch.randn(3, 4), torch.randn(9, 4), 2), {}),
+    "refine": lambda: ((torch.rand(2, 2, 3), torch.randn(2, 5, 4, 6)), {}),
     "sample_triplets": lambda: (_labelled(), {"triplets": 4, "margin": 0.2}),
     "mean_cotangents": lambda: (_labelled(), {"margin": 0.2}),
 }
