@@ -29,8 +29,7 @@ queries = [draw_bird(label, seed=1, index=0) for label in UNSEEN_LABELS[:4]]
 images = as_batch(queries)
 maps = gcfast.explain_batch(images)  # [B, OH, OW] in [0, 1]
 why = gcfast.explain_batch(images, details=True)
-for row, distance in zip(why.neighbors[:, 0].tolist(), why.distances[:, 0].tolist(), strict=True):
-    name = database.label_name(int(database.labels[row]))
-    print(f"weights from row {row} ({name}), at squared distance {distance:.3f}")
+for row, (name,), distance in zip(why.neighbors[:, 0], why.label_names, why.distances, strict=True):
+    print(f"weights from row {row} ({name}), at squared distance {distance.item():.3f}")
 
 Image.fromarray(overlay(queries[0].image, maps[0].numpy())).save("heat.png")

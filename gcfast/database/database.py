@@ -6,7 +6,6 @@ safetensors. Nothing in it is pickled.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from gcfast.database.members import Members, MembersFile, PackedMembers
 from gcfast.database.shards import FIELDS, Shard, ShardFile
 from gcfast.database.write import write_database
 from gcfast.errors import GcfastError, NoDatabaseError
+from gcfast.method.labels import label_name
 
 VERIFY_BYTES = 256 * 2**20  # up to which `open` compares checksums: a fifth of a second to read
 
@@ -111,12 +111,7 @@ class Database(Columns):
 
     def label_name(self, label: float) -> str:
         """Return the class name of a label, or the number where labels have no names; "" for -1."""
-        if isinstance(label, float):
-            return "" if math.isnan(label) else f"{label:.12g}"
-        names = self.manifest["class_names"]
-        if label < 0 and names:
-            return ""
-        return str(names[int(label)]) if names else str(label)
+        return label_name(label, self.manifest["class_names"])
 
     def members_of(self, row: int) -> list[str]:
         """Return the ids of the rows that a row of a compressed database stands for.

@@ -127,7 +127,8 @@ class Attached:
         """Return the maps, or with ``details`` everything that they rest on."""
         if not details:
             return out.maps
-        return out.explanation(self.transfer.labels, self._confidence)
+        names = self.database.manifest["class_names"]
+        return out.explanation(self.transfer.labels, self._confidence, names)
 
     def _confidence(self, distances: Tensor) -> Tensor | None:
         return None if self.calibration is None else self.calibration.confidence(distances[:, 0])

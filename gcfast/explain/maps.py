@@ -6,7 +6,7 @@ embedding is not finite gets a map of NaN where on the CPU it is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,8 +65,9 @@ class Explained(NamedTuple):
         self,
         labels: Tensor | None,
         confidence: Callable[[Tensor], Tensor | None] = lambda _: None,
+        class_names: Sequence[str] = (),
     ) -> Explanation:
-        """With the labels [N] of the table, where they are not here, and a calibration."""
+        """With the labels [N] of the table, where they are not here, a calibration and names."""
         return Explanation(
             maps=self.maps,
             embeddings=self.embeddings,
@@ -75,6 +76,7 @@ class Explained(NamedTuple):
             labels=self.labels_from(labels),
             flat=self.maps.abs().amax((1, 2)) == 0,
             confidence=confidence(self.distances),
+            class_names=class_names,
         )
 
     def labels_from(self, labels: Tensor | None) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
 from gcfast._checks import require_choice, require_int
+from gcfast.method.labels import label_name
 
 Size = int | tuple[int, int]
 
@@ -27,6 +29,17 @@ class Explanation:
     # database's classes; None if the database has no calibration (`Explainer.calibrate`, whose
     # result says whether it is informative).
     confidence: Tensor | None = None
+    class_names: Sequence[str] = field(default=(), repr=False)  # by label; empty: they are numbers
+
+    @property
+    def label_names(self) -> list[list[str]]:
+        """``labels`` by name, B lists of K: the number where it has none, "" where there is none.
+
+        On a CUDA device this waits for it.
+        """
+        return [
+            [label_name(label, self.class_names) for label in row] for row in self.labels.tolist()
+        ]
 
 
 class TripletMaps(NamedTuple):

@@ -137,6 +137,15 @@ class Values:
             )
 
 
+def label_name(label: float, names: Sequence[str]) -> str:
+    """Return the name of a label, or the number where labels have no names; "" where it is none."""
+    if isinstance(label, float):
+        return "" if math.isnan(label) else f"{label:.12g}"
+    if label == -1:
+        return ""
+    return names[label] if names else str(label)
+
+
 def column(
     real_labels: bool, names: Iterable[str] = (), seen: Iterable[Any] = ()
 ) -> Labels | Values:

@@ -109,6 +109,7 @@ def layers(
     # Those that can be explained, and why none of the later ones is.
     from_default_on = found[found.index(default) :] if default is not None else found
     found = [one for one in found if one.usable or one in from_default_on]
+    closed = _closed(network, found, images, l2_normalize)
     return LayerTable(
         [
             Layer(
@@ -119,7 +120,7 @@ def layers(
                 grid=one.grid,
                 channels=one.channels,
                 parameters_before=one.parameters_before,
-                closed_form=_closed(network, one, images, l2_normalize),
+                closed_form=one in closed,
                 default=one is default,
                 why=_why(one, default),
             )
@@ -128,14 +129,27 @@ def layers(
     )
 
 
-def _closed(network: Network, one: Candidate, images: Tensor, l2_normalize: bool) -> bool:
-    if not one.uniform or not one.usable:
-        return False
-    at = Network(network.model, one.name, output_key=network.output_key, reshape=one.layout)
-    try:
-        return probe(at, images, l2_normalize) is not None
-    except (ValueError, TypeError, RuntimeError, UnsupportedModelError):
-        return False
+def _closed(
+    network: Network, found: Sequence[Candidate], images: Tensor, l2_normalize: bool
+) -> list[Candidate]:
+    """The layers that have the closed form, from the last one back to the first that has not.
+
+    What lies in front of a layer without it goes through that layer, and has it no more.
+    """
+    closed: list[Candidate] = []
+    for one in reversed(found):
+        if not one.usable:
+            continue
+        if not one.uniform:
+            break
+        at = Network(network.model, one.name, output_key=network.output_key, reshape=one.layout)
+        try:
+            if probe(at, images, l2_normalize) is None:
+                break
+        except (ValueError, TypeError, RuntimeError, UnsupportedModelError):
+            break
+        closed.append(one)
+    return closed
 
 
 def _why(one: Candidate, default: Candidate | None) -> str:

@@ -78,6 +78,7 @@ def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) 
 def test_labels_that_are_numbers_are_their_own_names() -> None:
     _, database = built()
     assert database.label_name(7) == "7"
+    assert database.label_name(-1) == "", "there is none"
     assert "9 rows" in repr(database)
 
 

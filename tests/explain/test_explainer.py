@@ -126,6 +126,28 @@ def test_details_are_what_the_maps_rest_on() -> None:
     assert why.flat.tolist() == [False] * 4
 
 
+@pytest.mark.parametrize("index", ["exact", "Flat"])
+def test_labels_by_name(index: str) -> None:
+    """Of a database with names, and with fewer rows than neighbors through an index."""
+    if index != "exact":
+        pytest.importorskip("faiss")
+    images, labels = pictures(6)
+    names = [("wren", "tit", "owl")[label] for label in labels]
+    one = gcfast.Explainer(common(), "backbone", channels=5, k=7, index=index)
+    one.build([(images, names)])
+    why = one.explain_batch(images, details=True)
+    assert [row[0] for row in why.label_names] == names
+    assert [len(row) for row in why.label_names] == [why.labels.shape[1]] * 6
+    for row, of in zip(why.neighbors.tolist(), why.label_names, strict=True):
+        assert of == [names[r] if r >= 0 else "" for r in row]
+
+
+def test_labels_without_names_are_their_numbers() -> None:
+    one, (images, _) = ready(), pictures(4)
+    why = one.explain_batch(images, details=True)
+    assert why.label_names == [[str(label)] for label in why.labels[:, 0].tolist()]
+
+
 def test_a_training_image_finds_its_own_row() -> None:
     images, labels = pictures(9)
     one = gcfast.Explainer(common(), "backbone", channels=5)
