@@ -31,6 +31,7 @@ ORDER = (
     "reference",
     "_checks",
     "_extras",
+    "_progress",
     "errors",
     "_core",
 )

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from gcfast._progress import Progress, length
 from gcfast.builder.loader import Batch, batches, check_embeddings, on_device
 from gcfast.builder.offload import Columns, Offload, resident
 from gcfast.builder.spool import Spool
@@ -205,23 +205,22 @@ class _Stage:
                 )
             after_batch()
 
-        bar = tqdm(desc="embedding", unit=" images", disable=not progress, leave=False)
-        for batch in batches(loader, real_labels=self.settings.objective.real_labels):
-            if before is not None and row < done:
-                self._compare(batch, before, row)
-            else:
-                images = on_device(batch.images, self.network)
-                if offload is None:
-                    offload = Offload(images.device)
-                    if not done:
-                        totals.head = probe(self.network, images, l2_normalize)
-                for taken in offload.put(*self._launch(batch, images)):
-                    take(*taken)
-            row += len(batch.images)
-            bar.update(len(batch.images))
-        for taken in offload.drain() if offload is not None else []:
-            take(*taken)
-        bar.close()
+        with Progress("embedding", "batches", total=length(loader), show=progress) as shown:
+            for batch in batches(loader, real_labels=self.settings.objective.real_labels):
+                if before is not None and row < done:
+                    self._compare(batch, before, row)
+                else:
+                    images = on_device(batch.images, self.network)
+                    if offload is None:
+                        offload = Offload(images.device)
+                        if not done:
+                            totals.head = probe(self.network, images, l2_normalize)
+                    for taken in offload.put(*self._launch(batch, images)):
+                        take(*taken)
+                row += len(batch.images)
+                shown.update()
+            for taken in offload.drain() if offload is not None else []:
+                take(*taken)
         if row < done:
             raise other_images(f"it gave {done} images or more before and {row} now")
         if not totals.rows:

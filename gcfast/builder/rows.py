@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gcfast import ops
 from gcfast._checks import require_finite_rows
+from gcfast._progress import Progress
 from gcfast.builder.embed import Embedded, other_images
 from gcfast.builder.loader import batches, on_device
 from gcfast.builder.offload import Columns, Offload
@@ -183,11 +183,11 @@ class Rows:
         offload: Offload[int] = Offload(self.device)
         closed = self.embedded.head is not None
         batches = self._closed_form() if closed else self._second_pass(loader)
-        with tqdm(total=N, desc="rows", unit=" rows", disable=not progress, leave=False) as bar:
+        with Progress("making rows", "rows", total=N, show=progress) as shown:
             for start, stop, weights, first in batches:
                 for taken in offload.put(self._columns(weights, first), start):
                     yield from self._kept(table, *taken)
-                bar.update(stop - bar.n)
+                shown.update(stop - shown.done)
         for taken in offload.drain():
             yield from self._kept(table, *taken)
         if table.filled:

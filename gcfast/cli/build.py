@@ -77,7 +77,7 @@ def build_database(options: argparse.Namespace) -> None:
     try:
         database = explainer.build(
             loader,
-            progress=sys.stderr.isatty(),
+            progress=True,
             preprocessing=kept,
             out=options.out,
             resume=options.resume,

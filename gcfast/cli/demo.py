@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from gcfast.demo.run import run_demo
 
 
 def show_demo(options: argparse.Namespace) -> None:
     """Run the demonstration and write its page."""
-    run_demo(out_dir=options.out, seed=0, progress=sys.stderr.isatty())
+    run_demo(out_dir=options.out, seed=0, progress=True)

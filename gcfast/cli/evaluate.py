@@ -57,7 +57,7 @@ def evaluate_database(options: argparse.Namespace) -> None:
             seed=options.seed,
             thorough=options.thorough,
             check=lambda trained: check_rows(trained, opened.database, from_database),
-            progress=sys.stderr.isatty(),
+            progress=True,
         )
     finally:
         tell_left_out("training pictures, left out", [*left_out, *train.unreadable])

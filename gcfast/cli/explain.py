@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
+from gcfast._progress import Progress
 from gcfast.cli.inputs import list_files, open_database, reading
 from gcfast.cli.outputs import JsonRows, MapWriter, check_folder, tell_doubts, tell_left_out
 from gcfast.database.database import Database
@@ -64,7 +64,7 @@ def explain_files(options: argparse.Namespace) -> None:
     database, preprocessing = opened.database, opened.preprocessing
     loader = ImageLoader(files, files, preprocessing=preprocessing, **reading(options))
     (options.out / "overlays").mkdir(parents=True, exist_ok=True)
-    shown: list[dict[str, str]] = []
+    on_page: list[dict[str, str]] = []
     flat = done = 0
     started = time.perf_counter()
     with (
@@ -77,7 +77,7 @@ def explain_files(options: argparse.Namespace) -> None:
             errors="surrogateescape",  # a path that is not UTF-8 keeps its bytes
             newline="",
         ) as file,
-        tqdm(total=len(files), unit="image", disable=not sys.stderr.isatty()) as bar,
+        Progress("explaining", "pictures", total=len(files), show=True) as shown,
     ):
         table = csv.DictWriter(file, _columns(options.k))
         table.writeheader()
@@ -99,11 +99,11 @@ def explain_files(options: argparse.Namespace) -> None:
                 whole.save(options.out / row["overlay"], compress_level=3)
                 transforms.write({"map": done + i, "path": name} | place)
                 table.writerow(row)
-                if len(shown) < options.page_rows:
-                    shown.append(row)
+                if len(on_page) < options.page_rows:
+                    on_page.append(row)
             done += len(names)
             flat += int(why.flat.sum())
-            bar.update(len(names))
+            shown.update(len(names))
         seconds = time.perf_counter() - started
         for name, reason in loader.unreadable:
             table.writerow({"path": name, "error": reason})
@@ -118,13 +118,13 @@ def explain_files(options: argparse.Namespace) -> None:
         "Each picture went through the network once, and its nearest picture in the database lent "
         "the weights of its channels. "
     ) + _MEANING[database.manifest["settings"]["evidence"]]
-    if done > len(shown):
-        lead += f"\n\nShown are the first {len(shown):,} of {done:,}; results.csv lists them all."
+    if done > len(on_page):
+        lead += f"\n\nShown are the first {len(on_page):,} of {done:,}; results.csv lists them all."
     write_report(
         options.out / "index.html",
         title=f"Explained with {options.database.resolve().name}",
         lead=lead,
-        rows=_page_rows(options.out, shown, preprocessing),
+        rows=_page_rows(options.out, on_page, preprocessing),
         table=_unreadable_table(loader.unreadable),
         table_caption="Pictures that could not be read",
         facts=facts,

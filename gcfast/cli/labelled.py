@@ -37,7 +37,7 @@ def append_pictures(options: argparse.Namespace) -> None:
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            database = opened.explainer.append(loader, progress=sys.stderr.isatty())
+            database = opened.explainer.append(loader, progress=True)
     finally:
         tell_left_out("unreadable pictures, skipped", loader.unreadable)
         tell_doubts(loader.doubts)
@@ -57,7 +57,7 @@ def calibrate_database(options: argparse.Namespace) -> None:
     opened = open_database(options)
     loader = _loader(options, opened, labelled_pictures(options))
     try:
-        fidelity = opened.explainer.calibrate(loader)
+        fidelity = opened.explainer.calibrate(loader, progress=True)
     finally:
         tell_left_out("unreadable pictures, skipped", loader.unreadable)
         tell_doubts(loader.doubts)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import gcfast
+from gcfast._progress import tracked
 from gcfast.demo.birds import Picture, as_batch, draw_bird
 from gcfast.demo.network import BirdNet, load_network
 from gcfast.demo.page import write_page
@@ -209,7 +209,7 @@ def _draw(
 ) -> Pictures:
     tasks = [(label, i) for label in labels for i in range(each)]
     pictures, ids = [], []
-    for label, i in tqdm(tasks, desc=words, unit="picture", disable=not progress):
+    for label, i in tracked(tasks, words, "pictures", show=progress):
         index = (label * each + i) * 2 + stream
         pictures.append(draw_bird(label, seed=seed, index=index))
         ids.append(f"{SPECIES[label].name}/{i:03d}")

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from gcfast._progress import tracked
 from gcfast.database.database import Database
 from gcfast.evaluation.datasets import Truth
 from gcfast.evaluation.fidelity import FIDELITY_IMAGES, FidelitySample
@@ -162,7 +162,7 @@ def evaluate(
     channels = (*(m for m in CHANNEL_COUNTS if m < C), C)
     centers = tuple(n for n in center_counts if n <= len(trained.database)) if compress else ()
     databases = {}
-    for n in tqdm(centers, desc="k-means", disable=not progress, leave=False):
+    for n in tracked(centers, "k-means", "databases", show=progress):
         assert compress is not None
         databases[f"K={n}"] = compress(trained.database, n)
     watch = _Watch(trained, labels, localised, total, thorough)

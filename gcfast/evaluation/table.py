@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from gcfast._progress import tracked
 from gcfast.database.database import Database
 from gcfast.evaluation.ways import (
     MAIN_ROW,
@@ -250,7 +250,7 @@ def tables_from(
     seen = 0
     collected = [_Collected() for _ in centers]
     rows: list[str] = []
-    for images, truth in tqdm(test_batches, desc="test images", disable=not progress, leave=False):
+    for images, truth in tracked(test_batches, "test images", "batches", show=progress):
         query = trained.query(images)
         names = trained.label_names(query.nearest)
         ways = list(table_ways(trained, query, seen, seed))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gcfast import ops
 from gcfast._checks import require_finite_rows, require_shape
+from gcfast._progress import length, tracked
 from gcfast.builder.loader import batches, on_device
 from gcfast.database.manifest import CALIBRATION
 from gcfast.errors import DamagedDatabaseError
@@ -209,7 +210,9 @@ class Calibration:
             ) from None
 
 
-def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
+def transfer_fidelity(
+    explainer: Explainer, loader: Iterable[Any], *, progress: bool = False
+) -> Fidelity:
     """Compare, image by image, the transferred map with the map from the image's own triplets.
 
     The map that a random row gives is the control; the rows are drawn with the explainer's seed.
@@ -219,6 +222,7 @@ def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
         explainer: with a database.
         loader: labelled images that the database was not built from, as for
             :meth:`gcfast.Explainer.build`.
+        progress: as there.
 
     Returns:
         The agreements, on the CPU, in the loader's order.
@@ -241,7 +245,8 @@ def transfer_fidelity(explainer: Explainer, loader: Iterable[Any]) -> Fidelity:
     controls: list[Tensor] = []
     flat = unknown = 0
     real = explainer.settings.objective.real_labels
-    for batch in batches(loader, real_labels=real):
+    found = batches(loader, real_labels=real)
+    for batch in tracked(found, "comparing maps", "batches", total=length(loader), show=progress):
         # Any number can be compared with the rows'; a class must be one of theirs.
         known = [real or label in (names or numbers) for label in batch.labels]
         unknown += known.count(False)

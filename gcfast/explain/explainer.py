@@ -222,7 +222,7 @@ class Explainer:
                 images [B, 3, h, w] floating point, moved to the model's device and dtype; labels
                 [B] whole numbers or names (real numbers for a ``RankLoss``); ids [B] strings. It
                 must give the same images in the same order in every pass.
-            progress: show bars on stderr.
+            progress: show bars on stderr, or where that is no terminal a line every half minute.
             preprocessing: anything that JSON can hold, kept in the manifest.
             out: the folder to write the database to as it is made; None keeps it in memory.
             resume: continue the unfinished build of ``out``, if there is one. With another
@@ -271,7 +271,7 @@ class Explainer:
 
         Args:
             loader: as for :meth:`build`; one label is enough.
-            progress: show bars on stderr.
+            progress: as for :meth:`build`.
 
         Returns:
             The database with all rows, the new ones last.
@@ -304,7 +304,7 @@ class Explainer:
 
         Args:
             loader: all the images, as for :meth:`build`.
-            progress: show bars on stderr.
+            progress: as for :meth:`build`.
             resume: continue an unfinished rebuild, if there is one.
 
         Raises:
@@ -524,7 +524,7 @@ class Explainer:
             details=details,
         )
 
-    def calibrate(self, loader: Iterable[Any]) -> Fidelity:
+    def calibrate(self, loader: Iterable[Any], *, progress: bool = False) -> Fidelity:
         """Learn from labelled held-out images what a distance says of a map; kept in the database.
 
         From then on ``explain_batch(details=True).confidence`` is the expected cosine between the
@@ -536,6 +536,7 @@ class Explainer:
         Args:
             loader: as for :meth:`build`, of images that the database was not built from; images of
                 classes that it does not know are left out and counted.
+            progress: as for :meth:`build`.
 
         Returns:
             What was measured, with a random row's agreement next to it, see
@@ -547,7 +548,7 @@ class Explainer:
                 images of the database.
         """
         attached = self._attach()
-        fidelity = transfer_fidelity(self, loader)
+        fidelity = transfer_fidelity(self, loader, progress=progress)
         calibration = calibrated(fidelity)
         attached.database.manifest[CALIBRATION] = calibration.to_dict()
         with self._lock:

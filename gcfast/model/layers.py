@@ -42,7 +42,7 @@ MAX_PREFIX = 16  # class, distillation and register tokens
 MIN_REACHED = 0.25  # of the places of tokens; a class token's last block has none
 MAX_SKEW = 2.0  # how far places may be from square, one side by the other
 UNIFORM = 0.05  # spread of a gradient over places that may still be rounding, in any precision
-EXAMINED = 12  # layers whose gradient is asked for at once, from the last one back
+EXAMINED = 12  # layers whose gradient is asked for at first, from the last one back
 MAX_BEHIND = 0.5  # of the parameters may lie between the default and a later part of the maps
 GRIDS_OF_TOKENS = (1, 2, 4, 8, 16)  # patches merged to one token, a side
 
@@ -281,8 +281,11 @@ def _examined(
     routes = _Routes(output, leaf)
     size = (leaf.shape[2], leaf.shape[3])
     found: list[Candidate] = []
-    for stop in range(len(spatial), 0, -EXAMINED):
-        part = spatial[max(0, stop - EXAMINED) : stop]
+    stop, count = len(spatial), EXAMINED
+    while stop > 0:
+        # Every pass begins at the embedding: twice as many layers each time.
+        part = spatial[max(0, stop - count) : stop]
+        stop, count = stop - count, 2 * count
         edges = [seen.edge for seen, _ in part if seen.edge is not None]
         if not edges:
             break  # what was made without a graph is not explained
