@@ -89,6 +89,34 @@ def refine_config(*, is_last: bool) -> RefineConfig:
     return REFINE_CONFIGS[is_last]
 
 
+class DenseCamConfig(NamedTuple):
+    """Launch choices of the sums of ``dense_cam``; ``sparse_cam``'s are those of its maps."""
+
+    block_p: int
+    block_c: int  # channels read at once
+    num_warps: int
+    channels: int  # that a program adds up
+
+
+DENSE_CAM_BLOCKS = ((64, 64, 4), (256, 32, 8), (128, 32, 4))  # reasoned from registers
+
+
+def dense_cam_config(B: int, C: int, P: int, sms: int) -> DenseCamConfig:
+    """A small map at once, with its channels in slices until each multiprocessor has four programs.
+
+    Args:
+        B: images.
+        C: channels.
+        P: pixels of the map.
+        sms: multiprocessors of the device.
+    """
+    at = 0 if P <= 64 else 1 if P <= SPARSE_CAM_MAX_PIXELS else 2
+    block_p, block_c, num_warps = DENSE_CAM_BLOCKS[at]
+    slices = 1 if at == 2 else max(1, PROGRAMS_PER_SM * sms // B)
+    channels = -(-C // (slices * block_c)) * block_c
+    return DenseCamConfig(block_p, block_c, num_warps, channels)
+
+
 TOP_M_MAX_C, TOP_M_MAX_M = 8192, 256  # a library sort beyond
 
 

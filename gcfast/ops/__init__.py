@@ -12,6 +12,7 @@ declaration: the checked call, ``.trusted`` and ``torch.ops.gcfast.<name>``.
 None of them is differentiable. Inputs may have any strides and are not changed.
 """
 
+from gcfast.ops.dense_cam import dense_cam
 from gcfast.ops.grad_weights import METHODS, grad_weights
 from gcfast.ops.head_grad_weights import head_grad_weights
 from gcfast.ops.knn import knn
@@ -24,6 +25,7 @@ from gcfast.reference import Triplets
 __all__ = [
     "METHODS",
     "Triplets",
+    "dense_cam",
     "grad_weights",
     "head_grad_weights",
     "knn",

@@ -61,6 +61,38 @@ def sparse_cam(
 
     Source: paper, Eq. 6 and section 3.3.
     """
+    sizes = checked_maps(activations, size, relu, normalize, grid, dtype, backend)
+    sizes.require("neighbors", neighbors, (torch.int64,), "B K")
+    sizes.require("channels", channels, (torch.int64,), "N M")
+    sizes.require("weights", weights, FLOATS, "N M")
+    if mixing is not None:
+        sizes.require("mixing", mixing, FLOATS, "B K")
+    if offsets is not None:
+        sizes.require("offsets", offsets, FLOATS, "N")
+    elif center != 0:
+        raise ValueError(f"`offsets` must be given when `center` is {center}, got None")
+    if not math.isfinite(center):
+        raise ValueError(f"`center` must be finite, got {center}")
+
+    def check_ids() -> None:
+        require_ids("neighbors", neighbors, -1, sizes["N"])
+        if sizes["N"]:
+            # Only the rows that are read: the table may be a mapped file of millions of rows.
+            require_ids("channels", channels[neighbors.clamp(min=0)], 0, sizes["C"])
+
+    return Outputs(activations, ((sizes["B"], *size), dtype), check_values=check_ids)
+
+
+def checked_maps(
+    activations: Tensor,
+    size: tuple[int, int],
+    relu: bool,
+    normalize: str | None,
+    grid: tuple[int, int] | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Dimensions:
+    """Check what every operation that makes maps takes, and return the sizes B, C and so on."""
     require_choice("backend", backend, BACKENDS)
     require_choice("normalize", normalize, ("max", "minmax", None))
     require_choice("dtype", dtype, MAP_DTYPES)
@@ -73,26 +105,8 @@ def sparse_cam(
         sizes.require("activations", activations, FLOATS, "B C H W")
         if sizes["H"] * sizes["W"] == 0:
             raise ValueError(f"`activations` must have pixels, got {list(activations.shape)}")
-    sizes.require("neighbors", neighbors, (torch.int64,), "B K")
-    sizes.require("channels", channels, (torch.int64,), "N M")
-    sizes.require("weights", weights, FLOATS, "N M")
-    if mixing is not None:
-        sizes.require("mixing", mixing, FLOATS, "B K")
-    if offsets is not None:
-        sizes.require("offsets", offsets, FLOATS, "N")
-    elif center != 0:
-        raise ValueError(f"`offsets` must be given when `center` is {center}, got None")
-    if not math.isfinite(center):
-        raise ValueError(f"`center` must be finite, got {center}")
     if dtype == torch.uint8 and (normalize is None or (not relu and normalize == "max")):
         raise ValueError("`dtype` must be a float for maps outside [0, 1], got torch.uint8")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"`size` must be (OH, OW), both at least 1, got {size}")
-
-    def check_ids() -> None:
-        require_ids("neighbors", neighbors, -1, sizes["N"])
-        if sizes["N"]:
-            # Only the rows that are read: the table may be a mapped file of millions of rows.
-            require_ids("channels", channels[neighbors.clamp(min=0)], 0, sizes["C"])
-
-    return Outputs(activations, ((sizes["B"], *size), dtype), check_values=check_ids)
+    return sizes

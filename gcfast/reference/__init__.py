@@ -39,6 +39,7 @@ __all__ = [
     "Triplets",
     "accumulator",
     "default_tries",
+    "dense_cam",
     "filled_neighbors",
     "grad_weights",
     "head_grad_weights",
@@ -186,6 +187,41 @@ def sparse_cam(
     cam = torch.bmm(kept_weights[:, None], picked.flatten(2)).view(B, H, W)
     if offsets is not None and center != 0:
         cam = cam - center * (offsets[rows].to(summed) * mixing).sum(1)[:, None, None]
+    return _finished(cam, size, relu, normalize, dtype)
+
+
+def dense_cam(
+    activations: Tensor,
+    weights: Tensor,
+    *,
+    size: tuple[int, int],
+    relu: bool = True,
+    normalize: str | None = "max",
+    grid: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Heat maps from a weight for each channel of each image.
+
+    ``map[b] = relu(sum_c w[b,c] A[b,c])``, finished as by :func:`sparse_cam`.
+    """
+    if activations.ndim == 3:  # tokens [B, P, C]
+        assert grid is not None
+        places, (H, W) = activations, grid
+    else:
+        H, W = activations.shape[2:]
+        places = activations.flatten(2).transpose(1, 2)  # channels-last is not copied
+    B, _, C = places.shape
+    if 0 in (B, C):
+        return activations.new_zeros((B, *size), dtype=dtype)
+    summed = accumulator(activations, weights)
+    cam = torch.bmm(places.to(summed), weights.to(summed)[..., None]).view(B, H, W)
+    return _finished(cam, size, relu, normalize, dtype)
+
+
+def _finished(
+    cam: Tensor, size: tuple[int, int], relu: bool, normalize: str | None, dtype: torch.dtype
+) -> Tensor:
+    """The sums [B, H, W] as maps [B, OH, OW]: what ``sparse_cam`` and ``dense_cam`` share."""
     if relu:
         cam = cam.clamp(min=0)
     if normalize == "minmax":

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gcfast.kernels.dense_cam import launch_dense_cam
 from gcfast.kernels.grad_weights import launch_grad_weights
 from gcfast.kernels.head_grad_weights import launch_head_grad_weights
 from gcfast.kernels.knn import launch_knn
@@ -160,6 +161,29 @@ def _sample_triplets() -> None:
                 picked(group, _ids(64), 50, 2**40, first)
 
 
+def _dense_cam() -> None:
+    full = (224, 224)
+    for B in (1, 256):  # many slices and one or two
+        launch_dense_cam(torch.empty(B, 2048, 7, 7), torch.empty(B, 2048), size=full)
+    for side, dtype in itertools.product((7, 14, 28), FLOATS):
+        maps = _channels_last(16, 2048, side, side, dtype)
+        launch_dense_cam(maps, torch.empty(16, 2048), size=full)
+    tokens = torch.empty(16, 197, 768, dtype=torch.bfloat16)[:, 1:]
+    launch_dense_cam(tokens, torch.empty(16, 768), size=full, grid=(14, 14))
+    # Odd sizes, maps of both kinds, rows apart; everything that can be 1; far strides.
+    for side, size in itertools.product((7, 13, 65), ((225, 225), (63, 63), (20, 225))):
+        plain = torch.empty(3, 2047, side, side)
+        weights = torch.empty(3, 2047, dtype=torch.float16)
+        launch_dense_cam(plain, weights, size=size, relu=False, normalize="minmax")
+        apart = torch.empty(3, 2047, side + 1, side + 2)[:, :, :side, :side]
+        launch_dense_cam(apart, weights, size=size, dtype=torch.uint8)
+    launch_dense_cam(torch.empty(1, 1, 1, 1), torch.empty(1, 1), size=(1, 1))
+    for side in (7, 65):
+        far = torch.empty_strided((3, 2047, side, side), (FAR, FAR, FAR, FAR + 1))
+        weights = torch.empty_strided((3, 2047), (FAR, FAR))
+        launch_dense_cam(far, weights, size=(225, 225), dtype=torch.float16)
+
+
 def _sparse_cam() -> None:
     def launch(
         activations: Tensor, size: tuple[int, int], *, K: int = 3, N: int = 1001, M: int = 50,
@@ -229,6 +253,7 @@ def _top_m() -> None:
 
 
 LAUNCHES: dict[str, Callable[[], None]] = {
+    "dense_cam": _dense_cam,
     "grad_weights": _grad_weights,
     "group_bounds": _knn,
     "head_grad_weights": _head_grad_weights,

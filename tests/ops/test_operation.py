@@ -35,6 +35,7 @@ CALLS = {
         (torch.randn(2, 5, 3, 4), _ids(2, 1, high=6), _ids(6, 3, high=5), torch.randn(6, 3)),
         {"size": [7, 5]},
     ),
+    "dense_cam": lambda: ((torch.randn(2, 5, 3, 4), torch.randn(2, 5)), {"size": [7, 5]}),
     "knn": lambda: ((torch.randn(3, 4), torch.randn(9, 4), 2), {}),
     "refine": lambda: ((torch.rand(2, 2, 3), torch.randn(2, 5, 4, 6)), {}),
     "sample_triplets": lambda: (_labelled(), {"triplets": 4, "margin": 0.2}),
