@@ -102,7 +102,7 @@ class PyEngine {
       : shards_(shards) {
     require(threads >= 1, "`threads` must be at least 1");
     require(memory_bytes >= 1, "`memory_bytes` must be at least 1");
-    require(dim >= 1 && width >= 1, "`dim` and `width` must be at least 1");
+    require(dim >= 1 && width >= 0, "`dim` must be at least 1 and `width` at least 0");
     std::vector<Shard> made;
     for (const auto& shard : shards)
       made.push_back(shard_of(py::cast<py::sequence>(shard), dim, width));

@@ -46,7 +46,8 @@ TransferResult TransferEngine::transfer(const float* queries, int64_t count,
   out.k = k;
   out.neighbors = room<int64_t>(count * k);
   out.distances = room<float>(count * k);
-  const bool merging = request.gather && k > 1;
+  // Rows of class proxies have no channels to mix.
+  const bool merging = request.gather && k > 1 && table_.width() > 0;
   if (request.gather) {
     out.labels = room<int64_t>(count * k);
     out.rows = room<int64_t>(count);
@@ -55,6 +56,10 @@ TransferResult TransferEngine::transfer(const float* queries, int64_t count,
     if (!merging) {
       out.width = table_.width();
       make_room(out, buffers);
+      if (k > 1) {
+        std::fill_n(out.rows.get(), count, int64_t{-1});
+        std::fill_n(out.offsets, count, 0.0f);
+      }
     }
   }
   const auto loop = [this](int64_t tasks, int64_t bytes, const auto& body) {

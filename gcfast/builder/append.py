@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gcfast.builder.describe import changed_draws, changed_settings, identity, report_of, zero_rows
 from gcfast.builder.embed import Totals, embed
@@ -17,9 +18,18 @@ from gcfast.database.database import Database
 from gcfast.database.float16 import in_storage
 from gcfast.database.ids import repeated
 from gcfast.database.manifest import CALIBRATION, require_same_rows
-from gcfast.database.write import commit, disk_errors, next_number, write_shard, writing
+from gcfast.database.write import (
+    CLASSES,
+    commit,
+    disk_errors,
+    next_number,
+    write_shard,
+    write_tensors,
+    writing,
+)
 from gcfast.errors import GcfastError
 from gcfast.method.labels import column
+from gcfast.method.proxies import Classes
 from gcfast.method.settings import Settings
 from gcfast.model.fingerprint import check_model
 from gcfast.model.network import Network
@@ -49,7 +59,7 @@ def append(
         rows = parts[0].rows
         # Their own: a view would keep the table of all embeddings.
         rows = rows._replace(embeddings=rows.embeddings.clone())
-        return database.extended(rows, parts[0].ids, manifest)
+        return database.extended(rows, parts[0].ids, manifest, further.classes)
     with writing(folder, lambda: require_same_rows(folder, database.manifest)) as stored:
         further = _Further(database, network, loader, settings, progress)
         entries, first = [], next_number(folder)
@@ -58,6 +68,9 @@ def append(
                 entries.append(write_shard(folder, number, made.rows, made.ids))
         manifest = further.manifest(stored) | {"shards": [*stored["shards"], *entries]}
         with disk_errors(folder):
+            if further.classes is not None:
+                columns = further.classes._asdict()
+                manifest["classes"] = write_tensors(folder, CLASSES, columns)
             commit(folder, manifest)
     return Database.open(folder)
 
@@ -92,14 +105,22 @@ class _Further:
                 f"`ids` must be new to the database, got {twice[0]!r}, which row {twice[1]} has: "
                 "give the image another id, or remove that row first (Database.remove)"
             )
-        stored = database.shards
-        table = one_table([*(shard.embeddings for shard in stored), embedded.embeddings])
-        self.everyone = (table, torch.cat([*(s.labels for s in stored), embedded.labels]))
-        self.embedded = embedded._replace(
-            embeddings=table[len(database) :],
-            mean_activation=torch.tensor(database.manifest["mean_activation"], dtype=torch.float64),
-        )
         self.rows = self.hardest = self.estimated = self.zero = 0
+        self.embedded = embedded._replace(
+            mean_activation=torch.tensor(database.manifest["mean_activation"], dtype=torch.float64)
+        )
+        self.everyone: tuple[Tensor, Tensor] | None = None
+        self.classes: Classes | None = None
+        new = embedded.classes()
+        if new is not None:
+            assert database.classes is not None  # its settings are the explainer's
+            self.classes = database.classes.plus(new)
+            self.zero = len(embedded.ids) - int(new.counts.sum())
+        else:
+            stored = database.shards
+            table = one_table([*(shard.embeddings for shard in stored), embedded.embeddings])
+            self.everyone = (table, torch.cat([*(s.labels for s in stored), embedded.labels]))
+            self.embedded = self.embedded._replace(embeddings=table[len(database) :])
 
     def made(self, capacity: int | None) -> Iterator[Made]:
         """Make the rows, in the database's storage; ``capacity`` as for :meth:`Rows.made`."""
@@ -138,16 +159,18 @@ class _Further:
             self.settings,
             alone=alone,
         )
-        before_this = {"estimated_counts": 0} | self.database.report
-        if "zero_rows" not in before_this:  # built before these were counted
+        before_this = dict.fromkeys(report, 0) | self.database.report
+        if "zero_rows" not in self.database.report:  # built before these were counted
             stored_zero = sum(zero_rows(shard.weights) for shard in self.database.shards)
             before_this["zero_rows"] = stored_zero
-        return {key: value for key, value in stored.items() if key != CALIBRATION} | {
+        manifest = {key: value for key, value in stored.items() if key != CALIBRATION} | {
             "class_names": self.embedded.class_names,
             "report": {name: count + report.get(name, 0) for name, count in before_this.items()},
-            # Stored rows have drawn their triplets without the newest ones.
-            "older_rows": len(self.database),
         }
+        if self.classes is None:
+            # Stored rows have drawn their triplets without the newest ones.
+            manifest["older_rows"] = len(self.database)
+        return manifest
 
 
 def check_appendable(database: Database, network: Network, settings: Settings) -> None:

@@ -110,9 +110,12 @@ def in_memory(
     zero = sum(zero_rows(part.rows.weights) for part in parts)
     rows = sum(len(part.ids) for part in parts)
     estimated = sum(part.estimated for part in parts)
+    classes = embedded.classes()
+    if classes is not None:
+        zero = rows - int(classes.counts.sum())
     report = report_of(embedded.labels, rows, hardest, estimated, zero, settings)
     (made,) = parts
     known = None if model is None else model.result()
     same = identity(network, settings, preprocessing, "float32", model=known)
     manifest = describe(network, embedded, same, report)
-    return Database(made.rows._asdict(), made.ids, manifest), made.images
+    return Database(made.rows._asdict(), made.ids, manifest, classes=classes), made.images

@@ -62,7 +62,7 @@ def changed_draws(stored: dict[str, Any], settings: Settings) -> str:
         settings: of the rows.
     """
     before = stored.get("draws", 1)
-    if settings.triplets == "all" or before == DRAWS:
+    if settings.is_proxy or settings.triplets == "all" or before == DRAWS:
         return ""
     return (
         f"triplets of the stored rows were drawn by the rules of version {before}, and this gcfast "
@@ -71,8 +71,11 @@ def changed_draws(stored: dict[str, Any], settings: Settings) -> str:
 
 
 def zero_rows(weights: Tensor) -> int:
-    """Return how many rows of weights [n, M] are zero throughout: such a row's map is empty."""
-    return int((weights == 0).all(1).sum())
+    """Return how many rows of weights [n, M] are zero throughout: such a row's map is empty.
+
+    Rows of class proxies have no weights of their own: their classes count those that are zero.
+    """
+    return int((weights == 0).all(1).sum()) if weights.shape[1] else 0
 
 
 def report_of(
@@ -99,6 +102,8 @@ def report_of(
     Raises:
         ValueError: no row.
     """
+    if settings.is_proxy:
+        return {"images": len(labels), "rows": rows, "zero_rows": zero}
     single = 0
     if settings.objective.pairs in ("triplet", "positive"):
         if alone is None:
@@ -140,14 +145,17 @@ def describe(
         ValueError: the weights of all the rows are zero.
     """
     rows, zero = report["rows"], report["zero_rows"]
+    what, why = "weights", "the embedding's gradient does not reach the layer {} at its places"
+    if embedded.directions is not None:
+        what, why = "mean activations", "the layer {} gives nothing at its places"
     what_to_do = (
-        f"the embedding's gradient does not reach the layer {network.layer_name!r} at its places; "
+        f"{why.format(repr(network.layer_name))}; "
         "take another one (gcfast.layers(model, images) lists them), or check `reshape`"
     )
     if zero == rows:
-        raise ValueError(f"the weights of all {rows} rows are zero: {what_to_do}")
+        raise ValueError(f"the {what} of all {rows} rows are zero: {what_to_do}")
     if zero > rows / 2:
-        warnings.warn(f"the weights of {zero} of {rows} rows are zero: {what_to_do}", stacklevel=2)
+        warnings.warn(f"the {what} of {zero} of {rows} rows are zero: {what_to_do}", stacklevel=2)
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

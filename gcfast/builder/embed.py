@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gcfast._checks import require_finite_rows
 from gcfast._progress import Progress, length
 from gcfast.builder.loader import Batch, batches, check_embeddings, on_device
 from gcfast.builder.offload import Columns, Offload, resident
@@ -19,6 +20,7 @@ from gcfast.method import labels
 from gcfast.method.head import AffineHead, normalized, probe
 from gcfast.method.labels import Labels, Values
 from gcfast.method.pairs import PairSource
+from gcfast.method.proxies import Classes, directions
 from gcfast.method.settings import Settings
 from gcfast.model.network import Network
 
@@ -38,6 +40,7 @@ class Embedded(NamedTuple):
     pooled: Tensor | None  # [N, C] float32: closed form with Grad-CAM++ only
     mean_activation: Tensor  # [C] float64
     head: AffineHead | None
+    directions: Tensor | None = None  # [N, C] float32: class proxies only
 
     def source(self, settings: Settings, device: torch.device) -> PairSource:
         """Return the valid pairs of any anchor among these rows, found on the device if it fits."""
@@ -48,6 +51,10 @@ class Embedded(NamedTuple):
             self.labels.to(table.device),
             hardest=settings.on_no_triplet == "hardest",
         )
+
+    def classes(self) -> Classes | None:
+        """Return the sums that class proxies are made of; None for another method."""
+        return None if self.directions is None else Classes.of(self.directions, self.labels)
 
     def check_same(self, batch: Batch, start: int, before: str) -> int:
         """Check that a batch has the labels and ids of these rows, from ``start`` on.
@@ -118,6 +125,7 @@ class Totals:
             pooled=column("pooled"),
             mean_activation=self.channel_sum / max(self.pixel_count, 1),
             head=self.head,
+            directions=spool.column("directions") if spool.has("directions") else None,
         )
 
 
@@ -139,7 +147,8 @@ def embed(
     Args:
         network: the model and its layer.
         loader: as for :meth:`gcfast.Explainer.build`.
-        settings: of the build; pooled activations are spooled for Grad-CAM++ alone.
+        settings: of the build; pooled activations are spooled for Grad-CAM++ and for class proxies
+            alone.
         progress: show a bar on stderr.
         spool: what the results go to; None for one in memory. Closed at the end.
         totals: what belongs to the spool so far; None for the beginning.
@@ -197,7 +206,8 @@ class _Stage:
 
         def take(columns: Columns, launched: _Launched) -> None:
             self._take(columns, launched)
-            if totals.head is None and isinstance(loader, Iterator):
+            one_pass = totals.head is not None or self.settings.is_proxy
+            if not one_pass and isinstance(loader, Iterator):
                 raise ValueError(
                     "`loader` must be one that can be gone through twice, got a one-shot iterator "
                     f"({type(loader).__name__}): this model's head needs a second pass over the "
@@ -213,7 +223,7 @@ class _Stage:
                     images = on_device(batch.images, self.network)
                     if offload is None:
                         offload = Offload(images.device)
-                        if not done:
+                        if not done and not self.settings.is_proxy:
                             totals.head = probe(self.network, images, l2_normalize)
                     for taken in offload.put(*self._launch(batch, images)):
                         take(*taken)
@@ -242,7 +252,8 @@ class _Stage:
         captured = self.network.embed(images)
         embeddings = normalized(captured.output, self.settings.l2_normalize)
         C, channels, head = captured.activations.shape[1], self.settings.channels, self.totals.head
-        if channels != "all" and channels > C:
+        is_proxy = self.settings.is_proxy
+        if not is_proxy and channels != "all" and channels > C:
             raise ValueError(f"`channels` must be at most the layer's C = {C}, got {channels}")
         pooled = captured.activations.float().mean((2, 3))  # [B, C]
         columns = {"embeddings": embeddings, "sums": pooled.sum(0, dtype=torch.float64)}
@@ -252,6 +263,8 @@ class _Stage:
             )
             if self.settings.method == "gradcam++":
                 columns["pooled"] = pooled
+        elif is_proxy:
+            columns["directions"] = directions(pooled)
         pixels = math.prod(captured.activations.shape[2:])
         return columns, _Launched(batch, images, pixels)
 
@@ -265,7 +278,10 @@ class _Stage:
         totals.channel_sum = totals.channel_sum + sums if totals.rows else sums
         totals.pixel_count += pixels * B
         kept = {"embeddings": embeddings}
-        if totals.head is not None and bool(columns["agreed"]):
+        if "directions" in columns:
+            kept["directions"] = columns["directions"]
+            require_finite_rows("activations", columns["directions"], first=start)
+        elif totals.head is not None and bool(columns["agreed"]):
             kept |= {"norms": columns["norms"], "pixels": torch.full((B,), pixels)}
             if "pooled" in columns:
                 kept["pooled"] = columns["pooled"]

@@ -32,6 +32,7 @@ from gcfast.database.float16 import in_storage, scale_for
 from gcfast.database.manifest import FORMAT, STATE
 from gcfast.database.shards import Shard, ShardFile
 from gcfast.database.write import (
+    CLASSES,
     HEAD,
     check_target,
     commit,
@@ -39,6 +40,7 @@ from gcfast.database.write import (
     next_number,
     state_of,
     write_shard,
+    write_tensors,
     writing,
 )
 from gcfast.errors import DamagedDatabaseError, GcfastError, ModelMismatchError
@@ -312,15 +314,21 @@ class _Unfinished:
                 }
             )
             self._store()
+        written, zero = {}, sum(shard["zero"] for shard in made)
+        classes = embedded.classes()
+        if classes is not None:
+            zero = len(embedded.ids) - int(classes.counts.sum())
+            with disk_errors(self.folder):
+                written = {"classes": write_tensors(self.folder, CLASSES, classes._asdict())}
         report = report_of(
             embedded.labels,
             sum(shard["entry"]["rows"] for shard in made),
             sum(shard["hardest"] for shard in made),
             sum(shard.get("estimated", 0) for shard in made),
-            sum(shard["zero"] for shard in made),
+            zero,
             self.settings,
         )
-        manifest = describe(self.network, embedded, state, report)
+        manifest = describe(self.network, embedded, state, report) | written
         if state["weight_scale"] != 1:
             manifest["weight_scale"] = state["weight_scale"]
         return manifest | {"shards": [shard["entry"] for shard in made]}

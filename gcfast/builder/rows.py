@@ -152,11 +152,14 @@ class Rows:
         if everyone is not None:
             lending = embedded._replace(embeddings=everyone[0], labels=everyone[1])
         self.first = len(lending.labels) - len(embedded.labels) if first is None else first
-        self.source = lending.source(settings, self.device)
+        if not settings.is_proxy:
+            self.source = lending.source(settings, self.device)
         self._drawn: tuple[int, int, Triplets] | None = None  # of which images
         self.start = start
         C = len(embedded.mean_activation)
         self.m = C if settings.channels == "all" else settings.channels
+        if settings.is_proxy:
+            self.m = 0  # its weights belong to its class
 
     def made(
         self, loader: Iterable[Any], *, capacity: int | None = None, progress: bool = False
@@ -177,6 +180,9 @@ class Rows:
             self._check_enumeration()
         N = len(self.embedded.ids)
         table = RowTable(N if capacity is None else capacity, self.m)
+        if self.settings.is_proxy:
+            yield from self._without_weights(table)
+            return
         # What still waits for a GPU, once for each batch of rows: whether any anchor is without a
         # valid pair (its hardest is then put in), how many pairs there are when all are listed, and
         # in a second pass whether these are the images of the first, before the backward pass.
@@ -190,6 +196,17 @@ class Rows:
                 shown.update(stop - shown.done)
         for taken in offload.drain():
             yield from self._kept(table, *taken)
+        if table.filled:
+            yield table.take(self.embedded)
+
+    def _without_weights(self, table: RowTable) -> Iterator[Made]:
+        """Yield the rows of class proxies: an embedding and a label for every image."""
+        images = torch.arange(self.start, len(self.embedded.ids))
+        n = len(images)
+        none, zeros = torch.zeros((n, 0)), torch.zeros(n)
+        yield from self._put(
+            table, [images, none.long(), none, zeros, zeros.long(), torch.ones(n).bool()]
+        )
         if table.filled:
             yield table.take(self.embedded)
 
@@ -298,10 +315,15 @@ class Rows:
         # of other sizes may round otherwise.
         skip = int((images < self.start).sum())
         counted = (columns["counts"][found], columns["exact"][found])
-        kept = [c[skip:] for c in (images, channels, values, offsets, *counted)]
-        while len(kept[0]):
-            taken = table.put(*kept)
-            kept = [column[taken:] for column in kept]
+        yield from self._put(
+            table, [c[skip:] for c in (images, channels, values, offsets, *counted)]
+        )
+
+    def _put(self, table: RowTable, columns: list[Tensor]) -> Iterator[Made]:
+        """Put rows into the table, and yield it when it is full."""
+        while len(columns[0]):
+            taken = table.put(*columns)
+            columns = [column[taken:] for column in columns]
             if table.full:
                 yield table.take(self.embedded)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast.database.shards import Shard, ShardFile
+from gcfast.database.shards import MappedFile, Shard
 
 VERIFY_THREADS = 4
 
@@ -30,7 +30,7 @@ class Columns:
         shards: Sequence[Shard],
         manifest: dict[str, Any],
         *,
-        unverified: Sequence[ShardFile] = (),
+        unverified: Sequence[MappedFile] = (),
     ) -> None:
         self.manifest = manifest
         self._shards = shards
@@ -135,5 +135,5 @@ class Columns:
         with self._lock:
             if self._unverified:
                 with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-                    list(pool.map(ShardFile.verify, self._unverified))
+                    list(pool.map(MappedFile.verify, self._unverified))
                 self._unverified = ()

@@ -62,9 +62,12 @@ def compressed(
     assignment = (full.cumsum(0) - 1)[assignment]
     counts = torch.bincount(assignment)
     mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
-    weights = _mean_weights(shards, len(mean), assignment, counts)
-    weights /= float(manifest.get("weight_scale", 1.0))
-    channels, kept = _strongest(weights, shards[0].channels.shape[1])
+    m = shards[0].channels.shape[1]
+    channels, kept = torch.zeros((len(counts), 0), dtype=torch.int64), torch.zeros(len(counts), 0)
+    if m:  # rows of class proxies have no weights
+        weights = _mean_weights(shards, len(mean), assignment, counts)
+        weights /= float(manifest.get("weight_scale", 1.0))
+        channels, kept = _strongest(weights, m)
     triplets = torch.cat([shard.triplet_counts for shard in shards])
     rows = Shard(
         embeddings=centroids[full],

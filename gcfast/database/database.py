@@ -24,10 +24,11 @@ from gcfast.database.float16 import Conversion
 from gcfast.database.ids import Ids
 from gcfast.database.manifest import opened
 from gcfast.database.members import Members, MembersFile, PackedMembers
-from gcfast.database.shards import FIELDS, Shard, ShardFile
+from gcfast.database.shards import FIELDS, MappedFile, Shard
 from gcfast.database.write import write_database
 from gcfast.errors import GcfastError, NoDatabaseError
 from gcfast.method.labels import label_name
+from gcfast.method.proxies import Classes
 
 VERIFY_BYTES = 256 * 2**20  # up to which `open` compares checksums: a fifth of a second to read
 
@@ -54,6 +55,8 @@ class Database(Columns):
         manifest: everything else, as in the manifest's JSON: settings, layer, fingerprint of the
             model, mean activation, counts of the build.
         path: the folder it was opened from or last saved to; None before that.
+        classes: sums of its rows' pooled activations by class, for ``method="proxy"``, whose rows
+            have M = 0 channels; None for other methods. ``proxies`` are made of them.
     """
 
     def __init__(
@@ -62,8 +65,11 @@ class Database(Columns):
         ids: Sequence[str],
         manifest: dict[str, Any],
         path: Path | None = None,
+        *,
+        classes: Classes | None = None,
     ) -> None:
-        self._fill([Shard(**{field: tensors[field] for field in FIELDS})], ids, manifest, path)
+        rows = Shard(**{field: tensors[field] for field in FIELDS})
+        self._fill([rows], ids, manifest, path, classes=classes)
 
     def _fill(
         self,
@@ -72,11 +78,13 @@ class Database(Columns):
         manifest: dict[str, Any],
         path: Path | None = None,
         *,
-        unverified: Sequence[ShardFile] = (),
+        classes: Classes | None = None,
+        unverified: Sequence[MappedFile] = (),
     ) -> None:
         super().__init__(shards, manifest, unverified=unverified)
         self.ids = ids
         self.path = path
+        self.classes = classes
         self._checked = bool(unverified)
         self.members: Members | PackedMembers | None = None
         self._members_file: MembersFile | None = None
@@ -92,7 +100,8 @@ class Database(Columns):
         return type(self).open, (os.fspath(self.path),)
 
     def __repr__(self) -> str:
-        return f"Database({len(self)} rows, D={self.dim}, M={self.m}, path={self.path})"
+        kept = f"M={self.m}" if self.classes is None else f"{len(self.classes.labels)} proxies"
+        return f"Database({len(self)} rows, D={self.dim}, {kept}, path={self.path})"
 
     @property
     def class_names(self) -> list[str]:
@@ -108,6 +117,21 @@ class Database(Columns):
     def mean_activation(self) -> Tensor:
         """Mean of each channel over the training images and pixels, [C] float32."""
         return torch.tensor(self.manifest["mean_activation"], dtype=torch.float32)
+
+    @property
+    def proxies(self) -> Tensor:
+        """The contrasted proxies of ``classes.labels``, [K, C] float32, see method="proxy".
+
+        Raises:
+            GcfastError: a database of another method, which has none.
+            DamagedDatabaseError: as ``shards``.
+        """
+        self._verify()
+        if self.classes is None:
+            raise GcfastError(
+                "a database of gradients has no class proxies: build one with method='proxy'"
+            )
+        return self.classes.proxies()
 
     def label_name(self, label: float) -> str:
         """Return the class name of a label, or the number where labels have no names; "" for -1."""
@@ -196,7 +220,8 @@ class Database(Columns):
         rows, ids, manifest, members = compressed(
             self.shards, self.ids, self.manifest, centers, seed=seed, iterations=iterations
         )
-        one = Database(rows._asdict(), ids, manifest)
+        # What explains stays with the classes, which the centers only name.
+        one = Database(rows._asdict(), ids, manifest, classes=self.classes)
         one.members = members
         return one
 
@@ -278,9 +303,18 @@ class Database(Columns):
             raise ValueError(f"`databases` must be two or more, got {len(databases)}")
         merged = edit.Merged(databases, prefixes)
         if out is None:
-            return Database(merged.rows(0, len(merged.ids))._asdict(), merged.ids, merged.manifest)
+            rows = merged.rows(0, len(merged.ids))._asdict()
+            return Database(rows, merged.ids, merged.manifest, classes=merged.classes)
         target = Path(out).absolute()
-        write_database(target, merged.manifest, merged.rows, merged.ids, None, overwrite=overwrite)
+        write_database(
+            target,
+            merged.manifest,
+            merged.rows,
+            merged.ids,
+            None,
+            merged.classes,
+            overwrite=overwrite,
+        )
         return Database.open(target)
 
     def _edited(self, change: edit.Change) -> Database:
@@ -290,7 +324,7 @@ class Database(Columns):
         if self.path is None:
             parts = edit.applied(self, change)
             one = Database.__new__(Database)
-            one._fill(parts.shards, parts.ids, parts.manifest)
+            one._fill(parts.shards, parts.ids, parts.manifest, classes=change.classes)
         else:
             edit.written(self.path, self, change)
             one = Database.open(self.path)
@@ -303,10 +337,16 @@ class Database(Columns):
             )
         return one
 
-    def extended(self, rows: Shard, ids: Sequence[str], manifest: dict[str, Any]) -> Database:
+    def extended(
+        self,
+        rows: Shard,
+        ids: Sequence[str],
+        manifest: dict[str, Any],
+        classes: Classes | None = None,
+    ) -> Database:
         """Return a database in memory of these rows and further ones, none of them copied."""
         one = Database.__new__(Database)
-        one._fill([*self.shards, rows], [*self.ids, *ids], manifest)
+        one._fill([*self.shards, rows], [*self.ids, *ids], manifest, classes=classes)
         return one
 
     def in_storage(self, storage: str) -> Database:
@@ -321,7 +361,8 @@ class Database(Columns):
         conversion = Conversion(self.manifest, self.rows, storage)
         if not conversion.changes:
             return self
-        one = Database(conversion.rows(0, len(self))._asdict(), self.ids, conversion.manifest)
+        rows = conversion.rows(0, len(self))._asdict()
+        one = Database(rows, self.ids, conversion.manifest, classes=self.classes)
         one.members, one._members_file = self.members, self._members_file
         return one
 
@@ -358,6 +399,7 @@ class Database(Columns):
             conversion.rows,
             self.ids,
             self.members,
+            self.classes,
             overwrite=overwrite,
         )
         if not conversion.changes:
@@ -381,13 +423,15 @@ class Database(Columns):
             GcfastError: written by a newer version.
         """
         folder = Path(path).absolute()
-        manifest, files, members = opened(Path(path))
+        manifest, shards, members, classes = opened(Path(path))
+        files = [*shards, *([] if classes is None else [classes])]
         one = cls.__new__(cls)
         one._fill(
-            [file.tensors for file in files],
-            Ids([file.ids for file in files]),
+            [shard.tensors for shard in shards],
+            Ids([shard.ids for shard in shards]),
             manifest,
             folder,
+            classes=None if classes is None else classes.classes,
             unverified=files if verify is not False else (),
         )
         if members is not None:

@@ -19,9 +19,18 @@ from gcfast.database.float16 import in_storage
 from gcfast.database.ids import repeated
 from gcfast.database.manifest import CALIBRATION, require_same_rows
 from gcfast.database.shards import Shard
-from gcfast.database.write import commit, disk_errors, next_number, write_shard, writing
+from gcfast.database.write import (
+    CLASSES,
+    commit,
+    disk_errors,
+    next_number,
+    write_shard,
+    write_tensors,
+    writing,
+)
 from gcfast.errors import GcfastError, ModelMismatchError
 from gcfast.method.labels import column
+from gcfast.method.proxies import Classes
 from gcfast.model.fingerprint import difference, outputs_differ
 
 if TYPE_CHECKING:
@@ -38,6 +47,7 @@ class Change(NamedTuple):
     labels: Tensor  # [N], of all of them
     manifest: dict[str, Any]  # its entries that change
     dropped: tuple[str, ...]  # and those that no longer hold
+    classes: Classes | None  # of class proxies, afterwards
 
 
 class Parts(NamedTuple):
@@ -48,9 +58,17 @@ class Parts(NamedTuple):
     manifest: dict[str, Any]
 
 
-def removal(database: Database, ids: Iterable[str]) -> Change:
-    """Return the change that :meth:`gcfast.Database.remove` makes."""
-    places = _places(database, _names(ids, "ids"))
+def removal(database: Database, ids: Iterable[str], directions: Tensor | None = None) -> Change:
+    """Return the change that :meth:`gcfast.Database.remove` makes.
+
+    Args:
+        database: as it is.
+        ids: of the rows that go.
+        directions: [n, C] float32, of :func:`gcfast.method.proxies.directions`, of each of them;
+            None where they are not known.
+    """
+    names = _names(ids, "ids")
+    places = _places(database, names)
     kept = torch.ones(len(database), dtype=torch.bool)
     kept[places] = False
     if not kept.any():
@@ -70,22 +88,80 @@ def removal(database: Database, ids: Iterable[str]) -> Change:
             if name in report:
                 report[name] -= int(is_one(rows).sum())
     report["removed"] = report.get("removed", 0) + len(places)
-    return Change(kept, labels, {"report": report, "older_rows": int(kept.sum())}, OF_THE_ROWS)
+    changes: dict[str, Any] = {"report": report}
+    classes = database.classes
+    if classes is None:
+        changes["older_rows"] = int(kept.sum())
+    else:
+        if directions is not None:
+            rows_of = _in_order(database, places, names, directions)
+            classes = classes.minus(Classes.of(rows_of, labels[places]))
+        else:
+            _as_classes(database, labels, kept.long(), "remove")
+        classes = classes.only(labels[kept])
+        report["zero_rows"] = int(kept.sum() - classes.counts.sum())
+    return Change(kept, labels, changes, OF_THE_ROWS, classes)
 
 
-def relabelling(database: Database, labels: Mapping[str, Any]) -> Change:
-    """Return the change that :meth:`gcfast.Database.relabel` makes."""
+def relabelling(
+    database: Database, labels: Mapping[str, Any], directions: Tensor | None = None
+) -> Change:
+    """Return the change that :meth:`gcfast.Database.relabel` makes.
+
+    Args:
+        database: as it is.
+        labels: the new label of each id.
+        directions: as for :func:`removal`, in the order of ``labels``.
+    """
     if not isinstance(labels, Mapping):
         raise TypeError(f"`labels` must map ids to labels, got {type(labels).__name__}")
     names = _names(labels, "labels")
-    now = torch.cat([shard.labels for shard in database.shards])
-    numbers = column(now.is_floating_point(), database.class_names, now[:1].tolist())
+    before = torch.cat([shard.labels for shard in database.shards])
+    numbers = column(before.is_floating_point(), database.class_names, before[:1].tolist())
     given = numbers.listed(list(labels.values()), len(labels))
     wanted = dict(zip(names, numbers.add(given).tolist(), strict=True))  # type: ignore[arg-type]
-    places = _places(database, names)
+    places, now = _places(database, names), before.clone()
     now[places] = torch.tensor([wanted[database.ids[at]] for at in places], dtype=now.dtype)
-    changes = {"class_names": numbers.names, "older_rows": len(database)}
-    return Change(torch.ones(len(now), dtype=torch.bool), now, changes, (CALIBRATION,))
+    changes: dict[str, Any] = {"class_names": numbers.names}
+    classes = database.classes
+    if classes is None:
+        changes["older_rows"] = len(database)
+    elif directions is not None:
+        rows = _in_order(database, places, names, directions)
+        classes = classes.minus(Classes.of(rows, before[places]))
+        classes = classes.plus(Classes.of(rows, now[places])).only(now)
+    else:
+        classes = classes.renamed(_as_classes(database, before, now, "relabel"))
+    return Change(torch.ones(len(now), dtype=torch.bool), now, changes, (CALIBRATION,), classes)
+
+
+def _in_order(
+    database: Database, places: list[int], names: list[str], directions: Tensor
+) -> Tensor:
+    """Return the directions that were given for ``names`` in the order of the rows."""
+    numbers = {name: number for number, name in enumerate(names)}
+    return directions[[numbers[database.ids[at]] for at in places]]
+
+
+def _as_classes(database: Database, labels: Tensor, after: Tensor, call: str) -> Tensor:
+    """Return what becomes of each class [K]; GcfastError where not the same of all its rows.
+
+    Args:
+        database: of class proxies, whose sums do not tell the share of a row.
+        labels: [N] int64, before the change.
+        after: [N] int64, what becomes of each row.
+        call: the method that makes it, of the Explainer too.
+    """
+    both = torch.stack([labels, after], 1)
+    pairs: Tensor = both.unique(dim=0)  # type: ignore[no-untyped-call]
+    torn = pairs[1:, 0][pairs[1:, 0] == pairs[:-1, 0]]
+    if len(torn):
+        names = [database.label_name(label) for label in sorted(set(torn.tolist()))]
+        raise GcfastError(
+            "without its images, a class of class proxies changes as a whole, and a part of "
+            f"{listed(names)} would stay: give the images to Explainer.{call}(loader)"
+        )
+    return pairs[:, 1]
 
 
 def applied(database: Database, change: Change) -> Parts:
@@ -111,6 +187,9 @@ def written(folder: Path, database: Database, change: Change) -> None:
         disk_errors(folder),
     ):
         number, stop, entries = next_number(folder), 0, []
+        further = {}
+        if change.classes is not None:
+            further["classes"] = write_tensors(folder, CLASSES, change.classes._asdict())
         for entry in stored["shards"]:  # a database that was saved from memory has other pieces
             start, stop = stop, stop + entry["rows"]
             shard = database.rows(start, stop)
@@ -123,7 +202,7 @@ def written(folder: Path, database: Database, change: Change) -> None:
                 entries.append(write_shard(folder, number, rows, names))
                 number += 1
         manifest = {key: value for key, value in stored.items() if key not in change.dropped}
-        commit(folder, manifest | change.manifest | {"shards": entries})
+        commit(folder, manifest | change.manifest | {"shards": entries} | further)
 
 
 class Merged:
@@ -135,6 +214,7 @@ class Merged:
 
     Attributes:
         manifest: theirs together, but for its shards.
+        classes: theirs together, for class proxies.
         ids: theirs.
 
     Raises:
@@ -168,6 +248,12 @@ class Merged:
             self._starts.append(self._starts[-1] + len(database))
         names = column(first.labels.is_floating_point())
         self._labels = [self._relabelled(names, database) for database in databases]
+        self.classes: Classes | None = None
+        for database in databases:
+            if database.classes is not None:
+                own = database.classes
+                own = own.renamed(self._renumbered(names, database, own.labels))
+                self.classes = own if self.classes is None else self.classes.plus(own)
         images = [database.report["images"] for database in databases]
         means = [
             torch.tensor(d.manifest["mean_activation"], dtype=torch.float64) for d in databases
@@ -184,8 +270,9 @@ class Merged:
             },
             "mean_activation": self._mean.tolist(),
             "preprocessing": preprocessing,
-            "older_rows": len(self.ids),
         }
+        if self.classes is None:
+            self.manifest["older_rows"] = len(self.ids)
 
     def rows(self, start: int, stop: int) -> Shard:
         """Return consecutive rows, their offsets made with the mean activation of all."""
@@ -201,10 +288,15 @@ class Merged:
                 )
         return Shard(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
+    def _relabelled(self, names: Any, database: Database) -> Tensor:
+        """Return the labels of a database's rows as the merged one numbers them."""
+        labels = torch.cat([shard.labels for shard in database.shards])
+        return self._renumbered(names, database, labels)
+
     @staticmethod
-    def _relabelled(names: Any, database: Database) -> Tensor:
-        """Return a database's labels as the merged one numbers them."""
-        labels, own = torch.cat([shard.labels for shard in database.shards]), database.class_names
+    def _renumbered(names: Any, database: Database, labels: Tensor) -> Tensor:
+        """Return some of a database's labels as the merged one numbers them."""
+        own = database.class_names
         if own:
             return torch.as_tensor(names.add(own))[labels]
         names.add(labels[:1].tolist())

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gcfast.database.members import MembersFile
-from gcfast.database.shards import ShardFile
+from gcfast.database.shards import ClassesFile, ShardFile
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
+from gcfast.method.settings import PROXY
 
 FORMAT = "gcfast-database"
 # 2: embeddings and weights may be float16; a compressed database and a stored index are described.
 # 3: the ids of a compressed database's members are packed.
+# 4: rows may keep no channels, where a file of class sums has the weights (class proxies).
 # A database of an older format opens as it is.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 STATE = "build.json"  # of an unfinished build
 CALIBRATION = "calibration"  # the manifest's entry for what gcfast.explain.calibration measured
@@ -34,7 +36,13 @@ FILE_KEYS: dict[str, type] = {"file": str, "bytes": int, "sha256": str}
 FILES: dict[str, dict[str, type]] = {
     "shards": {**FILE_KEYS, "rows": int},
     "members": FILE_KEYS,
+    "classes": FILE_KEYS,
     "index": {**FILE_KEYS, "rows": int, "factory": str},
+}
+BESIDE_SHARDS = {
+    "members": "the members file",
+    "classes": "the classes file",
+    "index": "the index",
 }
 
 
@@ -67,9 +75,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("it lists no shards")
         for shard in manifest["shards"]:
             _check_file("a shard", shard, FILES["shards"])
-        for name, what in (("members", "the members file"), ("index", "the index")):
+        for name, what in BESIDE_SHARDS.items():
             if name in manifest:
                 _check_file(what, manifest[name], FILES[name])
+        if manifest["settings"].get("method") == PROXY and "classes" not in manifest:
+            raise ValueError("it names no file of the classes")
         scale = manifest.get("weight_scale", 1.0)
         if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
             raise ValueError(f"'weight_scale' must be positive and finite, got {scale!r:.60}")
@@ -91,7 +101,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def opened(path: Path) -> tuple[dict[str, Any], list[ShardFile], MembersFile | None]:
+class Opened(NamedTuple):
+    """The files of a database folder."""
+
+    manifest: dict[str, Any]
+    shards: list[ShardFile]
+    members: MembersFile | None
+    classes: ClassesFile | None
+
+
+def opened(path: Path) -> Opened:
     """Return the manifest and its files, all of one database, also while another replaces it.
 
     Raises:
@@ -100,18 +119,20 @@ def opened(path: Path) -> tuple[dict[str, Any], list[ShardFile], MembersFile | N
     folder = path.absolute()  # the process may change its working directory
     manifest = read_manifest(path)
     while True:
-        damage, members = None, None
+        damage, members, classes = None, None, None
         try:
             files = [ShardFile(folder, entry) for entry in manifest["shards"]]
             if "members" in manifest:
                 members = MembersFile(folder, manifest["members"])
+            if "classes" in manifest:
+                classes = ClassesFile(folder, manifest["classes"], manifest)
         except DamagedDatabaseError as error:
             damage = error
         now = read_manifest(path)
         if now == manifest:
             if damage is not None:
                 raise damage
-            return manifest, files, members
+            return Opened(manifest, files, members, classes)
         manifest = now
 
 
@@ -132,7 +153,7 @@ def require_same_rows(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def named_files(manifest: dict[str, Any]) -> set[str]:
     """Return the names of a database's files."""
-    entries = [*manifest["shards"], *(manifest[n] for n in ("members", "index") if n in manifest)]
+    entries = [*manifest["shards"], *(manifest[n] for n in BESIDE_SHARDS if n in manifest)]
     return {MANIFEST, *(entry["file"] for entry in entries)}
 
 

@@ -1,4 +1,4 @@
-"""Shards: the rows of a database in safetensors files, memory-mapped."""
+"""The files of a database in safetensors, memory-mapped: shards of its rows, and class sums."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gcfast.database.ids import IdTable
 from gcfast.errors import DamagedDatabaseError
+from gcfast.method.proxies import Classes
 
 
 class Shard(NamedTuple):
@@ -165,3 +166,31 @@ class ShardFile(MappedFile):
             )
         self.ids = IdTable(self.columns["id_ends"], self.columns["id_bytes"])
         self.tensors = Shard(**{name: self.columns[name] for name in FIELDS})
+
+
+class ClassesFile(MappedFile):
+    """The class sums on disk.
+
+    Raises:
+        DamagedDatabaseError: as :class:`MappedFile`, or its columns do not fit together, or the
+            layer.
+    """
+
+    KIND = "classes file"
+
+    def __init__(self, folder: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
+        columns: dict[str, tuple[str, ...]] = {
+            "labels": ("I64",),
+            "sums": ("F64",),
+            "counts": ("I64",),
+        }
+        super().__init__(folder, entry, columns)
+        self.classes = Classes(**self.columns)
+        labels, C = self.classes.labels, len(manifest["mean_activation"])
+        K = labels.numel()
+        shapes = [tuple(column.shape) for column in self.classes]
+        if shapes != [(K,), (K, C), (K,)] or not bool((labels.diff() > 0).all()):
+            raise DamagedDatabaseError(
+                f"the classes file {self.path} must hold rising labels, and a count and {C} sums "
+                f"for each, got {shapes}"
+            )

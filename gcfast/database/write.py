@@ -4,6 +4,7 @@ What is in a folder::
 
     manifest.json                what the database is; name, size and checksum of each of its files
     rows-00000.safetensors, …    the rows, a file for each shard
+    classes-….safetensors        the sums that class proxies are made of
     members-….safetensors        which rows the centers of a compressed database stand for
     index-….faiss                a FAISS index of the rows
     build.json, head.safetensors, spool-…    an unfinished build (gcfast.builder.resumable)
@@ -49,9 +50,11 @@ from gcfast.database.manifest import (
 from gcfast.database.members import Members, PackedMembers
 from gcfast.database.shards import Shard
 from gcfast.errors import GcfastError, NoDatabaseError
+from gcfast.method.proxies import Classes
 
 # "{}" stands for a part of the checksum; files from before had none.
 MEMBERS = "members-{}.safetensors"
+CLASSES = "classes-{}.safetensors"
 INDEX = "index-{}.faiss"
 HEAD = "head.safetensors"
 SPOOL = "spool-"
@@ -59,7 +62,7 @@ SHARD = re.compile(r"rows-(\d{5,})\.safetensors")
 UNFINISHED = re.compile(r"build\.json|head\.safetensors|spool-\w+|.+\.new")
 OURS = re.compile(
     r"((manifest|build)\.json|head\.safetensors|spool-\w+|rows-\d{5,}\.safetensors"
-    r"|members(-[0-9a-f]{16})?\.safetensors|index(-[0-9a-f]{16})?\.faiss)(\.new)?"
+    r"|(members|classes)(-[0-9a-f]{16})?\.safetensors|index(-[0-9a-f]{16})?\.faiss)(\.new)?"
     r"|\.nfs[0-9a-f]+"  # what NFS makes of a deleted file that a reader has open
 )
 
@@ -256,6 +259,7 @@ def write_database(
     rows: Callable[[int, int], Shard],
     ids: Sequence[str],
     members: Members | PackedMembers | None,
+    classes: Classes | None,
     *,
     overwrite: bool,
 ) -> dict[str, Any]:
@@ -267,6 +271,7 @@ def write_database(
         rows: returns the rows from one number to another.
         ids: theirs.
         members: of a compressed database.
+        classes: of one of class proxies.
         overwrite: replace a database that is there.
 
     Returns:
@@ -291,6 +296,8 @@ def write_database(
             packed = members.packed() if isinstance(members, Members) else members
             entry = write_tensors(target, MEMBERS, packed._asdict())
             manifest["members"] = entry | {"packed": True}
+        if classes is not None:
+            manifest["classes"] = write_tensors(target, CLASSES, classes._asdict())
         commit(target, manifest)
     return manifest
 
@@ -319,7 +326,9 @@ def in_use(folder: Path) -> set[str]:
             return _of_database(folder)
         # A build's state names its shards with a few words on each.
         names = {STATE, *(shard.get("entry", shard)["file"] for shard in state["shards"])}
-        if state["format"] != FORMAT:
+        if state["format"] == FORMAT:
+            names |= named_files(state)
+        else:
             names |= {file for file in every if file == HEAD or file.startswith(SPOOL)}
     except (ValueError, KeyError, TypeError, AttributeError):
         return every  # a damaged state is for the user to settle

@@ -14,10 +14,12 @@ from gcfast.builder.loader import check_embeddings
 from gcfast.database.database import Database
 from gcfast.errors import ModelMismatchError
 from gcfast.explain.calibration import Calibration
-from gcfast.explain.maps import Explained, Transferred, explained, on_images
+from gcfast.explain.maps import Explained, Transferred, explained, on_images, proxies_of
 from gcfast.explain.result import Explanation, Finish
 from gcfast.explain.transfer import Transfer, make_transfer
 from gcfast.method.head import normalized
+from gcfast.method.proxies import Proxies
+from gcfast.method.settings import Settings
 from gcfast.model.capture import Captured
 from gcfast.model.fingerprint import check_model
 from gcfast.model.network import Network
@@ -34,6 +36,7 @@ class Attached:
     device: torch.device
     transfer: Transfer
     calibration: Calibration | None
+    proxies: Proxies | None  # of the database's classes, for method="proxy"
 
     @classmethod
     def make(
@@ -73,6 +76,7 @@ class Attached:
             device=device,
             transfer=make_transfer(database, device, k, index, ids),
             calibration=None if calibration is None else calibration.to(device),
+            proxies=proxies_of(database, device),
         )
 
     def explain(self, images: Tensor, finish: Finish, *, waits: bool | None = None) -> Explained:
@@ -89,7 +93,9 @@ class Attached:
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer(embeddings)
-            return _maps(captured.activations, captured.share, embeddings, found, finish, waits)
+            return self._maps(
+                captured.activations, captured.share, embeddings, found, finish, waits
+            )
 
     def begin(self, images: Tensor, finish: Finish) -> Callable[[], Explained]:
         """Run the forward pass and start the transfer; what is returned waits for it.
@@ -107,7 +113,7 @@ class Attached:
 
         def finished() -> Explained:
             with torch.no_grad(), full_precision(embeddings.device):
-                return _maps(activations, share, embeddings, found(), finish, waits)
+                return self._maps(activations, share, embeddings, found(), finish, waits)
 
         return finished
 
@@ -139,31 +145,35 @@ class Attached:
             check_embeddings(embeddings, images)
         return embeddings
 
+    def _maps(
+        self,
+        activations: Tensor,
+        share: tuple[float, float],
+        embeddings: Tensor,
+        found: Transferred,
+        finish: Finish,
+        waits: bool,
+    ) -> Explained:
+        cam: Any = ops.sparse_cam if self.proxies is None else ops.dense_cam
+        return explained(
+            activations,
+            embeddings,
+            found,
+            finish,
+            cam=on_images(cam if waits else cam.trusted, share),
+            marks=not waits,
+            proxies=self.proxies,
+            labels=self.transfer.labels,
+        )
 
-def _maps(
-    activations: Tensor,
-    share: tuple[float, float],
-    embeddings: Tensor,
-    found: Transferred,
-    finish: Finish,
-    waits: bool,
-) -> Explained:
-    return explained(
-        activations,
-        embeddings,
-        found,
-        finish,
-        sparse_cam=on_images(ops.sparse_cam if waits else ops.sparse_cam.trusted, share),
-        marks=not waits,
-    )
 
-
-def check_database(database: Database, network: Network, *, l2_normalize: bool) -> None:
+def check_database(database: Database, network: Network, settings: Settings) -> None:
     """Refuse a database that was built with another model.
 
     Raises:
         TypeError: not a database.
-        ModelMismatchError: built with another model, other weights, layer or normalization.
+        ModelMismatchError: built with another model, other weights, layer or normalization; with
+            class proxies and without.
     """
     if not isinstance(database, Database):
         raise TypeError(
@@ -181,7 +191,13 @@ def check_database(database: Database, network: Network, *, l2_normalize: bool) 
         raise ModelMismatchError(
             f"the database was built with the layer {layer!r}, not with {network.layer_name!r}"
         )
+    l2_normalize = settings.l2_normalize
     if manifest["settings"]["l2_normalize"] != l2_normalize:
         raise ModelMismatchError(
             f"the database was built with l2_normalize={not l2_normalize}, not with {l2_normalize}"
+        )
+    if (database.classes is not None) != settings.is_proxy:
+        raise ModelMismatchError(
+            f"the database was built with method={manifest['settings'].get('method')!r}, not with "
+            f"{settings.method!r}: give the Explainer that method, or open it by gcfast.load"
         )

@@ -30,7 +30,9 @@ from gcfast._progress import length, tracked
 from gcfast.builder.loader import batches, on_device
 from gcfast.database.manifest import CALIBRATION
 from gcfast.errors import DamagedDatabaseError
-from gcfast.explain.maps import on_images
+from gcfast.explain.maps import on_images, proxies_of
+from gcfast.explain.own_maps import proxy_maps
+from gcfast.explain.result import Finish
 from gcfast.metrics import cosine, flat_maps, spearman
 from gcfast.metrics.controls import random_rows
 
@@ -280,9 +282,13 @@ def transfer_fidelity(
 
 
 def _maps_of(rows: Tensor, images: Tensor, network: Network, database: Database) -> Tensor:
-    """Maps [B, h, w] of images with the weights of given rows [B]."""
+    """Maps [B, h, w] of images with the weights of given rows [B], or of their classes."""
     # A few rows of possibly many shards: joining the columns would copy them all.
     taken = [database.rows(row, row + 1) for row in rows.tolist()]
+    proxies = proxies_of(database, images.device)
+    if proxies is not None:
+        labels = torch.cat([row.labels for row in taken])
+        return proxy_maps(network, proxies, images, labels, Finish.checked(images))
     captured = network.embed(images)
     return on_images(ops.sparse_cam, captured.share)(
         captured.activations,

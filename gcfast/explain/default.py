@@ -46,7 +46,8 @@ def load(
     global _default
     database = Database.open(path, verify=verify)
     stored = dict(database.manifest["settings"])
-    stored["objective"] = objective_from(stored["objective"])
+    if "objective" in stored:  # class proxies have none
+        stored["objective"] = objective_from(stored["objective"])
     explainer = Explainer(model, database=database, reshape=reshape, **{**stored, **settings})
     _default = explainer
     return explainer

@@ -22,10 +22,11 @@ from gcfast.explain.attached import Attached, check_database
 from gcfast.explain.calibration import Fidelity, calibrated, transfer_fidelity
 from gcfast.explain.cuda_graphs import Graphs
 from gcfast.explain.export import ExportedExplainer
-from gcfast.explain.own_maps import labelled_maps, triplet_maps
+from gcfast.explain.own_maps import labelled_maps, proxy_maps, triplet_maps
 from gcfast.explain.result import Explanation, Finish, MapOptions, TripletMaps
 from gcfast.explain.stream import overlapped
 from gcfast.explain.transfer import ExactTransfer
+from gcfast.method.labels import numbers_like
 from gcfast.method.objectives import LossFunction, Objective, TripletLoss
 from gcfast.method.settings import Settings
 from gcfast.model.network import Network
@@ -48,7 +49,10 @@ class Explainer:
         objective: ``TripletLoss``, ``DistanceDifference``, ``PairDistance``, ``RankLoss`` (labels
             are then real numbers), or a function of (anchor, positive, negative), [T, D] each →
             loss [T].
-        method: "gradcam" or "gradcam++".
+        method: "gradcam" or "gradcam++"; or "proxy", which goes beyond the paper: the contrasted
+            proxy of the nearest row's class weighs the channels (:mod:`gcfast.method.proxies`).
+            It needs classes, and takes no ``objective``, ``triplets``, ``channels``, ``evidence``
+            or ``on_no_triplet``.
         triplets: how many are drawn for a row, uniformly over its valid ones; "all" for every one.
         channels: M, how many channels a row keeps; "all" for C.
         evidence: "for" takes the channels whose growth lowers the loss (−dL/dA); "against" is the
@@ -173,7 +177,7 @@ class Explainer:
 
     @database.setter
     def database(self, database: Database) -> None:
-        check_database(database, self.network, l2_normalize=self.settings.l2_normalize)
+        check_database(database, self.network, self.settings)
         if self.layer_name is None:
             self.network.set_layer(database.manifest["layer"])
         self._set_database(database)
@@ -368,7 +372,7 @@ class Explainer:
         """
         images = self.network.checked("images", images)
         finish = Finish.checked(images, **options)
-        attached = self._attach()
+        attached = self._attach(finish)
         if len(images) == 0:
             return attached.result(attached.empty(finish.size), details)
         if not self._replays(images):
@@ -420,8 +424,7 @@ class Explainer:
             NoDatabaseError: there is no database yet; at once.
             TypeError, ValueError: as :meth:`explain_batch`.
         """
-        Finish.checked(torch.empty(0, 3, 1, 1), **options)
-        self._attach()
+        self._attach(Finish.checked(torch.empty(0, 3, 1, 1), **options))
 
         def begin(images: Tensor) -> Callable[[], Tensor | Explanation]:
             images = self.network.checked("images", images)
@@ -429,7 +432,7 @@ class Explainer:
                 explained = self.explain_batch(images, details=details, **options)
                 return lambda: explained
             finish = Finish.checked(images, **options)
-            attached = self._attach()
+            attached = self._attach(finish)
             finished = attached.begin(images, finish)
             return lambda: attached.result(finished(), details)
 
@@ -439,6 +442,8 @@ class Explainer:
         self, images: Tensor, labels: Any, **options: Unpack[MapOptions]
     ) -> Tensor:
         """Return maps from the images' own triplets against the database, which transfer estimates.
+
+        With ``method="proxy"`` the proxies of the given labels make them, whatever is nearest.
 
         Args:
             images: as for :meth:`explain_batch`.
@@ -458,7 +463,12 @@ class Explainer:
         """
         images = self.network.checked("images", images)
         finish = Finish.checked(images, **options)
-        database = self._attach().database
+        attached = self._attach(finish)
+        database = attached.database
+        if attached.proxies is not None:
+            names, rows = database.class_names, database.labels
+            numbers = numbers_like(rows, names, labels, len(images), real_labels=False)
+            return proxy_maps(self.network, attached.proxies, images, numbers, finish)
         return labelled_maps(self.network, self.settings, database, images, labels, finish)
 
     def explain_triplet(
@@ -480,10 +490,15 @@ class Explainer:
 
         Raises:
             NoDatabaseError: ``center`` without a database.
-            TypeError, ValueError: as :meth:`explain_batch`.
+            TypeError, ValueError: as :meth:`explain_batch`; ``method="proxy"``.
 
         Source: paper, section 3.1.
         """
+        if self.settings.is_proxy:
+            raise ValueError(
+                "`method` must be 'gradcam' or 'gradcam++' to explain a triplet, got 'proxy', "
+                "which has no gradient: explain_labelled shows what speaks for a class"
+            )
         return triplet_maps(
             self.network,
             self.settings,
@@ -514,12 +529,14 @@ class Explainer:
         finish = Finish.checked(torch.empty(0, 3, 1, 1), **options)
         if not self._exact:
             raise ValueError(f"`index` must be 'exact' to be exported, got {self.index!r}")
-        transfer = self._attach().transfer
+        attached = self._attach(finish)
+        transfer = attached.transfer
         assert isinstance(transfer, ExactTransfer)
         return ExportedExplainer(
             self.network,
             transfer,
             finish._replace(size=(0, 0)) if options.get("size") is None else finish,
+            proxies=attached.proxies,
             l2_normalize=self.settings.l2_normalize,
             details=details,
         )
@@ -568,8 +585,8 @@ class Explainer:
             return False
         raise ValueError(f"`cuda_graphs` must not be True for a model on {images.device}, got True")
 
-    def _attach(self) -> Attached:
-        """Return the database on the model's device; made once."""
+    def _attach(self, finish: Finish | None = None) -> Attached:
+        """Return the database on the model's device, made once, for maps finished so."""
         with self._lock:
             if self._database is None:
                 raise NoDatabaseError(
@@ -586,4 +603,10 @@ class Explainer:
                     index=self.index,
                     ids=self.ids,
                 )
-            return self._attached
+            attached = self._attached
+        if finish is not None and finish.center != 0 and attached.proxies is not None:
+            raise ValueError(
+                "`center` must be left out with method='proxy', whose classes are contrasted "
+                f"already, got {finish.center}"
+            )
+        return attached

@@ -14,6 +14,7 @@ from gcfast.explain.maps import Tables, explained, from_tables, on_images
 from gcfast.explain.result import Finish
 from gcfast.explain.transfer import ExactTransfer
 from gcfast.method.head import normalized
+from gcfast.method.proxies import Proxies
 from gcfast.model.capture import first_tensor
 from gcfast.model.network import Network
 
@@ -35,6 +36,8 @@ class ExportedExplainer(nn.Module):
     weights: Tensor
     offsets: Tensor
     labels: Tensor
+    proxies: Tensor | None
+    proxy_labels: Tensor | None
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class ExportedExplainer(nn.Module):
         transfer: ExactTransfer,
         finish: Finish,
         *,
+        proxies: Proxies | None,
         l2_normalize: bool,
         details: bool,
     ) -> None:
@@ -53,6 +57,8 @@ class ExportedExplainer(nn.Module):
         self.register_buffer("squares", transfer.search.squares)
         for name, tensor in transfer.tables._asdict().items():
             self.register_buffer(name, tensor)
+        self.register_buffer("proxies", None if proxies is None else proxies.vectors)
+        self.register_buffer("proxy_labels", None if proxies is None else proxies.labels)
         self._run = network.layer_run
         self._names_run = network.names_run
         # The parts of a Network that work on what a pass gave, without its hooks.
@@ -96,13 +102,19 @@ class ExportedExplainer(nn.Module):
                 embeddings, self.table, self._k, squares=self.squares
             )
             tables = Tables(self.channels, self.weights, self.offsets, self.labels)
+            proxies, cam = None, torch.ops.gcfast.sparse_cam
+            if self.proxies is not None and self.proxy_labels is not None:
+                proxies = Proxies(self.proxy_labels, self.proxies)
+                cam = torch.ops.gcfast.dense_cam
             out = explained(
                 activations,
                 embeddings,
                 from_tables(distances, neighbors, tables, self._temperature),
                 finish,
-                sparse_cam=on_images(torch.ops.gcfast.sparse_cam, share),
+                cam=on_images(cam, share),
                 marks=True,
+                proxies=proxies,
+                labels=self.labels,
             )
             if not self._details:
                 return out.maps

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gcfast.database.database import Database
 from gcfast.explain.result import Explanation, Finish
+from gcfast.method.proxies import Proxies, proxy_weights
 
 
 class Tables(NamedTuple):
@@ -81,11 +83,23 @@ class Explained(NamedTuple):
 
     def labels_from(self, labels: Tensor | None) -> Tensor:
         """The neighbours' labels [B, K]: those here, or by the table's [N]; -1 or NaN: none."""
-        if self.labels is not None:
-            return self.labels
-        assert labels is not None
-        none = torch.nan if labels.is_floating_point() else -1
-        return torch.where(self.neighbors >= 0, labels[self.neighbors.clamp(min=0)], none)
+        return labels_of(self.neighbors, self.labels, labels)
+
+
+def labels_of(neighbors: Tensor, own: Tensor | None, table: Tensor | None) -> Tensor:
+    """The labels [B, K] of neighbours: those at hand, or by the table's [N]; -1 or NaN: none."""
+    if own is not None:
+        return own
+    assert table is not None
+    none = torch.nan if table.is_floating_point() else -1
+    return torch.where(neighbors >= 0, table[neighbors.clamp(min=0)], none)
+
+
+def proxies_of(database: Database, device: torch.device) -> Proxies | None:
+    """The class proxies of a database on a device; None where it has none."""
+    if database.classes is None:
+        return None
+    return Proxies(database.classes.labels.to(device), database.proxies.to(device))
 
 
 def mixing_weights(distances: Tensor, temperature: float) -> Tensor:
@@ -125,19 +139,17 @@ def marked(embeddings: Tensor, found: Transferred) -> tuple[Tensor, Tensor]:
     return rows, torch.add(found.mixing, total, alpha=0)
 
 
-def on_images(
-    sparse_cam: Callable[..., Tensor], share: tuple[float, float]
-) -> Callable[..., Tensor]:
-    """``sparse_cam`` for activations that lie on a share of the images' height and width.
+def on_images(cam: Callable[..., Tensor], share: tuple[float, float]) -> Callable[..., Tensor]:
+    """``sparse_cam`` or its like for activations on a share of the images' height and width.
 
     Maps are 0 where no patch lies, and end where the image does.
     """
     if share == (1.0, 1.0):
-        return sparse_cam
+        return cam
 
     def placed(*arguments: Any, size: tuple[int, int], **options: Any) -> Tensor:
         height, width = (max(1, round(s * part)) for s, part in zip(size, share, strict=True))
-        maps = sparse_cam(*arguments, size=(height, width), **options)
+        maps = cam(*arguments, size=(height, width), **options)
         return F.pad(maps, (0, size[1] - width, 0, size[0] - height))  # below 0 it cuts off
 
     return placed
@@ -149,29 +161,38 @@ def explained(
     found: Transferred,
     finish: Finish,
     *,
-    sparse_cam: Callable[..., Tensor],
+    cam: Callable[..., Tensor],
     marks: bool,
+    proxies: Proxies | None = None,
+    labels: Tensor | None = None,
 ) -> Explained:
-    """Maps from what the nearest rows lend.
+    """Maps from what the nearest rows lend, or from the proxies of their classes.
 
     Args:
         activations: [B, C, H, W].
         embeddings: [B, D] float32.
         found: what the embeddings' neighbours lend.
         finish: how.
-        sparse_cam: the operation, in one of its forms.
+        cam: the operation ``dense_cam`` with proxies, ``sparse_cam`` without, in one of its forms.
         marks: give an embedding that is not finite a map of NaN, rather than rely on a check.
+        proxies: of the database, if it has them.
+        labels: [N] of the table, where ``found`` has none, which proxies need.
     """
-    rows, mixing = found.rows, found.mixing
-    if marks:
-        rows, mixing = marked(embeddings, found)
-    maps = sparse_cam(
-        activations,
-        rows,
-        found.channels,
-        found.weights,
-        mixing=mixing,
-        offsets=found.offsets,
-        **finish._asdict(),
-    )
+    if proxies is not None:
+        own = labels_of(found.neighbors, found.labels, labels)
+        weights = proxy_weights(activations, proxies.of(own, found.mixing))
+        if marks:
+            weights = torch.add(weights, embeddings.sum(1, keepdim=True), alpha=0)  # as `marked`
+        maps = cam(activations, weights, **finish.of_dense())
+    else:
+        rows, mixing = marked(embeddings, found) if marks else (found.rows, found.mixing)
+        maps = cam(
+            activations,
+            rows,
+            found.channels,
+            found.weights,
+            mixing=mixing,
+            offsets=found.offsets,
+            **finish._asdict(),
+        )
     return Explained(maps, embeddings, found.neighbors, found.distances, found.labels)

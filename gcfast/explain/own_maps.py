@@ -20,9 +20,11 @@ from gcfast.method.labels import numbers_like
 from gcfast.method.objectives import gradients_of
 from gcfast.method.pairs import Cotangents, PairSource
 from gcfast.method.partners import Anchors
+from gcfast.method.proxies import Proxies, proxy_weights
 from gcfast.method.settings import Settings
 from gcfast.model.capture import Captured
 from gcfast.model.network import Network
+from gcfast.ops.precision import full_precision
 
 
 def labelled_maps(
@@ -81,6 +83,35 @@ def labelled_maps(
     return _maps(
         captured, weights, settings, finish, database.mean_activation if finish.center else None
     )
+
+
+def proxy_maps(
+    network: Network, proxies: Proxies, images: Tensor, labels: Tensor, finish: Finish
+) -> Tensor:
+    """Make maps from the proxies of given classes.
+
+    Args:
+        network: the model.
+        proxies: of the database, on the images' device.
+        images: [B, 3, h, w], checked.
+        labels: [B] int64, their classes; one that has no proxy gives zeros.
+        finish: how the maps are finished.
+
+    Returns:
+        [B, OH, OW] float32.
+
+    Raises:
+        ValueError: NaN or infinity in the images or their embeddings, with the row.
+    """
+    if len(images) == 0:
+        return images.new_zeros((0, *finish.size), dtype=torch.float32)
+    captured = network.embed(images)
+    check_embeddings(captured.output, images)
+    with torch.no_grad(), full_precision(images.device):
+        weights = proxy_weights(captured.activations, proxies.of(labels.to(images.device)[:, None]))
+        return on_images(ops.dense_cam, captured.share)(
+            captured.activations, weights, **finish.of_dense()
+        )
 
 
 def triplet_maps(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -60,6 +60,7 @@ class MapOptions(TypedDict, total=False):
         relu: keep what is positive (the default and the paper); False keeps signed maps.
         center: how much of the rows' offsets to subtract: the response that the row's channels have
             on average over the training images. 0 (the default) is the paper; 1 sharpens most maps.
+            Class proxies, which are contrasted with each other, have no offsets: 0 alone.
     """
 
     size: Size | None
@@ -75,6 +76,12 @@ class Finish(NamedTuple):
     normalize: str | None
     relu: bool
     center: float
+
+    def of_dense(self) -> dict[str, Any]:
+        """Return the keywords of ``dense_cam``, which subtracts nothing."""
+        options = self._asdict()
+        del options["center"]
+        return options
 
     @classmethod
     def checked(

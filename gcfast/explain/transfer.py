@@ -25,7 +25,7 @@ from gcfast.explain.faiss_search import (
     temperature,
     temperature_queries,
 )
-from gcfast.explain.maps import Tables, Transferred, from_tables
+from gcfast.explain.maps import Tables, Transferred, from_tables, mixing_weights
 from gcfast.ops.precision import full_precision
 
 if TYPE_CHECKING:
@@ -222,6 +222,10 @@ class IndexTransfer:
         )
         if self.real_labels:
             labels = labels.view(torch.float64)
+        mixing = None
+        if self.width == 0 and self.k > 1:
+            # Nothing was mixed: the rows have no channels, and their classes are mixed by this.
+            mixing = mixing_weights(distances, self.temperature)
         if self.weight_scale != 1:
             weights, offsets = weights / self.weight_scale, offsets / self.weight_scale
         return Transferred(
@@ -231,7 +235,7 @@ class IndexTransfer:
             channels=channels,
             weights=weights,
             offsets=offsets,
-            mixing=None,
+            mixing=mixing,
             labels=labels,
         )
 

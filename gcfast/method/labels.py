@@ -94,7 +94,7 @@ class Labels:
         """Raise ValueError where a build has no two classes."""
         if self.distinct() < 2:
             raise ValueError(
-                "`loader` must give at least two classes, since triplets need negatives; got one"
+                "`loader` must give at least two classes, to tell one from the others; got one"
             )
 
 

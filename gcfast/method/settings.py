@@ -27,6 +27,14 @@ PAPER: dict[str, Any] = {
     "index": "exact",
     "l2_normalize": True,
 }
+PROXY = "proxy"  # the method of class proxies, which goes beyond the paper
+# What class proxies do not take: its default in gcfast.Explainer, and why.
+_NOT_OF_PROXIES: dict[str, tuple[Any, str]] = {
+    "triplets": (50, "draws no triplets"),
+    "channels": (50, "weighs every channel"),
+    "evidence": ("for", "has weights of either sign"),
+    "on_no_triplet": ("hardest", "draws no triplets"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,12 @@ class Settings:
         seed: int,
     ) -> Settings:
         """The settings, or TypeError or ValueError with the argument's name."""
-        require_choice("method", method, METHODS)
+        require_choice("method", method, (*METHODS, PROXY))
         require_choice("evidence", evidence, ("for", "against"))
         require_choice("on_no_triplet", on_no_triplet, ("hardest", "skip"))
         if not isinstance(l2_normalize, bool):
             raise TypeError(f"`l2_normalize` must be a bool, got {l2_normalize!r}")
-        return cls(
+        one = cls(
             objective=as_objective(objective),
             method=method,
             triplets=_count("triplets", triplets),
@@ -71,6 +79,34 @@ class Settings:
             on_no_triplet=on_no_triplet,
             seed=require_int("seed", seed, 0, MAX_SEED),
         )
+        if one.is_proxy:
+            one._check_proxy()
+        return one
+
+    def _check_proxy(self) -> None:
+        """Refuse what class proxies know nothing of, unless it is left at its default."""
+        if self.objective.real_labels:
+            raise ValueError(
+                f"`method` must be {' or '.join(map(repr, METHODS))} with a "
+                f"{type(self.objective).__name__}, whose labels are real numbers, got 'proxy', "
+                "which needs classes"
+            )
+        if self.objective.describe() != TripletLoss().describe():
+            raise ValueError(
+                "`objective` must be left out with method='proxy', which differentiates nothing, "
+                f"got {self.objective!r}"
+            )
+        for name, (default, why) in _NOT_OF_PROXIES.items():
+            value = getattr(self, name)
+            if value != default:
+                raise ValueError(
+                    f"`{name}` must be left out with method='proxy', which {why}, got {value!r}"
+                )
+
+    @property
+    def is_proxy(self) -> bool:
+        """Whether class proxies explain, rather than gradients."""
+        return self.method == PROXY
 
     @property
     def sign(self) -> int:
@@ -78,7 +114,9 @@ class Settings:
         return -1 if self.evidence == "for" else 1
 
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON has them."""
+        """The settings as JSON has them; those that say nothing of the method are left out."""
+        if self.is_proxy:
+            return {"method": self.method, "l2_normalize": self.l2_normalize}
         return {
             "objective": self.objective.describe(),
             "method": self.method,

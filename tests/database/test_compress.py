@@ -19,6 +19,7 @@ from gcfast.database import compress as compress_module
 from gcfast.database import shards
 from gcfast.database.database import Database
 from gcfast.database.ids import IdTable
+from gcfast.database.manifest import FORMAT_VERSION
 from gcfast.database.members import Members, PackedMembers, packed, unpacked
 from gcfast.database.shards import FIELDS
 from gcfast.database.write import MEMBERS, write_tensors
@@ -161,7 +162,7 @@ def test_members_of_the_second_format_still_open(in_shards: Database, tmp_path: 
     opened = Database.open(tmp_path / "small")
     opened.save(tmp_path / "anew")
     anew = Database.open(tmp_path / "anew")
-    assert anew.manifest["format_version"] == 3
+    assert anew.manifest["format_version"] == FORMAT_VERSION
     for center in range(6):
         assert opened.members_of(center) == small.members_of(center)
         assert anew.members_of(center) == small.members_of(center)

@@ -75,7 +75,7 @@ def test_nan_queries_do_no_harm() -> None:
         ({"memory_bytes": 0}, "`memory_bytes` must be at least 1"),
         ({"dim": WIDTH + 1}, "`embeddings` of a shard has another shape"),
         ({"width": KEPT + 1}, "`channels` of a shard has another shape"),
-        ({"dim": 0}, "`dim` and `width` must be at least 1"),
+        ({"dim": 0}, "`dim` must be at least 1 and `width` at least 0"),
         ({"index": Scripted(9, lambda *_: 0)}, "must hold the database's 10 rows, got 9"),
         ({"labels": np.zeros(10, np.int32)}, "`labels` of a shard has another dtype"),
         ({"weights": np.zeros((10, KEPT))}, "`weights` of a shard has another dtype"),
