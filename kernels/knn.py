@@ -2,20 +2,20 @@
 
 Three passes, none of which waits for the host, so that a CUDA graph can hold them:
 
-1. :mod:`gcfast.kernels.group_bounds` reads the table once. For every query and class of rows it
-   leaves the lowest bound of a group of rows, that group, and the lowest bound of all other groups.
+1. :mod:`gcfast.kernels.search.group_bounds` reads the table once. For every query and class of rows
+   it leaves the lowest bound of a group of rows, that group, and the lowest bound of all others.
 2. :func:`_nearest_kernel`, a program a query. It measures the rows of the groups with the lowest
    bounds by the difference, in float64, until the lowest bound left is above the K-th distance
    found; then every row of each class whose other groups' bound is not above it.
-3. :mod:`gcfast.kernels.measured_rows`, for tables above ``launch.KNN_SMALL_N`` rows: looks at every
-   row for each query that the second pass left, having too much to measure. Where there is none,
-   as a rule, it returns at once.
+3. :mod:`gcfast.kernels.search.measured_rows`, for tables above ``launch.KNN_SMALL_N`` rows: looks
+   at every row for each query that the second pass left, having too much to measure. Where there is
+   none, as a rule, it returns at once.
 
 The guarantee: the result is the K lowest by (distance, id), the distance summed in float64 and
 rounded to float32, whatever the data. Bounds decide how much is measured and never what is found: a
-row that was not measured has a bound, proven in :mod:`gcfast.kernels.group_bounds`, above the K-th
-distance. NaN and overflow make bounds NaN, which is taken for "below everything". All of it rests
-on squared norms that are right, where the caller gives them.
+row that was not measured has a bound, proven in :mod:`gcfast.kernels.search.group_bounds`, above
+the K-th distance. NaN and overflow make bounds NaN, which is taken for "below everything". All of
+it rests on squared norms that are right, where the caller gives them.
 
 How much is measured: rows whose bound is within the error of the K-th distance, about 4 epsilon,
 .002, for unit vectors of 128 elements; and whole classes where two such groups share one, for which
@@ -39,7 +39,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gcfast import reference
-from gcfast.kernels.group_bounds import (
+from gcfast.kernels.launch import (
+    KnnConfig,
+    fitting_warps,
+    knn_config,
+    multiprocessors,
+)
+from gcfast.kernels.search.group_bounds import (
     LARGE_SQUARE,
     epsilon,
     eta,
@@ -47,13 +53,7 @@ from gcfast.kernels.group_bounds import (
     launch_group_bounds,
     tile_start,
 )
-from gcfast.kernels.launch import (
-    KnnConfig,
-    fitting_warps,
-    knn_config,
-    multiprocessors,
-)
-from gcfast.kernels.measured_rows import (
+from gcfast.kernels.search.measured_rows import (
     INFINITY,
     NAN,
     TINY,
@@ -64,7 +64,7 @@ from gcfast.kernels.measured_rows import (
     measure,
     store_list,
 )
-from gcfast.kernels.row_squares import row_squares
+from gcfast.kernels.search.row_squares import row_squares
 
 MAX_K, MAX_D = 32, 2048  # beyond them the reference runs
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gcfast.kernels.launch import NearConfig
-from gcfast.kernels.row_squares import row_squares
+from gcfast.kernels.search.row_squares import row_squares
 
 EXACT_BLOCK = 128
 # Triton's interpreter multiplies the bits of bfloat16 as integers.

@@ -8,10 +8,10 @@ import torch
 from helpers import guarded, strided
 
 from gcfast import ops, reference
-from gcfast.kernels.group_bounds import launch_group_bounds
 from gcfast.kernels.knn import launch_knn
 from gcfast.kernels.launch import knn_config
-from gcfast.kernels.row_squares import row_squares
+from gcfast.kernels.search.group_bounds import launch_group_bounds
+from gcfast.kernels.search.row_squares import row_squares
 
 
 def _brute_force(queries, table, metric):

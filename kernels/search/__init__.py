@@ -1,0 +1,1 @@
+"""What exact search is made of: bounds for groups of rows, and rows measured after all."""
