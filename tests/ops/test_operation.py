@@ -104,6 +104,7 @@ def test_one_node_of_a_compiled_graph(name, backend):
 
 @each
 def test_the_public_name_compiles_too(name):
+    torch.compiler.reset()  # as above
     operation, args, kwargs = _public(name)
 
     def twice_the_first(first, *rest):
