@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tables import filled, numpy_gather, queries, shard, views
 
-from gcfast.explain.transfer import make_engine
+from gcfast.search.transfer import make_engine
 
 ROWS, D, M, THREADS = 50_000, 128, 50, 2
 

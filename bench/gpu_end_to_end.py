@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import gcfast
 from gcfast import reference
 from gcfast.explain.cuda_graphs import TRIALS, TRIALS_UNTIMED
-from gcfast.explain.transfer import ExactTransfer
+from gcfast.search.transfer import ExactTransfer
 
 NAME, OTHER = "resnet50", "vit-b16"
 TITLES = {"resnet50": "ResNet-50", "vit-b16": "ViT-B/16"}

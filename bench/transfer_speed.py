@@ -28,7 +28,7 @@ from tables import Known, filled, numpy_gather, queries, shard, views
 
 import gcfast
 from gcfast.database.shards import Shard
-from gcfast.explain.transfer import make_engine
+from gcfast.search.transfer import make_engine
 
 D, M = 128, 50
 SECONDS = 30.0

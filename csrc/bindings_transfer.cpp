@@ -177,7 +177,7 @@ void register_transfer(py::module_& module) {
   py::class_<PyEngine>(
       module, "TransferEngine",
       "Search through a FAISS index and gather of the rows it finds; see "
-      "gcfast.explain.transfer.\n\n"
+      "gcfast.search.transfer.\n\n"
       "shards: [(embeddings, channels, weights, offsets, labels)], rows in order. exclusive: one\n"
       "thread in the index at a time. memory_bytes bounds what is held at once beyond the result.\n"
       "Calls release the interpreter lock; the index takes it back to be entered.")

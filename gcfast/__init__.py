@@ -17,7 +17,7 @@ from gcfast.errors import (
 )
 from gcfast.explain.default import explain_batch, load
 from gcfast.explain.explainer import Explainer
-from gcfast.explain.result import Explanation, TripletMaps
+from gcfast.explain.result import Explanation, ObjectMaps, TripletMaps
 from gcfast.method.layer_table import LayerTable, layers
 from gcfast.method.objectives import (
     DistanceDifference,
@@ -44,6 +44,7 @@ __all__ = [
     "MissingExtraError",
     "ModelMismatchError",
     "NoDatabaseError",
+    "ObjectMaps",
     "Objective",
     "PairDistance",
     "Partners",

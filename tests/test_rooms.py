@@ -22,6 +22,7 @@ ORDER = (
     "",
     "explain",
     "metrics",
+    "search",
     "builder",
     "database",
     "method",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gcfast.database.database import Database
 from gcfast.database.shards import Shard
-from gcfast.explain.transfer import IndexTransfer, make_engine
+from gcfast.search.transfer import IndexTransfer, make_engine
 
 WIDTH, KEPT, CHANNELS = 16, 7, 20
 

@@ -236,6 +236,11 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument(
         "--center", type=float, default=0.0, help="share of the mean response to subtract"
     )
+    explain.add_argument(
+        "--requery",
+        action="store_true",
+        help="search again by each map's hot pixels, and go over to a class that is nearer to them",
+    )
     explain.add_argument("--alpha", type=float, default=0.55, help="opacity of the hottest heat")
     explain.add_argument(
         "--overlays",

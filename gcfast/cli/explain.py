@@ -60,7 +60,7 @@ def explain_files(options: argparse.Namespace) -> None:
         raise ValueError(f"`--alpha` must be in [0, 1], got {options.alpha}")
     files = list_files(options.paths)
     check_folder(options.out, options.force, _OUTPUTS)
-    opened = open_database(options, k=options.k, index=options.index)
+    opened = open_database(options, k=options.k, index=options.index, requery=options.requery)
     database, preprocessing = opened.database, opened.preprocessing
     loader = ImageLoader(files, files, preprocessing=preprocessing, **reading(options))
     (options.out / "overlays").mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,8 @@ def explain_files(options: argparse.Namespace) -> None:
             for i, name in enumerate(names):
                 whole, place = _laid_back(preprocessing, name, views[i], heat[i], options)
                 row = {"map": str(done + i), "path": name, "flat": str(int(why.flat[i]))}
+                if why.confidence is not None:
+                    row["confidence"] = f"{float(why.confidence[i]):.4f}"
                 row |= _neighbors(
                     database, opened.images, why.neighbors[i].tolist(), why.distances[i].tolist()
                 )
@@ -180,7 +182,7 @@ def _columns(k: int) -> list[str]:
             f"{name}{_suffix(i)}"
             for name in ("neighbor_row", "neighbor_id", "neighbor_path", "distance", "label")
         ]
-    return [*columns, "flat", "overlay", "error"]
+    return [*columns, "confidence", "flat", "overlay", "error"]
 
 
 def _suffix(rank: int) -> str:

@@ -230,7 +230,7 @@ def fidelity(measured: Fidelity, calibration: Calibration | None = None, *, titl
         at = torch.linspace(float(distances.min()), float(distances.max()), 200)
         axes.plot(
             at.numpy(),
-            calibration.confidence(at).numpy(),
+            calibration.fidelity(at).numpy(),
             "-",
             color="black",
             lw=2,

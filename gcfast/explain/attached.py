@@ -14,16 +14,19 @@ from gcfast.builder.loader import check_embeddings
 from gcfast.database.database import Database
 from gcfast.errors import ModelMismatchError
 from gcfast.explain.calibration import Calibration
-from gcfast.explain.maps import Explained, Transferred, explained, on_images, proxies_of
-from gcfast.explain.result import Explanation, Finish
-from gcfast.explain.transfer import Transfer, make_transfer
+from gcfast.explain.maps import Explained, explained, on_images, proxies_of
+from gcfast.explain.result import Explanation, Finish, ObjectMaps
+from gcfast.explain.second_look import SecondLook, of_the_rest
 from gcfast.method.head import normalized
 from gcfast.method.proxies import Proxies
 from gcfast.method.settings import Settings
+from gcfast.method.tail import Tail
 from gcfast.model.capture import Captured
 from gcfast.model.fingerprint import check_model
 from gcfast.model.network import Network
 from gcfast.ops.precision import full_precision
+from gcfast.search.transfer import ExactTransfer, Transfer, make_transfer
+from gcfast.search.transferred import Transferred
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class Attached:
     transfer: Transfer
     calibration: Calibration | None
     proxies: Proxies | None  # of the database's classes, for method="proxy"
+    second: SecondLook | None = None  # made when images are at hand, where it is wanted
 
     @classmethod
     def make(
@@ -64,7 +68,7 @@ class Attached:
         Raises:
             DamagedDatabaseError: the stored index or the calibration cannot be read.
             MissingExtraError, TypeError, ValueError: as
-                :func:`gcfast.explain.faiss_search.open_index`.
+                :func:`gcfast.search.faiss_search.open_index`.
         """
         if isinstance(index, str) and index == "stored":
             index = database.read_index()
@@ -93,9 +97,7 @@ class Attached:
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer(embeddings)
-            return self._maps(
-                captured.activations, captured.share, embeddings, found, finish, waits
-            )
+            return self._finished(captured, images, embeddings, found, finish, waits)
 
     def begin(self, images: Tensor, finish: Finish) -> Callable[[], Explained]:
         """Run the forward pass and start the transfer; what is returned waits for it.
@@ -109,11 +111,10 @@ class Attached:
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer.start(embeddings)
-        activations, share = captured.activations, captured.share
 
         def finished() -> Explained:
             with torch.no_grad(), full_precision(embeddings.device):
-                return self._maps(activations, share, embeddings, found(), finish, waits)
+                return self._finished(captured, images, embeddings, found(), finish, waits)
 
         return finished
 
@@ -127,6 +128,7 @@ class Attached:
             neighbors=ids,
             distances=maps.new_zeros(ids.shape),
             labels=ids.to(self.database.shards[0].labels.dtype),
+            ratios=maps.new_zeros(0) if isinstance(self.transfer, ExactTransfer) else None,
         )
 
     def result(self, out: Explained, details: bool) -> Tensor | Explanation:
@@ -134,16 +136,75 @@ class Attached:
         if not details:
             return out.maps
         names = self.database.manifest["class_names"]
-        return out.explanation(self.transfer.labels, self._confidence, names)
-
-    def _confidence(self, distances: Tensor) -> Tensor | None:
-        return None if self.calibration is None else self.calibration.confidence(distances[:, 0])
+        return out.explanation(self.transfer.labels, self.calibration, names)
 
     def _embeddings(self, captured: Captured, images: Tensor, waits: bool) -> Tensor:
         embeddings = normalized(captured.output, self.l2_normalize)
         if waits:
             check_embeddings(embeddings, images)
         return embeddings
+
+    def _finished(
+        self,
+        captured: Captured,
+        images: Tensor,
+        embeddings: Tensor,
+        found: Transferred,
+        finish: Finish,
+        waits: bool,
+    ) -> Explained:
+        """Make the maps of what was found, after a second look where one is wanted."""
+        ratios = None
+        if self.second is not None:
+            coarse = self._coarse(captured, embeddings, found, finish, waits)
+            found, ratios = self.second.again(
+                found, coarse, captured.activations, images, embeddings, waits=waits
+            )
+        out = self._maps(captured.activations, captured.share, embeddings, found, finish, waits)
+        return out._replace(ratios=ratios)
+
+    def _coarse(
+        self,
+        captured: Captured,
+        embeddings: Tensor,
+        found: Transferred,
+        finish: Finish,
+        waits: bool,
+    ) -> Tensor:
+        """Return the maps [B, H, W] in [0, 1] at the activations' own resolution."""
+        size = (captured.activations.shape[2], captured.activations.shape[3])
+        finish = finish._replace(size=size, normalize="max", relu=True)
+        return self._maps(captured.activations, (1.0, 1.0), embeddings, found, finish, waits).maps
+
+    def objects(self, images: Tensor, finish: Finish, count: int, tail: Tail) -> ObjectMaps:
+        """See :meth:`gcfast.Explainer.explain_objects`; images checked and not none."""
+        waits = not images.is_cuda
+        captured = self.network.embed(images)
+        seen: list[Tensor] = []
+        parts: list[Explained] = []
+        with torch.no_grad(), full_precision(images.device):
+            embeddings = self._embeddings(captured, images, waits)
+            for number in range(count):
+                if number:
+                    embeddings = of_the_rest(tail, seen, captured.activations, images)
+                found = self.transfer(embeddings)
+                if self.second is not None:
+                    coarse = self._coarse(captured, embeddings, found, finish, waits)
+                    found, _ = self.second.again(
+                        found, coarse, captured.activations, images, embeddings, waits=waits
+                    )
+                seen.append(self._coarse(captured, embeddings, found, finish, waits))
+                parts.append(
+                    self._maps(
+                        captured.activations, captured.share, embeddings, found, finish, waits
+                    )
+                )
+        return ObjectMaps(
+            torch.stack([part.maps for part in parts], 1),
+            torch.stack([part.neighbors[:, 0] for part in parts], 1),
+            torch.stack([part.distances[:, 0] for part in parts], 1),
+            torch.stack([part.labels_from(self.transfer.labels)[:, 0] for part in parts], 1),
+        )
 
     def _maps(
         self,

@@ -1,17 +1,19 @@
-"""How faithful transferred maps are, and what that says about a single one.
+"""What a map can be relied on for: fidelity and confidence, measured on held-out labelled images.
 
-Transfer gives an image the grad-weights of its nearest row instead of its own. For images with
-labels the own map can be made as well (:meth:`gcfast.Explainer.explain_labelled`), so their
+Fidelity: transfer gives an image the grad-weights of its nearest row instead of its own. For images
+with labels the own map can be made as well (:meth:`gcfast.Explainer.explain_labelled`), so their
 agreement can be measured as a function of the distance to the row. Fitted to held-out images, that
-function gives a confidence for any image from its distance alone.
+function gives the agreement to be expected at any distance. It separates images only if agreement
+falls with distance, and is evidence for the neighbor only if it is above the agreement of a random
+row's map. Neither is certain, so both are measured: :class:`Fidelity` has a random row's agreement
+for each image, :class:`Calibration` its mean. In images of a single object any row's map finds the
+object (bench/RESULTS.md).
 
-The confidence separates images only if agreement falls with distance, and it is evidence for the
-neighbor only if it is above the agreement of a random row's map. Neither is certain, so both are
-measured: :class:`Fidelity` has a random row's agreement for each image, :class:`Calibration` its
-mean. The confidence holds for images like those it was fitted to, of the database's classes; for
-others it is too high. In images of a single object any row's map finds the object
-(bench/RESULTS.md). If agreement does not fall with distance, a confidence is nearly the same for
-every image.
+Confidence: how probable it is that the map's class is the image's, see
+:class:`gcfast.explain.confidence.Confidence`.
+
+Both hold for images like those they were fitted to, of the database's classes; for others they are
+too high.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ from gcfast._progress import length, tracked
 from gcfast.builder.loader import batches, on_device
 from gcfast.database.manifest import CALIBRATION
 from gcfast.errors import DamagedDatabaseError
+from gcfast.explain.confidence import Confidence
 from gcfast.explain.maps import on_images, proxies_of
 from gcfast.explain.own_maps import proxy_maps
 from gcfast.explain.result import Finish
-from gcfast.metrics import cosine, flat_maps, spearman
+from gcfast.method.labels import numbers_like
+from gcfast.metrics import auroc, cosine, flat_maps, spearman
 from gcfast.metrics.controls import random_rows
 
 if TYPE_CHECKING:
@@ -59,8 +63,13 @@ class Fidelity:
         control: [n] float32, or None: the cosine of the image's own map with the map that a random
             row gives instead of the nearest. Maps of one object agree whatever the channel weights;
             only the excess over this is due to the neighbor.
+        right: [n] bool, or None: whether the map's class is the image's.
+        ratios: [n] float32, or None where there is no confidence: how much nearer the hot pixels
+            are to the map's class than to others (log-ratio).
+        unrated: why there is no confidence, or None.
 
-    Its ``str`` is a line for each quarter of the images by distance, and one for the control.
+    Its ``str`` is a line for each quarter of the images by distance, one for the control, and one
+    for the confidence.
     """
 
     distances: Tensor
@@ -69,6 +78,9 @@ class Fidelity:
     flat: int
     unknown: int
     control: Tensor | None = None
+    right: Tensor | None = None
+    ratios: Tensor | None = None
+    unrated: str | None = None
 
     def __len__(self) -> int:
         return len(self.distances)
@@ -94,26 +106,39 @@ class Fidelity:
                 f"fidelity of the nearest row {ours:.3f}, of a random row {control:.3f}: "
                 f"{ours - control:+.3f}"
             )
+        if self.right is not None and self.ratios is not None and len(self):
+            share = float(self.right.float().mean())
+            lines.append(
+                f"the map's class is right in {share:.1%}; right from wrong (AUROC): "
+                f"{auroc(self.ratios, self.right):.3f} by the confidence, "
+                f"{auroc(-self.distances, self.right):.3f} by the distance"
+            )
+        if self.unrated is not None:
+            lines.append(f"no confidence: {self.unrated}")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Expected agreement at a distance: linear between knots, never rising, flat beyond them.
+    """Fidelity at a distance, and confidence.
+
+    The expected agreement is linear between knots, never rising, flat beyond them.
 
     Attributes:
         distances: [Q] float32, rising.
         agreement: [Q] float32, falling.
         images: how many images it was fitted to.
         control: the mean agreement of a random row's map, or None if it was not measured. A
-            confidence that is hardly above it says that any row's map would have agreed as well,
+            fidelity that is hardly above it says that any row's map would have agreed as well,
             not that this one is right.
+        right: the confidence that a map's class is right, or None.
     """
 
     distances: Tensor
     agreement: Tensor
     images: int
     control: float | None = None
+    right: Confidence | None = None
 
     @classmethod
     def fit(cls, distances: Tensor, agreement: Tensor) -> Calibration:
@@ -157,7 +182,7 @@ class Calibration:
             len(distances),
         )
 
-    def confidence(self, distances: Tensor) -> Tensor:
+    def fidelity(self, distances: Tensor) -> Tensor:
         """Return the expected agreement at distances [B] on the knots' device; 0 at infinity."""
         knots, values = self.distances, self.agreement
         above = torch.searchsorted(knots, distances.contiguous()).clamp(max=len(knots) - 1)
@@ -175,12 +200,17 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as the manifest keeps it; :meth:`from_manifest` reads it back."""
-        return {
+        kept: dict[str, Any] = {
             "measure": "cosine",
             "distances": self.distances.tolist(),
             "agreement": self.agreement.tolist(),
             "images": self.images,
-        } | ({} if self.control is None else {"control": self.control})
+        }
+        if self.control is not None:
+            kept["control"] = self.control
+        if self.right is not None:
+            kept["right"] = self.right.to_dict()
+        return kept
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> Calibration | None:
@@ -205,7 +235,8 @@ class Calibration:
             if control is not None and not math.isfinite(control):
                 raise ValueError("its control must be finite")
             images = int(kept["images"])
-            return cls(torch.tensor(distances), torch.tensor(agreement), images, control)
+            right = Confidence.from_dict(kept["right"]) if "right" in kept else None
+            return cls(torch.tensor(distances), torch.tensor(agreement), images, control, right)
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedDatabaseError(
                 f"the calibration in the manifest is damaged: {error}"
@@ -245,6 +276,9 @@ def transfer_fidelity(
     cosines: list[Tensor] = []
     ranks: list[Tensor] = []
     controls: list[Tensor] = []
+    right: list[Tensor] = []
+    ratios: list[Tensor] = []
+    unrated = explainer.unrated
     flat = unknown = 0
     real = explainer.settings.objective.real_labels
     found = batches(loader, real_labels=real)
@@ -256,7 +290,20 @@ def transfer_fidelity(
             continue
         images = on_device(batch.images[torch.tensor(known)], explainer.network)
         labels = [label for label, kept in zip(batch.labels, known, strict=True) if kept]
-        why = explainer.explain_batch(images, details=True)
+        try:
+            attached = explainer.attach(images=images, rates=unrated is None)
+        except ValueError as error:  # the rest of the model takes no pooled activations
+            unrated, attached = str(error), explainer.attach()
+        out = attached.explain(images, Finish.checked(images))
+        why = out.explanation(attached.transfer.labels, None)
+        if out.ratios is not None:
+            assert database is not None
+            names_of = database.class_names
+            own_labels = numbers_like(
+                database.labels, names_of, labels, len(labels), real_labels=False
+            )
+            right.append(why.labels[:, 0].cpu() == own_labels)
+            ratios.append(out.ratios.cpu())
         own = explainer.explain_labelled(images, labels)
         distances.append(why.distances[:, 0].cpu())
         cosines.append(cosine(why.maps, own).cpu())
@@ -278,6 +325,9 @@ def transfer_fidelity(
         flat,
         unknown,
         torch.cat(controls),
+        torch.cat(right) if right else None,
+        torch.cat(ratios) if ratios else None,
+        unrated,
     )
 
 
@@ -317,6 +367,8 @@ def calibrated(fidelity: Fidelity) -> Calibration:
             f"got {len(fidelity)}"
         )
     fitted = Calibration.fit(fidelity.distances, fidelity.cosine)
-    if fidelity.control is None:
-        return fitted
-    return replace(fitted, control=float(fidelity.control.mean()))
+    if fidelity.control is not None:
+        fitted = replace(fitted, control=float(fidelity.control.mean()))
+    if fidelity.right is not None and fidelity.ratios is not None:
+        fitted = replace(fitted, right=Confidence.fit(fidelity.ratios, fidelity.right))
+    return fitted

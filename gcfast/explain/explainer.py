@@ -23,14 +23,16 @@ from gcfast.explain.calibration import Fidelity, calibrated, transfer_fidelity
 from gcfast.explain.cuda_graphs import Graphs
 from gcfast.explain.export import ExportedExplainer
 from gcfast.explain.own_maps import labelled_maps, proxy_maps, triplet_maps
-from gcfast.explain.result import Explanation, Finish, MapOptions, TripletMaps
+from gcfast.explain.result import Explanation, Finish, MapOptions, ObjectMaps, TripletMaps
+from gcfast.explain.second_look import SecondLook
 from gcfast.explain.stream import overlapped
-from gcfast.explain.transfer import ExactTransfer
 from gcfast.method.labels import numbers_like
 from gcfast.method.objectives import LossFunction, Objective, TripletLoss
 from gcfast.method.settings import Settings
+from gcfast.method.tail import Tail
 from gcfast.model.network import Network
 from gcfast.model.tokens import Reshape
+from gcfast.search.transfer import ExactTransfer
 
 STREAM_DEPTH = 1  # batches that wait for their transfer while the next one is in the model
 
@@ -72,6 +74,9 @@ class Explainer:
         output_key: where the embedding is in an output that is not a tensor.
         reshape: from the layer's output to [B, C, H, W]; ``TokenGrid`` for transformers.
         seed: of the draws, 0 to 2^63 − 1.
+        requery: embed the hot pixels of each map by themselves and search again; where another
+            class is 1.25 times nearer to them, it explains the image. Beyond the paper; for images
+            of several objects. Needs k=1, index="exact" and classes.
         cuda_graphs: on a CUDA device, capture :meth:`explain_batch` for a shape of images and
             replay it: "auto" where launching kernels takes longer than running them, as the first
             calls of a shape tell; True for every shape, False for none. Captured again when a
@@ -106,6 +111,7 @@ class Explainer:
         output_key: str | int | None = None,
         reshape: Reshape | None = None,
         seed: int = 0,
+        requery: bool = False,
         cuda_graphs: bool | Literal["auto"] = "auto",
     ) -> None:
         self.settings = Settings.checked(
@@ -130,6 +136,11 @@ class Explainer:
             raise TypeError(f"`cuda_graphs` must be True, False or 'auto', got {cuda_graphs!r}")
         if cuda_graphs is True and not self._exact:
             raise ValueError("`index` must be 'exact' with `cuda_graphs`, which FAISS cannot be in")
+        if not isinstance(requery, bool):
+            raise TypeError(f"`requery` must be a bool, got {requery!r}")
+        self.requery = requery
+        if requery and (why := self.unrated) is not None:
+            raise ValueError(f"`requery` must be False: {why}")
         self.network = Network(model, layer, output_key=output_key, reshape=reshape)
         self._graphs: Graphs | None = None
         if cuda_graphs is not False and self._exact:
@@ -193,6 +204,7 @@ class Explainer:
             "channels_last": self.network.channels_last,
             "settings": self.settings.describe(),
             "k": self.k,
+            "requery": self.requery,
             "index": self.index if isinstance(self.index, str) else type(self.index).__name__,
             "database": None if self._database is None else repr(self._database),
         }
@@ -294,7 +306,7 @@ class Explainer:
         if dropped:
             warnings.warn(
                 "the database's calibration was of the rows before these and is dropped: "
-                "`confidence` is None until calibrate(loader) is called again",
+                "`confidence` and `fidelity` are None until calibrate(loader) is called again",
                 stacklevel=2,
             )
         return database
@@ -372,7 +384,7 @@ class Explainer:
         """
         images = self.network.checked("images", images)
         finish = Finish.checked(images, **options)
-        attached = self._attach(finish)
+        attached = self.attach(finish, images=images)
         if len(images) == 0:
             return attached.result(attached.empty(finish.size), details)
         if not self._replays(images):
@@ -424,7 +436,7 @@ class Explainer:
             NoDatabaseError: there is no database yet; at once.
             TypeError, ValueError: as :meth:`explain_batch`.
         """
-        self._attach(Finish.checked(torch.empty(0, 3, 1, 1), **options))
+        self.attach(Finish.checked(torch.empty(0, 3, 1, 1), **options))
 
         def begin(images: Tensor) -> Callable[[], Tensor | Explanation]:
             images = self.network.checked("images", images)
@@ -432,11 +444,48 @@ class Explainer:
                 explained = self.explain_batch(images, details=details, **options)
                 return lambda: explained
             finish = Finish.checked(images, **options)
-            attached = self._attach(finish)
+            attached = self.attach(finish, images=images)
             finished = attached.begin(images, finish)
             return lambda: attached.result(finished(), details)
 
         return overlapped(batches, begin, STREAM_DEPTH)  # type: ignore[return-value]
+
+    def explain_objects(
+        self, images: Tensor, objects: int = 2, **options: Unpack[MapOptions]
+    ) -> ObjectMaps:
+        """Return a map, a neighbor and a label for each of several objects of an image.
+
+        The first is as :meth:`explain_batch` gives it. For each further one the activations are
+        averaged over what the maps so far leave cold (weights Π (1 − map)⁴), embedded by the rest
+        of the model, and searched for. An image of fewer objects gets maps of the same object, or
+        of what is around it: look at the distances. Beyond the paper.
+
+        Args:
+            images: as for :meth:`explain_batch`.
+            objects: how many, at least 1.
+            **options: as for :meth:`explain_batch`.
+
+        Raises:
+            NoDatabaseError: there is no database yet.
+            TypeError, ValueError: as :meth:`explain_batch`; tokens that the model does not average,
+                which cannot be embedded in part.
+        """
+        images = self.network.checked("images", images)
+        count = require_int("objects", objects, 1)
+        finish = Finish.checked(images, **options)
+        attached = self.attach(finish, images=images)
+        if len(images) == 0:
+            none = attached.empty(finish.size)
+            shape = (0, count)
+            return ObjectMaps(
+                none.maps.new_zeros((*shape, *finish.size)),
+                none.neighbors.new_zeros(shape),
+                none.distances.new_zeros(shape),
+                none.labels_from(None).new_zeros(shape),
+            )
+        second = attached.second
+        tail = self._tail(images) if second is None else second.tail
+        return attached.objects(images, finish, count, tail)
 
     def explain_labelled(
         self, images: Tensor, labels: Any, **options: Unpack[MapOptions]
@@ -463,7 +512,7 @@ class Explainer:
         """
         images = self.network.checked("images", images)
         finish = Finish.checked(images, **options)
-        attached = self._attach(finish)
+        attached = self.attach(finish)
         database = attached.database
         if attached.proxies is not None:
             names, rows = database.class_names, database.labels
@@ -503,7 +552,7 @@ class Explainer:
             self.network,
             self.settings,
             (anchor, positive, negative),
-            lambda: self._attach().database.mean_activation,
+            lambda: self.attach().database.mean_activation,
             options,
         )
 
@@ -529,7 +578,9 @@ class Explainer:
         finish = Finish.checked(torch.empty(0, 3, 1, 1), **options)
         if not self._exact:
             raise ValueError(f"`index` must be 'exact' to be exported, got {self.index!r}")
-        attached = self._attach(finish)
+        if self.requery:
+            raise ValueError("`requery` must be False to be exported, got True")
+        attached = self.attach(finish)
         transfer = attached.transfer
         assert isinstance(transfer, ExactTransfer)
         return ExportedExplainer(
@@ -544,11 +595,18 @@ class Explainer:
     def calibrate(self, loader: Iterable[Any], *, progress: bool = False) -> Fidelity:
         """Learn from labelled held-out images what a distance says of a map; kept in the database.
 
-        From then on ``explain_batch(details=True).confidence`` is the expected cosine between the
-        map and the one that the image's own triplets would give. Print the result before relying
-        on it: if agreement does not fall with distance, or a random row's map agrees as well, a
-        confidence says little. Save the database to keep it. The calibration belongs to these rows:
-        ``append`` (with a warning), ``rebuild`` and ``Database.compress`` drop it.
+        From then on ``explain_batch(details=True)`` gives
+
+        - ``.confidence``, how probable it is that the map shows its own class: from the embedding
+          of the map's hot pixels and how much nearer it is to that class than to any other
+          (index="exact", k=1);
+        - ``.fidelity``, the expected cosine between the map and the one that the image's own
+          triplets would give, from the distance to the row.
+
+        Print the result before relying on them: it says how well each tells right from wrong, and
+        what a random row's map would have given. Save the database to keep it. The calibration
+        belongs to these rows: ``append`` (with a warning), ``rebuild`` and ``Database.compress``
+        drop it.
 
         Args:
             loader: as for :meth:`build`, of images that the database was not built from; images of
@@ -564,8 +622,9 @@ class Explainer:
             TypeError, ValueError: as :meth:`explain_labelled`; fewer than ten images, or mostly
                 images of the database.
         """
-        attached = self._attach()
+        self.attach()
         fidelity = transfer_fidelity(self, loader, progress=progress)
+        attached = self.attach()
         calibration = calibrated(fidelity)
         attached.database.manifest[CALIBRATION] = calibration.to_dict()
         with self._lock:
@@ -585,8 +644,39 @@ class Explainer:
             return False
         raise ValueError(f"`cuda_graphs` must not be True for a model on {images.device}, got True")
 
-    def _attach(self, finish: Finish | None = None) -> Attached:
-        """Return the database on the model's device, made once, for maps finished so."""
+    @property
+    def unrated(self) -> str | None:
+        """Why hot pixels cannot be searched for again, in words; None where they can."""
+        if self.settings.objective.real_labels:
+            return f"{self.settings.objective!r} has real numbers for labels, and no classes"
+        if self.k != 1:
+            return f"it needs k=1, got k={self.k}"
+        if not self._exact:
+            return f"it needs index='exact', got {self.index!r}"
+        return None
+
+    def _tail(self, images: Tensor) -> Tail:
+        return Tail.make(self.network, images, self.settings.l2_normalize)
+
+    def attach(
+        self,
+        finish: Finish | None = None,
+        *,
+        images: Tensor | None = None,
+        rates: bool = False,
+    ) -> Attached:
+        """Return the database on the model's device, made once.
+
+        Args:
+            finish: how maps are to be finished, to be checked.
+            images: [B, 3, h, w]; where a second look is wanted, the first ones are the probe of the
+                model's head.
+            rates: want log-ratios, which a calibration that has a confidence also does.
+
+        Raises:
+            NoDatabaseError, DamagedDatabaseError, MissingExtraError, TypeError, ValueError: as
+                :meth:`explain_batch`.
+        """
         with self._lock:
             if self._database is None:
                 raise NoDatabaseError(
@@ -604,6 +694,17 @@ class Explainer:
                     ids=self.ids,
                 )
             attached = self._attached
+            calibration = attached.calibration
+            rates = rates or (calibration is not None and calibration.right is not None)
+            rates = rates and self.unrated is None
+            second = attached.second
+            if images is not None and len(images) and (rates or self.requery):
+                transfer = attached.transfer
+                assert isinstance(transfer, ExactTransfer)
+                if second is None or second.rates != rates:
+                    tail = self._tail(images) if second is None else second.tail
+                    second = SecondLook(tail, transfer, self.requery, rates)
+                    self._attached = attached = replace(attached, second=second)
         if finish is not None and finish.center != 0 and attached.proxies is not None:
             raise ValueError(
                 "`center` must be left out with method='proxy', whose classes are contrasted "

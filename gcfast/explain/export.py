@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gcfast.errors import UnsupportedModelError
-from gcfast.explain.maps import Tables, explained, from_tables, on_images
+from gcfast.explain.maps import explained, on_images
 from gcfast.explain.result import Finish
-from gcfast.explain.transfer import ExactTransfer
 from gcfast.method.head import normalized
 from gcfast.method.proxies import Proxies
 from gcfast.model.capture import first_tensor
 from gcfast.model.network import Network
+from gcfast.search.transfer import ExactTransfer
+from gcfast.search.transferred import Tables, from_tables
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -7,7 +7,7 @@ embedding is not finite gets a map of NaN where on the CPU it is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +16,10 @@ from torch import Tensor
 from gcfast.database.database import Database
 from gcfast.explain.result import Explanation, Finish
 from gcfast.method.proxies import Proxies, proxy_weights
+from gcfast.search.transferred import Transferred
 
-
-class Tables(NamedTuple):
-    """The rows of a database, whole and on one device."""
-
-    channels: Tensor  # [N, M] int64
-    weights: Tensor  # [N, M] floating point
-    offsets: Tensor  # [N] floating point
-    labels: Tensor  # [N] int64, or float64
-
-
-class Transferred(NamedTuple):
-    """What a batch takes from the database, on the embeddings' device.
-
-    ``rows``, ``channels``, ``weights``, ``offsets`` and ``mixing`` are as ``ops.sparse_cam`` takes
-    them: the whole table with each neighbour's row and share, or, through an index, a small table
-    of one row an image. Such a row is the neighbour's own for K = 1; for K > 1 it is the mixture of
-    all: each of their channels once, with the sum of its weights times the neighbours' shares.
-    """
-
-    neighbors: Tensor  # [B, K] int64, rows of the database; -1: none
-    distances: Tensor  # [B, K] float32, squared L2; +inf where there is none
-    rows: Tensor  # [B, K or 1] int64, rows of the table below; -1: none
-    channels: Tensor  # [N or B, M or more] int64
-    weights: Tensor  # the same shape, floating point
-    offsets: Tensor  # [N or B] float32
-    mixing: Tensor | None  # [B, K]; None: one row, or those found equally
-    labels: Tensor | None  # [B, K] of the neighbours, where no table of them is at hand
+if TYPE_CHECKING:
+    from gcfast.explain.calibration import Calibration
 
 
 class Explained(NamedTuple):
@@ -54,6 +30,7 @@ class Explained(NamedTuple):
     neighbors: Tensor  # [B, K] int64
     distances: Tensor  # [B, K] float32
     labels: Tensor | None  # as in Transferred
+    ratios: Tensor | None = None  # [B] float32, of a second look
 
     def copied(self) -> Explained:
         """The same in memory of its own."""
@@ -66,10 +43,11 @@ class Explained(NamedTuple):
     def explanation(
         self,
         labels: Tensor | None,
-        confidence: Callable[[Tensor], Tensor | None] = lambda _: None,
+        calibration: Calibration | None = None,
         class_names: Sequence[str] = (),
     ) -> Explanation:
         """With the labels [N] of the table, where they are not here, a calibration and names."""
+        right = None if calibration is None else calibration.right
         return Explanation(
             maps=self.maps,
             embeddings=self.embeddings,
@@ -77,7 +55,8 @@ class Explained(NamedTuple):
             distances=self.distances,
             labels=self.labels_from(labels),
             flat=self.maps.abs().amax((1, 2)) == 0,
-            confidence=confidence(self.distances),
+            confidence=right(self.ratios) if right and self.ratios is not None else None,
+            fidelity=None if calibration is None else calibration.fidelity(self.distances[:, 0]),
             class_names=class_names,
         )
 
@@ -100,30 +79,6 @@ def proxies_of(database: Database, device: torch.device) -> Proxies | None:
     if database.classes is None:
         return None
     return Proxies(database.classes.labels.to(device), database.proxies.to(device))
-
-
-def mixing_weights(distances: Tensor, temperature: float) -> Tensor:
-    """softmax(-d / tau) over the K neighbours [B, K]; a neighbour at +inf weighs nothing."""
-    scale = max(temperature, torch.finfo(torch.float32).tiny)
-    # From the nearest on, so that where tau is 0 (a table of twins) that one weighs 1.
-    beyond = distances - distances[:, :1]
-    return torch.softmax(-beyond / scale, dim=1)
-
-
-def from_tables(
-    distances: Tensor, neighbors: Tensor, tables: Tables, temperature: float
-) -> Transferred:
-    """What the neighbours [B, K] at ``distances`` lend, tau being ``temperature``."""
-    return Transferred(
-        neighbors=neighbors,
-        distances=distances,
-        rows=neighbors,
-        channels=tables.channels,
-        weights=tables.weights,
-        offsets=tables.offsets,
-        mixing=mixing_weights(distances, temperature) if neighbors.shape[1] > 1 else None,
-        labels=None,
-    )
 
 
 def marked(embeddings: Tensor, found: Transferred) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,12 @@ class Explanation:
     distances: Tensor  # [B, K] float32, squared L2; +inf where there is none
     labels: Tensor  # [B, K] int64, of those rows; -1 where there is none (float64, NaN: RankLoss)
     flat: Tensor  # [B] bool: the map is zero everywhere
-    # [B] float32: the expected cosine with the image's own map at this distance, for images of the
-    # database's classes; None if the database has no calibration (`Explainer.calibrate`, whose
-    # result says whether it is informative).
+    # After Explainer.calibrate, whose result says how informative they are; else None.
+    # [B] float32: how probable it is that the map shows its own class (`labels`).
     confidence: Tensor | None = None
+    # [B] float32: the expected cosine with the image's own map at this distance, for images of the
+    # database's classes.
+    fidelity: Tensor | None = None
     class_names: Sequence[str] = field(default=(), repr=False)  # by label; empty: they are numbers
 
     @property
@@ -48,6 +50,15 @@ class TripletMaps(NamedTuple):
     anchor: Tensor
     positive: Tensor
     negative: Tensor
+
+
+class ObjectMaps(NamedTuple):
+    """A map for each object of an image, the most prominent one first, on the images' device."""
+
+    maps: Tensor  # [B, objects, OH, OW] float32
+    neighbors: Tensor  # [B, objects] int64, rows of the database
+    distances: Tensor  # [B, objects] float32, squared L2 of what was looked at to that row
+    labels: Tensor  # [B, objects] int64, of those rows
 
 
 class MapOptions(TypedDict, total=False):

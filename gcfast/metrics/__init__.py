@@ -12,7 +12,7 @@ from gcfast.metrics.localisation import (
     max_box_acc_v2,
     threshold_boxes,
 )
-from gcfast.metrics.ranking import ranking_scores
+from gcfast.metrics.ranking import auroc, ranking_scores
 from gcfast.metrics.regions import RegionSums, region_sums
 from gcfast.metrics.scores import (
     box_score,
@@ -25,6 +25,7 @@ from gcfast.metrics.scores import (
 
 __all__ = [
     "RegionSums",
+    "auroc",
     "best_box_iou",
     "box_iou",
     "box_masks",

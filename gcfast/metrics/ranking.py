@@ -63,3 +63,32 @@ def ranking_scores(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         precision.masked_fill(empty, torch.nan).float(),
         overlap.masked_fill(empty, torch.nan).float(),
     )
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float:
+    """Return the area under the ROC curve: how often a positive scores higher than a negative.
+
+    Args:
+        scores: [n] floating point, without NaN.
+        positive: [n] bool.
+
+    Returns:
+        In [0, 1], ties counted as a half; NaN without a positive or without a negative.
+
+    Raises:
+        TypeError: ``positive`` that is not bool.
+        ValueError: another shape, or NaN.
+    """
+    sizes = require_shape("scores", scores, "n")
+    require_dtype("positive", positive, (torch.bool,))
+    require_shape("positive", positive, "n", sizes)
+    if bool(scores.isnan().any()):
+        raise ValueError("`scores` must be numbers, got NaN")
+    _, group, sizes_of = torch.unique(scores, return_inverse=True, return_counts=True)
+    # The mean rank of each group of equal scores, from 1 on (Mann and Whitney 1947).
+    ranks = (sizes_of.cumsum(0).double() - (sizes_of.double() - 1) / 2)[group]
+    hits = int(positive.sum())
+    misses = len(scores) - hits
+    if not hits or not misses:
+        return float("nan")
+    return float((ranks[positive].sum() - hits * (hits + 1) / 2) / (hits * misses))

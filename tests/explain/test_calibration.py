@@ -13,6 +13,7 @@ import gcfast
 from gcfast.database.shards import FIELDS
 from gcfast.explain import attached
 from gcfast.explain.calibration import Calibration, Fidelity, calibrated, transfer_fidelity
+from gcfast.explain.confidence import Confidence
 from gcfast.metrics import cosine, spearman
 from gcfast.metrics.controls import random_rows
 
@@ -36,19 +37,19 @@ def test_fit_by_hand() -> None:
     assert fitted.agreement.tolist() == pytest.approx([0.9, 0.6, 0.2])
     asked = torch.tensor([0.0, 4.5, 12.0, 27.0, 99.0, torch.inf])
     wanted = [0.9, 0.9, 0.75, 0.4, 0.2, 0.0]
-    assert fitted.confidence(asked).tolist() == pytest.approx(wanted)
+    assert fitted.fidelity(asked).tolist() == pytest.approx(wanted)
 
 
 def test_one_knot_is_a_constant() -> None:
     fitted = Calibration.fit(torch.arange(10.0), torch.full((10,), 0.25))
     assert fitted.distances.tolist() == [4.5]
-    assert fitted.confidence(torch.tensor([0.0, 4.5, 9.0])).tolist() == [0.25] * 3
-    assert fitted.confidence(torch.zeros(0)).shape == (0,)
+    assert fitted.fidelity(torch.tensor([0.0, 4.5, 9.0])).tolist() == [0.25] * 3
+    assert fitted.fidelity(torch.zeros(0)).shape == (0,)
 
 
 def test_confidence_never_rises_with_distance() -> None:
     distances, agreement = torch.rand(333), torch.rand(333)
-    values = Calibration.fit(distances, agreement).confidence(torch.linspace(-1, 2, 500))
+    values = Calibration.fit(distances, agreement).fidelity(torch.linspace(-1, 2, 500))
     assert (values.diff() <= 1e-7).all()
 
 
@@ -104,10 +105,18 @@ def test_confidence_comes_with_the_details(tmp_path: Path) -> None:
     why = one.explain_batch(images, details=True)
     fitted = Calibration.fit(fidelity.distances, fidelity.cosine)
     assert why.confidence is not None
-    assert why.confidence.dtype == torch.float32
-    torch.testing.assert_close(why.confidence, fitted.confidence(why.distances[:, 0]))
-    # Calibrated: over the images it was fitted to, it is right on average.
-    assert float(why.confidence.mean()) == pytest.approx(float(fidelity.cosine.mean()), abs=0.05)
+    assert why.fidelity is not None
+    assert why.confidence.dtype == why.fidelity.dtype == torch.float32
+    torch.testing.assert_close(why.fidelity, fitted.fidelity(why.distances[:, 0]))
+    assert fidelity.right is not None
+    assert fidelity.ratios is not None
+    right = Confidence.fit(fidelity.ratios, fidelity.right)
+    torch.testing.assert_close(why.confidence, right(fidelity.ratios), rtol=1e-4, atol=1e-5)
+    assert torch.equal(fidelity.right, why.labels[:, 0] == labels)
+    # Calibrated: over the images they were fitted to, both are right on average.
+    assert float(why.fidelity.mean()) == pytest.approx(float(fidelity.cosine.mean()), abs=0.05)
+    share = float(fidelity.right.float().mean())
+    assert float(why.confidence.mean()) == pytest.approx(share, abs=0.05)
     nothing = one.explain_batch(images[:0], details=True).confidence
     assert nothing is not None
     assert nothing.shape == (0,)
@@ -130,7 +139,8 @@ def test_calibrating_makes_no_index_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     one.calibrate(loader(images[12:], labels[12:]))
     after = one.explain_batch(images[12:], details=True)
     assert torch.equal(after.maps, before.maps)
-    assert after.confidence is not None
+    assert after.fidelity is not None
+    assert after.confidence is None  # it takes an exact search
 
 
 def test_what_cannot_calibrate_is_refused() -> None:
@@ -246,6 +256,7 @@ def test_centres_are_calibrated_anew() -> None:
         {"distances": ["a"], "agreement": [1.0], "images": 9},
         {"agreement": [1.0]},
         {"distances": [0.0], "agreement": [1.0], "images": 9, "control": float("nan")},
+        {"distances": [0.0], "agreement": [1.0], "images": 9, "right": {"offset": 1.0}},
         [3],
     ],
     ids=str,

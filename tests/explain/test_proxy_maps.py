@@ -13,7 +13,7 @@ from networks import AFFINE_HEADS, CHANNELS, OTHER_HEADS, Net, TokenNet, common,
 from torch import Tensor, nn
 
 import gcfast
-from gcfast.explain.faiss_search import temperature
+from gcfast.search.faiss_search import temperature
 
 IMAGES, CLASSES = 22, 4
 

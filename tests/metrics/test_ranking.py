@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gcfast.metrics import ranking_scores
+from gcfast.metrics import auroc, ranking_scores
 
 
 def brute_force(heat: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
@@ -67,3 +67,14 @@ def test_bad_input_is_refused() -> None:
         ranking_scores(torch.rand(1, 4, 4), torch.zeros(1, 4, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="`maps`"):
         ranking_scores(torch.full((1, 4, 4), torch.nan), torch.zeros(1, 4, 4, dtype=torch.bool))
+
+
+def test_auroc_counts_pairs() -> None:
+    scores = torch.randint(6, (40,)).float()
+    positive = torch.rand(40) < 0.4
+    pairs = scores[positive][:, None] - scores[~positive]
+    wanted = float(((pairs > 0).float() + 0.5 * (pairs == 0).float()).mean())
+    assert auroc(scores, positive) == pytest.approx(wanted)
+    assert math.isnan(auroc(scores, torch.ones(40, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="`scores` must be numbers, got NaN"):
+        auroc(torch.tensor([math.nan]), torch.tensor([True]))

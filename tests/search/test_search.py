@@ -12,8 +12,8 @@ from networks import common, loader, pictures
 
 import gcfast
 from gcfast.database.shards import Shard
-from gcfast.explain.faiss_search import ExactSearch, open_index, temperature
-from gcfast.explain.transfer import ExactTransfer, make_engine, make_transfer
+from gcfast.search.faiss_search import ExactSearch, open_index, temperature
+from gcfast.search.transfer import ExactTransfer, make_engine, make_transfer
 
 TABLE_ROWS, WIDTH = 60, 6
 
@@ -192,7 +192,7 @@ def test_temperature_is_the_mean_distance_to_the_kth_other_row(
     rows = table()
     kth = (rows[:, None] - rows[None]).square().sum(2).sort(1)[0][:, 3]
     assert temperature(rows, 3) == pytest.approx(float(kth.mean()), rel=1e-4)
-    monkeypatch.setattr("gcfast.explain.faiss_search.TEMPERATURE_ROWS", 2)
+    monkeypatch.setattr("gcfast.search.faiss_search.TEMPERATURE_ROWS", 2)
     assert temperature(rows, 3) == pytest.approx(float(kth[[0, -1]].mean()), rel=1e-4)
     assert temperature(rows[:2], 5) == 1.0
     assert temperature(rows[:1].expand(9, -1), 3) == 0.0

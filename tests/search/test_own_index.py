@@ -13,8 +13,8 @@ from torch import Tensor
 
 import gcfast
 from gcfast.database.shards import Shard
-from gcfast.explain.faiss_search import open_index
-from gcfast.explain.transfer import make_engine
+from gcfast.search.faiss_search import open_index
+from gcfast.search.transfer import make_engine
 
 faiss = pytest.importorskip("faiss")
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transfer_case import answering, flat, queries, table, transfer
 
-from gcfast.explain.maps import Transferred
+from gcfast.search.transferred import Transferred
 
 pytest.importorskip("faiss")
 

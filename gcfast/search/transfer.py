@@ -16,7 +16,8 @@ from gcfast._extras import import_faiss
 from gcfast.database.database import Database
 from gcfast.database.shards import Shard
 from gcfast.errors import GcfastError
-from gcfast.explain.faiss_search import (
+from gcfast.ops.precision import full_precision
+from gcfast.search.faiss_search import (
     ExactSearch,
     check_count,
     mean_distance,
@@ -25,8 +26,7 @@ from gcfast.explain.faiss_search import (
     temperature,
     temperature_queries,
 )
-from gcfast.explain.maps import Tables, Transferred, from_tables, mixing_weights
-from gcfast.ops.precision import full_precision
+from gcfast.search.transferred import Tables, Transferred, from_tables, mixing_weights
 
 if TYPE_CHECKING:
     from gcfast import _core
@@ -105,11 +105,11 @@ class IndexTransfer:
         database: whose rows; they stay where they are, memory-mapped if they are.
         device: where embeddings come from and results go.
         k: neighbors.
-        index: as :func:`gcfast.explain.faiss_search.open_index`.
+        index: as :func:`gcfast.search.faiss_search.open_index`.
         ids: as there.
 
     Raises:
-        MissingExtraError, TypeError, ValueError: as :func:`gcfast.explain.faiss_search.open_index`.
+        MissingExtraError, TypeError, ValueError: as :func:`gcfast.search.faiss_search.open_index`.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ def make_engine(
     """Make the C++ engine over an index of the shards' rows.
 
     Args:
-        index: from :func:`gcfast.explain.faiss_search.open_index`.
+        index: from :func:`gcfast.search.faiss_search.open_index`.
         shards: the rows.
         threads: of measuring and gathering. FAISS uses its own for the calling thread.
         memory_bytes: held at once beyond a batch's result; the batch is split to stay below

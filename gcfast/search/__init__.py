@@ -1,0 +1,1 @@
+"""Find the nearest rows of a database, and gather what they lend."""

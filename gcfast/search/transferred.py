@@ -1,0 +1,60 @@
+"""What a batch takes from the database: the nearest rows, and how much each weighs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tables(NamedTuple):
+    """The rows of a database, whole and on one device."""
+
+    channels: Tensor  # [N, M] int64
+    weights: Tensor  # [N, M] floating point
+    offsets: Tensor  # [N] floating point
+    labels: Tensor  # [N] int64, or float64
+
+
+class Transferred(NamedTuple):
+    """What a batch takes from the database, on the embeddings' device.
+
+    ``rows``, ``channels``, ``weights``, ``offsets`` and ``mixing`` are as ``ops.sparse_cam`` takes
+    them: the whole table with each neighbour's row and share, or, through an index, a small table
+    of one row an image. Such a row is the neighbour's own for K = 1; for K > 1 it is the mixture of
+    all: each of their channels once, with the sum of its weights times the neighbours' shares.
+    """
+
+    neighbors: Tensor  # [B, K] int64, rows of the database; -1: none
+    distances: Tensor  # [B, K] float32, squared L2; +inf where there is none
+    rows: Tensor  # [B, K or 1] int64, rows of the table below; -1: none
+    channels: Tensor  # [N or B, M or more] int64
+    weights: Tensor  # the same shape, floating point
+    offsets: Tensor  # [N or B] float32
+    mixing: Tensor | None  # [B, K]; None: one row, or those found equally
+    labels: Tensor | None  # [B, K] of the neighbours, where no table of them is at hand
+
+
+def mixing_weights(distances: Tensor, temperature: float) -> Tensor:
+    """softmax(-d / tau) over the K neighbours [B, K]; a neighbour at +inf weighs nothing."""
+    scale = max(temperature, torch.finfo(torch.float32).tiny)
+    # From the nearest on, so that where tau is 0 (a table of twins) that one weighs 1.
+    beyond = distances - distances[:, :1]
+    return torch.softmax(-beyond / scale, dim=1)
+
+
+def from_tables(
+    distances: Tensor, neighbors: Tensor, tables: Tables, temperature: float
+) -> Transferred:
+    """What the neighbours [B, K] at ``distances`` lend, tau being ``temperature``."""
+    return Transferred(
+        neighbors=neighbors,
+        distances=distances,
+        rows=neighbors,
+        channels=tables.channels,
+        weights=tables.weights,
+        offsets=tables.offsets,
+        mixing=mixing_weights(distances, temperature) if neighbors.shape[1] > 1 else None,
+        labels=None,
+    )
