@@ -150,9 +150,9 @@ def _add_build(commands: Any) -> None:
     )
     method.add_argument(
         "--method",
-        choices=["gradcam", "gradcam++"],
+        choices=["gradcam", "gradcam++", "proxy"],
         default="gradcam",
-        help="how gradients become channel weights",
+        help="how gradients become channel weights; proxy: contrasted class proxies, no gradients",
     )
     method.add_argument(
         "--objective",

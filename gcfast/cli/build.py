@@ -23,6 +23,7 @@ _COUNTS = {
     "hardest_triplet": "without a triplet of positive loss, took their hardest one",
     "estimated_counts": "with an estimate for the number of their triplets",
     "zero_rows": "whose weights are all zero, so that their maps are empty",
+    "zero_rows, proxy": "whose activations are all zero, which count for no class",
 }
 
 
@@ -90,7 +91,8 @@ def build_database(options: argparse.Namespace) -> None:
         tell_doubts(loader.doubts)
     for name, count in database.report.items():
         if count and name not in ("images", "rows"):
-            print(f"pictures {_COUNTS.get(name, name)}: {count}", file=sys.stderr)
+            said = _COUNTS.get(f"{name}, {options.method}", _COUNTS.get(name, name))
+            print(f"pictures {said}: {count}", file=sys.stderr)
     # A class of a single picture has no row.
     classes, there = len(set(database.labels.tolist())), len(images.class_names)
     of_all = "" if classes == there else f" of {there}"

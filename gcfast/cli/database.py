@@ -157,7 +157,11 @@ def describe_database(options: argparse.Namespace) -> None:
             set(database.labels.tolist())
         ),
         "embedding": database.dim,
-        "channels kept": database.m,
+        **(
+            {"channels kept": database.m}
+            if database.classes is None
+            else {"class proxies": len(database.classes.labels)}
+        ),
         "bytes": size,
     }
     if options.json:

@@ -37,6 +37,7 @@ _OUTPUTS = ("maps.npy", "transforms.json", "results.csv", "index.html", "overlay
 _MEANING = {
     "for": "Heat is on what brings this picture and its neighbor close.",
     "against": "Heat is on what keeps this picture and its neighbor apart (the paper's sign).",
+    None: "Heat is on what the neighbor's class has and the other classes have not.",
 }
 
 # Unreadable pictures that the page lists; all of them are in results.csv.
@@ -119,7 +120,7 @@ def explain_files(options: argparse.Namespace) -> None:
     lead = (
         "Each picture went through the network once, and its nearest picture in the database lent "
         "the weights of its channels. "
-    ) + _MEANING[database.manifest["settings"]["evidence"]]
+    ) + _MEANING[database.manifest["settings"].get("evidence")]
     if done > len(on_page):
         lead += f"\n\nShown are the first {len(on_page):,} of {done:,}; results.csv lists them all."
     write_report(

@@ -225,7 +225,7 @@ class Database(Columns):
         one.members = members
         return one
 
-    def remove(self, ids: Iterable[str]) -> Database:
+    def remove(self, ids: Iterable[str], *, directions: Tensor | None = None) -> Database:
         """Return the database without the rows of some images.
 
         A database with a folder is changed there: shards that lose rows are written anew, and then
@@ -233,29 +233,36 @@ class Database(Columns):
         weights, some of which come from triplets with removed images: all count as ``older_rows``
         until ``Explainer.rebuild``. A stored index and a calibration are dropped with a warning.
 
+        Class proxies (``classes``) stay exact: they become those of the rows that stay. What a row
+        added to its class is not stored, so that without ``directions`` whole classes go alone.
+
         Args:
             ids: of the images, as ``ids`` has them.
+            directions: [n, C], of ``method="proxy"``: what the image of each id adds to its class,
+                which :meth:`gcfast.Explainer.remove` computes from the images.
 
         Returns:
             The changed database, opened anew; in memory where this one is. This one stays as it is.
 
         Raises:
             TypeError, ValueError: ids that are no strings, come twice or are of no row; all rows.
-            GcfastError: a compressed database; one that another process writes to, or has changed.
+            GcfastError: a compressed database; one that another process writes to, or has changed;
+                a part of a class without ``directions``.
             OSError: the disk is full, or another failure to write; the database is as it was.
         """
-        return self._edited(edit.removal(self, ids))
+        return self._edited(edit.removal(self, ids, directions))
 
-    def relabel(self, labels: Mapping[str, Any]) -> Database:
+    def relabel(self, labels: Mapping[str, Any], *, directions: Tensor | None = None) -> Database:
         """Return the database with other labels for some images.
 
         It is written as :meth:`remove` does. A new name gets the next number, and a name that no
         row has any more keeps its own. Weights stay, and come from triplets by the labels before:
         all rows count as ``older_rows``. A calibration is dropped with a warning; a stored index
-        stays.
+        stays. Class proxies stay exact, as by :meth:`remove`.
 
         Args:
             labels: the new label of each id: a name or a number, as the database's are.
+            directions: as for :meth:`remove`, which :meth:`gcfast.Explainer.relabel` computes.
 
         Returns:
             The changed database, as :meth:`remove`.
@@ -265,7 +272,7 @@ class Database(Columns):
                 row, or no strings.
             GcfastError, OSError: as :meth:`remove`.
         """
-        return self._edited(edit.relabelling(self, labels))
+        return self._edited(edit.relabelling(self, labels, directions))
 
     @staticmethod
     def merge(

@@ -135,6 +135,18 @@ def relabelling(
     return Change(torch.ones(len(now), dtype=torch.bool), now, changes, (CALIBRATION,), classes)
 
 
+def row_numbers(database: Database, ids: Iterable[str]) -> list[int]:
+    """Return the number of the row of each id, in their order.
+
+    Raises:
+        TypeError, ValueError: ids that are no strings, come twice or are of no row.
+        GcfastError: a compressed database.
+    """
+    names = _names(ids, "ids")
+    numbers = {database.ids[place]: place for place in _places(database, names)}
+    return [numbers[name] for name in names]
+
+
 def _in_order(
     database: Database, places: list[int], names: list[str], directions: Tensor
 ) -> Tensor:

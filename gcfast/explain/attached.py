@@ -73,14 +73,18 @@ class Attached:
         if isinstance(index, str) and index == "stored":
             index = database.read_index()
         calibration = Calibration.from_manifest(database.manifest)
+        transfer = make_transfer(database, device, k, index, ids)
+        proxies = proxies_of(database, device)
+        if proxies is not None and transfer.labels is not None:
+            proxies = proxies.of_rows(transfer.labels)
         return cls(
             network=network,
             l2_normalize=l2_normalize,
             database=database,
             device=device,
-            transfer=make_transfer(database, device, k, index, ids),
+            transfer=transfer,
             calibration=None if calibration is None else calibration.to(device),
-            proxies=proxies_of(database, device),
+            proxies=proxies,
         )
 
     def explain(self, images: Tensor, finish: Finish, *, waits: bool | None = None) -> Explained:
@@ -224,7 +228,6 @@ class Attached:
             cam=on_images(cam if waits else cam.trusted, share),
             marks=not waits,
             proxies=self.proxies,
-            labels=self.transfer.labels,
         )
 
 

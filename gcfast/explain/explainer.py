@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gcfast._checks import require_int
 from gcfast.builder.append import append, check_appendable
 from gcfast.builder.build import build
+from gcfast.builder.reread import reread
 from gcfast.database.database import Database
 from gcfast.database.manifest import CALIBRATION
 from gcfast.errors import NoDatabaseError
@@ -298,10 +299,9 @@ class Explainer:
             TypeError, ValueError: as :meth:`build`; settings other than the database's.
             GcfastError: a compressed database; one that another process writes to, or has changed.
         """
-        if self._database is None:
-            raise NoDatabaseError("there is no database to append to: call build(loader) first")
-        dropped = CALIBRATION in self._database.manifest
-        database = append(self._database, self.network, loader, self.settings, progress=progress)
+        stored = self._to_edit("append to")
+        dropped = CALIBRATION in stored.manifest
+        database = append(stored, self.network, loader, self.settings, progress=progress)
         self._set_database(database)
         if dropped:
             warnings.warn(
@@ -310,6 +310,59 @@ class Explainer:
                 stacklevel=2,
             )
         return database
+
+    def remove(self, loader: Iterable[Any]) -> Database:
+        """Take the rows of given images out of the database, and explain from the rest.
+
+        For ``method="proxy"``, whose classes lose what these images added to them; where whole
+        classes go, and for gradients, :meth:`Database.remove` needs the ids alone.
+
+        Args:
+            loader: (images, labels, ids) as for :meth:`build`, of the rows that go; their labels
+                are not looked at.
+
+        Returns:
+            The changed database.
+
+        Raises:
+            NoDatabaseError: there is no database yet.
+            ModelMismatchError: the model has changed since the database was built.
+            TypeError, ValueError: as :meth:`build`; ids of no row, or an image with another
+                embedding than its row's.
+            GcfastError, OSError: as :meth:`Database.remove`.
+        """
+        database = self._to_edit("remove from")
+        given = reread(database, self.network, loader, self.settings)
+        database = database.remove(given.ids, directions=given.directions)
+        self._set_database(database)
+        return database
+
+    def relabel(self, loader: Iterable[Any]) -> Database:
+        """Give the rows of given images the labels that the loader has for them.
+
+        For ``method="proxy"``, as :meth:`remove`; otherwise :meth:`Database.relabel` will do.
+
+        Args:
+            loader: (images, new labels, ids) as for :meth:`build`, of the rows that change.
+
+        Returns:
+            The changed database.
+
+        Raises:
+            NoDatabaseError, ModelMismatchError, TypeError, ValueError, GcfastError, OSError: as
+                :meth:`remove`.
+        """
+        database = self._to_edit("relabel")
+        given = reread(database, self.network, loader, self.settings)
+        labels = dict(zip(given.ids, given.labels, strict=True))
+        database = database.relabel(labels, directions=given.directions)
+        self._set_database(database)
+        return database
+
+    def _to_edit(self, what: str) -> Database:
+        if self._database is None:
+            raise NoDatabaseError(f"there is no database to {what}: call build(loader) first")
+        return self._database
 
     def rebuild(
         self, loader: Iterable[Any], *, progress: bool = False, resume: bool = False
@@ -330,9 +383,7 @@ class Explainer:
             GcfastError: a compressed database; and as :meth:`build`.
             FileExistsError: an unfinished rebuild that is not resumed.
         """
-        old = self._database
-        if old is None:
-            raise NoDatabaseError("there is no database to rebuild: call build(loader) first")
+        old = self._to_edit("rebuild")
         check_appendable(old, self.network, self.settings)
         return self.build(
             loader,

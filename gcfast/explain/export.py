@@ -37,8 +37,9 @@ class ExportedExplainer(nn.Module):
     weights: Tensor
     offsets: Tensor
     labels: Tensor
-    proxies: Tensor | None
     proxy_labels: Tensor | None
+    proxy_vectors: Tensor | None
+    proxy_rows: Tensor | None
 
     def __init__(
         self,
@@ -58,8 +59,8 @@ class ExportedExplainer(nn.Module):
         self.register_buffer("squares", transfer.search.squares)
         for name, tensor in transfer.tables._asdict().items():
             self.register_buffer(name, tensor)
-        self.register_buffer("proxies", None if proxies is None else proxies.vectors)
-        self.register_buffer("proxy_labels", None if proxies is None else proxies.labels)
+        for name in Proxies._fields:
+            self.register_buffer(f"proxy_{name}", getattr(proxies, name, None))
         self._run = network.layer_run
         self._names_run = network.names_run
         # The parts of a Network that work on what a pass gave, without its hooks.
@@ -104,8 +105,8 @@ class ExportedExplainer(nn.Module):
             )
             tables = Tables(self.channels, self.weights, self.offsets, self.labels)
             proxies, cam = None, torch.ops.gcfast.sparse_cam
-            if self.proxies is not None and self.proxy_labels is not None:
-                proxies = Proxies(self.proxy_labels, self.proxies)
+            if self.proxy_labels is not None and self.proxy_vectors is not None:
+                proxies = Proxies(self.proxy_labels, self.proxy_vectors, self.proxy_rows)
                 cam = torch.ops.gcfast.dense_cam
             out = explained(
                 activations,
@@ -115,7 +116,6 @@ class ExportedExplainer(nn.Module):
                 cam=on_images(cam, share),
                 marks=True,
                 proxies=proxies,
-                labels=self.labels,
             )
             if not self._details:
                 return out.maps

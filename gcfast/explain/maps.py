@@ -62,23 +62,19 @@ class Explained(NamedTuple):
 
     def labels_from(self, labels: Tensor | None) -> Tensor:
         """The neighbours' labels [B, K]: those here, or by the table's [N]; -1 or NaN: none."""
-        return labels_of(self.neighbors, self.labels, labels)
-
-
-def labels_of(neighbors: Tensor, own: Tensor | None, table: Tensor | None) -> Tensor:
-    """The labels [B, K] of neighbours: those at hand, or by the table's [N]; -1 or NaN: none."""
-    if own is not None:
-        return own
-    assert table is not None
-    none = torch.nan if table.is_floating_point() else -1
-    return torch.where(neighbors >= 0, table[neighbors.clamp(min=0)], none)
+        if self.labels is not None:
+            return self.labels
+        assert labels is not None
+        none = torch.nan if labels.is_floating_point() else -1
+        return torch.where(self.neighbors >= 0, labels[self.neighbors.clamp(min=0)], none)
 
 
 def proxies_of(database: Database, device: torch.device) -> Proxies | None:
     """The class proxies of a database on a device; None where it has none."""
     if database.classes is None:
         return None
-    return Proxies(database.classes.labels.to(device), database.proxies.to(device))
+    _ = database.shards  # compares checksums
+    return Proxies.of(database.classes, device)
 
 
 def marked(embeddings: Tensor, found: Transferred) -> tuple[Tensor, Tensor]:
@@ -119,7 +115,6 @@ def explained(
     cam: Callable[..., Tensor],
     marks: bool,
     proxies: Proxies | None = None,
-    labels: Tensor | None = None,
 ) -> Explained:
     """Maps from what the nearest rows lend, or from the proxies of their classes.
 
@@ -130,12 +125,15 @@ def explained(
         finish: how.
         cam: the operation ``dense_cam`` with proxies, ``sparse_cam`` without, in one of its forms.
         marks: give an embedding that is not finite a map of NaN, rather than rely on a check.
-        proxies: of the database, if it has them.
-        labels: [N] of the table, where ``found`` has none, which proxies need.
+        proxies: of the database, if it has them; with its rows, where ``found`` has no labels.
     """
     if proxies is not None:
-        own = labels_of(found.neighbors, found.labels, labels)
-        weights = proxy_weights(activations, proxies.of(own, found.mixing))
+        if found.labels is None:
+            assert proxies.rows is not None
+            places = proxies.rows[found.neighbors]  # -1 is the last, of no row
+        else:
+            places = proxies.places(found.labels)
+        weights = proxy_weights(activations, proxies.mixed(places, found.mixing))
         if marks:
             weights = torch.add(weights, embeddings.sum(1, keepdim=True), alpha=0)  # as `marked`
         maps = cam(activations, weights, **finish.of_dense())

@@ -108,7 +108,8 @@ def proxy_maps(
     captured = network.embed(images)
     check_embeddings(captured.output, images)
     with torch.no_grad(), full_precision(images.device):
-        weights = proxy_weights(captured.activations, proxies.of(labels.to(images.device)[:, None]))
+        places = proxies.places(labels.to(images.device))
+        weights = proxy_weights(captured.activations, proxies.vectors[places])
         return on_images(ops.dense_cam, captured.share)(
             captured.activations, weights, **finish.of_dense()
         )

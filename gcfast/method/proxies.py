@@ -84,29 +84,37 @@ class Classes(NamedTuple):
 
 
 class Proxies(NamedTuple):
-    """The proxies of a database on one device."""
+    """The proxies of a database on one device; nothing here waits for it."""
 
     labels: Tensor  # [K] int64, rising
-    vectors: Tensor  # [K, C] float32
+    vectors: Tensor  # [K + 1, C] float32: the last one, of no class, is zero
+    rows: Tensor | None = None  # [N + 1] int64: the place of each row's class, and that of no row
 
-    def of(self, labels: Tensor, shares: Tensor | None = None) -> Tensor:
-        """Return the proxies of labels, mixed; nothing here waits for the device.
+    @classmethod
+    def of(cls, classes: Classes, device: torch.device) -> Proxies:
+        """Make them on a device."""
+        vectors = F.pad(classes.proxies(), (0, 0, 0, 1))
+        return cls(classes.labels.to(device), vectors.to(device))
+
+    def of_rows(self, labels: Tensor) -> Proxies:
+        """Return the same with the labels [N] of the rows looked up once."""
+        return self._replace(rows=F.pad(self.places(labels), (0, 1), value=len(self.labels)))
+
+    def places(self, labels: Tensor) -> Tensor:
+        """Return where the classes of labels are among the vectors, in the labels' shape."""
+        places = torch.searchsorted(self.labels, labels.contiguous())
+        known = self.labels[places.clamp(max=len(self.labels) - 1)] == labels
+        return torch.where(known, places, len(self.labels))
+
+    def mixed(self, places: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Return what explains each image, [B, C] float32.
 
         Args:
-            labels: [B, K] int64 of the neighbors; -1: none, which weighs nothing.
-            shares: [B, K] floating point, what each neighbor weighs; None: those found equally.
-
-        Returns:
-            [B, C] float32.
+            places: [B, K] int64, of its neighbors' classes.
+            shares: [B, K] floating point, what each of them weighs; None: there is one.
         """
-        places = torch.searchsorted(self.labels, labels.contiguous())
-        places = places.clamp(max=len(self.labels) - 1)
-        found = self.labels[places] == labels
         if shares is None:
-            shares = found / found.sum(1, keepdim=True).clamp(min=1)
-        shares = torch.where(found, shares.float(), 0.0)
-        if labels.shape[1] == 1:
-            return self.vectors[places[:, 0]] * shares
+            return self.vectors[places[:, 0]]
         return (self.vectors[places] * shares[..., None]).sum(1)
 
 
@@ -123,4 +131,5 @@ def proxy_weights(activations: Tensor, proxies: Tensor) -> Tensor:
         proxies: [B, C] float32, what each image is explained by.
     """
     own = directions(activations.float().mean((2, 3)))
-    return proxies - 0.5 * own * (own * proxies).sum(1, keepdim=True)
+    shared = (own * proxies).sum(1, keepdim=True)
+    return torch.addcmul(proxies, own, shared, value=-0.5)

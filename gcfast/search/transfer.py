@@ -224,8 +224,9 @@ class IndexTransfer:
             labels = labels.view(torch.float64)
         mixing = None
         if self.width == 0 and self.k > 1:
-            # Nothing was mixed: the rows have no channels, and their classes are mixed by this.
-            mixing = mixing_weights(distances, self.temperature)
+            # Nothing was mixed: the rows have no channels, and their classes are mixed by this; NaN
+            # is where no row was found.
+            mixing = mixing_weights(distances, self.temperature).nan_to_num()
         if self.weight_scale != 1:
             weights, offsets = weights / self.weight_scale, offsets / self.weight_scale
         return Transferred(

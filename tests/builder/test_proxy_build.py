@@ -80,6 +80,17 @@ def same_proxies(one: Database, two: Database) -> None:
     assert sorted(one.classes.counts.tolist()) == sorted(two.classes.counts.tolist())
 
 
+def close_proxies(one: Database, two: Database) -> None:
+    """As same_proxies, but for the rounding of a pass in other batches."""
+    first, second = named(one), named(two)
+    assert first.keys() == second.keys()
+    for name, proxy in first.items():
+        torch.testing.assert_close(proxy, second[name], atol=3e-7, rtol=0)
+    assert one.classes is not None
+    assert two.classes is not None
+    assert sorted(one.classes.counts.tolist()) == sorted(two.classes.counts.tolist())
+
+
 @pytest.mark.parametrize("make", [common, other], ids=["closed form", "autograd"])
 def test_every_image_has_a_row_and_every_class_a_proxy(make: Any, tmp_path: Path) -> None:
     one, (images, names, ids) = explainer(make), given()
@@ -203,6 +214,56 @@ def test_whole_classes_get_another_label_without_images(tmp_path: Path) -> None:
     for labels in ({ids[0]: "wren"}, {ids[2]: "wren", ids[11]: "tit"}):
         with pytest.raises(gcfast.GcfastError, match=r"would stay: give .* Explainer\.relabel"):
             changed.relabel(labels)
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["memory", "folder"])
+def test_rows_go_with_what_their_images_added(folder: bool, tmp_path: Path) -> None:
+    one, (images, names, ids) = explainer(), given()
+    gone = [0, 3, 9, 11, 17]  # of four classes, one of which loses all
+    left = [i for i in range(COUNT) if i not in gone]
+    fresh = one.build(batches(images, names, ids, left))
+    one.build(batches(images, names, ids), out=tmp_path / "db" if folder else None)
+    changed = one.remove(batches(images, names, ids, gone[::-1]))
+    assert one.database is changed
+    close_proxies(changed, fresh)
+    assert changed.ids == [ids[i] for i in left]
+    assert changed.report["zero_rows"] == 0
+    if folder:
+        close_proxies(Database.open(tmp_path / "db", verify=True), fresh)
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["memory", "folder"])
+def test_rows_change_classes_with_what_their_images_added(folder: bool, tmp_path: Path) -> None:
+    one, (images, names, ids) = explainer(), given()
+    new = list(names)
+    new[0], new[2], new[9], new[13] = "tit", "robin", "wren", "new"
+    fresh = one.build(batches(images, new, ids))
+    one.build(batches(images, names, ids), out=tmp_path / "db" if folder else None)
+    changed = one.relabel(batches(images, new, ids, [13, 2, 9, 0, 5]))  # the last keeps its own
+    close_proxies(changed, fresh)
+    assert [changed.label_name(label) for label in changed.labels.tolist()] == new
+    if folder:
+        close_proxies(Database.open(tmp_path / "db", verify=True), fresh)
+
+
+def test_other_images_are_not_taken_for_the_rows() -> None:
+    one, (images, names, ids) = explainer(), given()
+    for call in (one.remove, one.relabel):
+        with pytest.raises(gcfast.NoDatabaseError, match="there is no database to re"):
+            call([])
+    database = one.build(batches(images, names, ids))
+    other_images = images.clone()
+    other_images[3] *= -1
+    for call in (one.remove, one.relabel):
+        with pytest.raises(ValueError, match=r"got another one for '.*/3': its embedding differs"):
+            call(batches(other_images, names, ids, [2, 3]))
+        with pytest.raises(ValueError, match="got no ids to say whose rows they are"):
+            call([(images[:2], names[:2])])
+        with pytest.raises(ValueError, match="has none of nobody"):
+            call([(images[:2], names[:2], ["nobody", ids[1]])])
+        with pytest.raises(ValueError, match="must name at least one row"):
+            call([])
+    assert one.database is database
 
 
 def test_images_without_activations_count_in_no_class() -> None:

@@ -61,6 +61,26 @@ def test_nothing_waits_for_the_device(k, monkeypatch):
     assert torch.equal(why.flat, wanted.flat)
 
 
+@pytest.mark.parametrize(("k", "most"), [(1, 14), (3, 20)])
+def test_class_proxies_neither_wait_nor_launch_much(k, most, monkeypatch):
+    monkeypatch.setattr(reference, "_smallest", reference._smallest_by_sort)
+    explainer = Explainer(common().eval(), method="proxy", k=k)
+    explainer.build(loader(*pictures(12)))
+    images = pictures(4)[0].contiguous(memory_format=torch.channels_last)
+    wanted = explainer.explain_batch(images, size=(9, 7))
+    with NoWaiting():
+        out = _run(explainer, images)
+    assert torch.equal(out.maps, wanted)
+    with Launches() as model:
+        explainer.network.embed(images)
+    found = explainer._attach().transfer.search(torch.randn(4, explainer.database.dim), k)
+    monkeypatch.setattr(ops.knn, "trusted", lambda *_, **__: found)
+    monkeypatch.setattr(ops.dense_cam, "trusted", lambda *_, **__: wanted)
+    with Launches() as whole:
+        _run(explainer, images)
+    assert len(whole.made) - len(model.made) <= most, whole.made[len(model.made) :]
+
+
 def test_the_kernels_give_what_the_reference_gives(monkeypatch):
     explainer = _explainer(k=2)
     images = pictures(2)[0]
@@ -114,7 +134,7 @@ def test_a_cuda_tensor_takes_this_path(monkeypatch):
     images = pictures(1)[0].as_subclass(OnGpu)
     explainer._attach().explain(images, finish=None)
     assert seen[-1]["marks"]
-    assert seen[-1]["sparse_cam"] is ops.sparse_cam.trusted
+    assert seen[-1]["cam"] is ops.sparse_cam.trusted
 
 
 def _explainer_without_a_pass():

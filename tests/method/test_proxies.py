@@ -78,15 +78,21 @@ def test_classes_become_one_under_one_label() -> None:
 
 
 def test_neighbors_are_mixed_and_missing_ones_weigh_nothing() -> None:
-    proxies = Proxies(torch.tensor([-4, 0, 9]), torch.randn(3, 5))
-    a, b, c = proxies.vectors
-    labels = torch.tensor([[9, -4], [0, -1], [-1, -1], [7, 0]])
-    shares = torch.tensor([[0.75, 0.25], [0.5, torch.nan], [0.5, 0.5], [0.5, 0.5]])
-    got = proxies.of(labels, shares)
-    wanted = torch.stack([0.75 * c + 0.25 * a, 0.5 * b, 0 * a, 0.5 * b])
-    torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(proxies.of(labels[:2])[0], (c + a) / 2)
-    torch.testing.assert_close(proxies.of(labels[:, :1])[:3], torch.stack([c, b, 0 * a]))
+    pooled, labels = rows()
+    classes = Classes.of(directions(pooled), labels)
+    proxies = Proxies.of(classes, torch.device("cpu")).of_rows(labels)
+    vectors = dict(zip(classes.labels.tolist(), classes.proxies(), strict=True))
+    a, b, none = vectors[-10], vectors[77], torch.zeros(6)
+    asked = torch.tensor([[77, -10], [-10, -1], [-1, -1], [7, 77]])
+    shares = torch.tensor([[0.75, 0.25], [0.5, 0.0], [0.0, 0.0], [0.5, 0.5]])
+    wanted = torch.stack([0.75 * b + 0.25 * a, 0.5 * a, none, 0.5 * b])
+    torch.testing.assert_close(proxies.mixed(proxies.places(asked), shares), wanted)
+    alone = proxies.mixed(proxies.places(asked[:, :1]))
+    assert torch.equal(alone, torch.stack([b, a, none, none]))
+    assert proxies.rows is not None
+    neighbors = torch.tensor([[0], [5], [-1]])
+    by_row = proxies.mixed(proxies.rows[neighbors])
+    assert torch.equal(by_row, torch.stack([b, vectors[int(labels[5])], none]))
 
 
 @pytest.mark.parametrize(
