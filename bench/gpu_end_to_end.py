@@ -120,7 +120,7 @@ def check(explainer: gcfast.Explainer, batch: Tensor) -> None:
     with torch.no_grad():
         why = explainer.explain_batch(batch, details=True)
         activations = explainer.network.embed(batch).activations
-        transfer = explainer._attach().transfer
+        transfer = explainer.attach().transfer
         assert isinstance(transfer, ExactTransfer)
         distances, _ = reference.knn(why.embeddings, transfer.search.table, 1)
         torch.testing.assert_close(why.distances, distances, atol=1e-5, rtol=1e-4)

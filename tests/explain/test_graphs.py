@@ -72,7 +72,7 @@ class Case:
         self.graphs = Graphs(self.model, Recorder, auto=auto)
 
     def run(self, images, **options):
-        attached = self.explainer._attach()
+        attached = self.explainer.attach()
         finish = Finish(**({"size": (9, 7), "center": 0.0, "relu": True, "normalize": "max"}
                            | options))  # fmt: skip
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcfast import Explainer, ops, reference
 from gcfast.explain import attached
+from gcfast.explain.maps import Explained
 from gcfast.explain.result import Finish
 from gcfast.ops import _operation
 
@@ -42,7 +43,7 @@ def _explainer(model=None, device="cpu", **settings):
 
 def _run(explainer, images, **options):
     finish = {"size": (9, 7), "center": 0.0, "relu": True, "normalize": "max"} | options
-    return explainer._attach().explain(images, Finish(**finish), waits=False)
+    return explainer.attach().explain(images, Finish(**finish), waits=False)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -53,7 +54,7 @@ def test_nothing_waits_for_the_device(k, monkeypatch):
     images = pictures(4)[0]
     with NoWaiting():
         out = _run(explainer, images, center=1.0)
-        why = out.explanation(explainer._attach().transfer.labels)
+        why = out.explanation(explainer.attach().transfer.labels)
     wanted = explainer.explain_batch(images, size=(9, 7), center=1.0, details=True)
     assert torch.equal(why.maps, wanted.maps)
     assert torch.equal(why.neighbors, wanted.neighbors)
@@ -73,7 +74,7 @@ def test_class_proxies_neither_wait_nor_launch_much(k, most, monkeypatch):
     assert torch.equal(out.maps, wanted)
     with Launches() as model:
         explainer.network.embed(images)
-    found = explainer._attach().transfer.search(torch.randn(4, explainer.database.dim), k)
+    found = explainer.attach().transfer.search(torch.randn(4, explainer.database.dim), k)
     monkeypatch.setattr(ops.knn, "trusted", lambda *_, **__: found)
     monkeypatch.setattr(ops.dense_cam, "trusted", lambda *_, **__: wanted)
     with Launches() as whole:
@@ -123,16 +124,17 @@ def test_a_cuda_tensor_takes_this_path(monkeypatch):
     seen = []
     # What claims to be on a GPU would take kernels.
     monkeypatch.setattr(_operation, "uses_triton", lambda *_: False)
-    monkeypatch.setattr(attached, "explained", lambda *args, **kwargs: seen.append(kwargs) or args)
+    nothing = Explained(*[None] * 5)
+    monkeypatch.setattr(attached, "explained", lambda *_, **kw: seen.append(kw) or nothing)
     explainer = _explainer_without_a_pass()
-    explainer._attach().explain(pictures(1)[0], finish=None)
+    explainer.attach().explain(pictures(1)[0], finish=None)
     assert not seen[-1]["marks"]
 
     class OnGpu(torch.Tensor):
         is_cuda = True
 
     images = pictures(1)[0].as_subclass(OnGpu)
-    explainer._attach().explain(images, finish=None)
+    explainer.attach().explain(images, finish=None)
     assert seen[-1]["marks"]
     assert seen[-1]["cam"] is ops.sparse_cam.trusted
 
@@ -166,7 +168,7 @@ def test_few_launches_beside_the_model_and_the_kernels(k, most, monkeypatch):
     images = pictures(4)[0].contiguous(memory_format=torch.channels_last)
     with Launches() as model:
         explainer.network.embed(images)
-    found = explainer._attach().transfer.search(torch.randn(4, explainer.database.dim), k)
+    found = explainer.attach().transfer.search(torch.randn(4, explainer.database.dim), k)
     maps = _run(explainer, images).maps
     # Two kernels and one, on a GPU.
     monkeypatch.setattr(ops.knn, "trusted", lambda *_, **__: found)
