@@ -117,9 +117,10 @@ def explain_files(options: argparse.Namespace) -> None:
         ("unreadable pictures", f"{len(loader.unreadable):,}"),
         ("pictures a second, files to files", f"{done / seconds:.3g}"),
     ]
+    lender = "its nearest picture" if database.classes is None else "its nearest picture's class"
     lead = (
-        "Each picture went through the network once, and its nearest picture in the database lent "
-        "the weights of its channels. "
+        f"Each picture went through the network once, and {lender} in the database lent the "
+        "weights of its channels. "
     ) + _MEANING[database.manifest["settings"].get("evidence")]
     if done > len(on_page):
         lead += f"\n\nShown are the first {len(on_page):,} of {done:,}; results.csv lists them all."

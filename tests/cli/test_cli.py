@@ -69,6 +69,35 @@ def test_build_objectives(capsys, tmp_path, objective):
 
 
 @pytest.mark.usefixtures("here")
+def test_class_proxies(capsys, tmp_path):
+    status, out, err = run(
+        capsys, "build", "--images", "pictures", "--out", tmp_path / "db", "--method", "proxy",
+        *SETTINGS, "--size", "32",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "3 classes, layer features" in out
+    status, out, _ = run(capsys, "info", tmp_path / "db")
+    assert "class proxies                3\n" in out
+    assert "channels kept" not in out
+    assert "settings.method              proxy\n" in out
+    assert "settings.triplets" not in out
+    status, out, err = run(capsys, "explain", "pictures/green", "--database", tmp_path / "db",
+                           "--out", tmp_path / "page", *SETTINGS)  # fmt: skip
+    assert status == 0, err
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "class in the database lent the weights of its channels" in page
+    assert "class has and the other classes have not" in page
+    assert "`--channels` must be left out with method='proxy'" in fails(
+        capsys, "build", "--images", "pictures", "--out", tmp_path / "new", "--method", "proxy",
+        *SETTINGS, *VIEW,
+    )  # fmt: skip
+    assert "`--center` must be left out with method='proxy'" in fails(
+        capsys, "explain", "pictures/green", "--database", tmp_path / "db", "--out",
+        tmp_path / "centered", "--center", "1", *SETTINGS,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("here")
 def test_build_errors(capsys, tmp_path):
     def build(*more, images="pictures", out="new"):
         return fails(
