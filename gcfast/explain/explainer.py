@@ -167,9 +167,10 @@ class Explainer:
 
     def __repr__(self) -> str:
         rows = "no database" if self._database is None else f"{len(self._database):,} rows"
+        evidence = "" if self.settings.is_proxy else f"evidence={self.settings.evidence!r}, "
         return (
             f"Explainer({type(self.network.model).__name__}, layer={self.layer_name!r}, "
-            f"method={self.settings.method!r}, evidence={self.settings.evidence!r}, {rows})"
+            f"method={self.settings.method!r}, {evidence}{rows})"
         )
 
     @property
@@ -225,8 +226,9 @@ class Explainer:
 
         This takes one forward pass over the images if the head is an affine map of the spatially
         averaged activations (with or without L2 norm), otherwise two, the second with
-        vector-Jacobian products from the layer on. Memory is O(N D), for Grad-CAM++ O(N (D + C)),
-        spilled to temporary files above gcfast.builder.spool.SPOOL_MEMORY_BYTES.
+        vector-Jacobian products from the layer on; class proxies take one in any case. Memory is
+        O(N D), for Grad-CAM++ and class proxies O(N (D + C)), spilled to temporary files above
+        gcfast.builder.spool.SPOOL_MEMORY_BYTES.
 
         With ``out`` the embeddings and the rows are written there as they are made, and are a
         database once the manifest is written at the end. If the build is killed, ``resume``

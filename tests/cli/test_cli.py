@@ -194,7 +194,7 @@ def test_demo_is_called(capsys, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("gcfast.cli.demo.run_demo", lambda **settings: calls.append(settings))
     assert run(capsys, "demo", "--out", tmp_path)[0] == 0
-    assert calls == [{"out_dir": tmp_path, "seed": 0, "progress": False}]
+    assert calls == [{"out_dir": tmp_path, "seed": 0, "progress": True}]
 
 
 def test_control_c(capsys, monkeypatch):
