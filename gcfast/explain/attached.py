@@ -14,7 +14,7 @@ from gcfast.builder.loader import check_embeddings
 from gcfast.database.database import Database
 from gcfast.errors import ModelMismatchError
 from gcfast.explain.calibration import Calibration
-from gcfast.explain.maps import Explained, explained, on_images, proxies_of
+from gcfast.explain.maps import CHECKED, TRUSTED, Explained, explained, on_images, proxies_of
 from gcfast.explain.result import Explanation, Finish, ObjectMaps
 from gcfast.explain.second_look import SecondLook, of_the_rest
 from gcfast.method.head import normalized
@@ -97,7 +97,7 @@ class Attached:
                 would wait for the device.
         """
         waits = not images.is_cuda if waits is None else waits
-        captured = self.network.embed(images)
+        captured = self.network.embed(images, finer=True)
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer(embeddings)
@@ -111,7 +111,7 @@ class Attached:
             finish: how the maps are finished.
         """
         waits = not images.is_cuda
-        captured = self.network.embed(images)
+        captured = self.network.embed(images, finer=True)
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer.start(embeddings)
@@ -164,7 +164,7 @@ class Attached:
             found, ratios = self.second.again(
                 found, coarse, captured.activations, images, embeddings, waits=waits
             )
-        out = self._maps(captured.activations, captured.share, embeddings, found, finish, waits)
+        out = self._maps(captured, embeddings, found, finish, waits)
         return out._replace(ratios=ratios)
 
     def _coarse(
@@ -178,12 +178,13 @@ class Attached:
         """Return the maps [B, H, W] in [0, 1] at the activations' own resolution."""
         size = (captured.activations.shape[2], captured.activations.shape[3])
         finish = finish._replace(size=size, normalize="max", relu=True)
-        return self._maps(captured.activations, (1.0, 1.0), embeddings, found, finish, waits).maps
+        captured = captured._replace(share=(1.0, 1.0), finer=())
+        return self._maps(captured, embeddings, found, finish, waits).maps
 
     def objects(self, images: Tensor, finish: Finish, count: int, tail: Tail) -> ObjectMaps:
         """See :meth:`gcfast.Explainer.explain_objects`; images checked and not none."""
         waits = not images.is_cuda
-        captured = self.network.embed(images)
+        captured = self.network.embed(images, finer=True)
         seen: list[Tensor] = []
         parts: list[Explained] = []
         with torch.no_grad(), full_precision(images.device):
@@ -198,11 +199,7 @@ class Attached:
                         found, coarse, captured.activations, images, embeddings, waits=waits
                     )
                 seen.append(self._coarse(captured, embeddings, found, finish, waits))
-                parts.append(
-                    self._maps(
-                        captured.activations, captured.share, embeddings, found, finish, waits
-                    )
-                )
+                parts.append(self._maps(captured, embeddings, found, finish, waits))
         return ObjectMaps(
             torch.stack([part.maps for part in parts], 1),
             torch.stack([part.neighbors[:, 0] for part in parts], 1),
@@ -212,8 +209,7 @@ class Attached:
 
     def _maps(
         self,
-        activations: Tensor,
-        share: tuple[float, float],
+        captured: Captured,
         embeddings: Tensor,
         found: Transferred,
         finish: Finish,
@@ -221,11 +217,16 @@ class Attached:
     ) -> Explained:
         cam: Any = ops.sparse_cam if self.proxies is None else ops.dense_cam
         return explained(
-            activations,
+            captured.activations,
             embeddings,
             found,
             finish,
-            cam=on_images(cam if waits else cam.trusted, share),
+            cam=on_images(
+                cam if waits else cam.trusted,
+                captured.share,
+                captured.finer,
+                CHECKED if waits else TRUSTED,
+            ),
             marks=not waits,
             proxies=self.proxies,
         )

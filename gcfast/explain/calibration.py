@@ -339,8 +339,8 @@ def _maps_of(rows: Tensor, images: Tensor, network: Network, database: Database)
     if proxies is not None:
         labels = torch.cat([row.labels for row in taken])
         return proxy_maps(network, proxies, images, labels, Finish.checked(images))
-    captured = network.embed(images)
-    return on_images(ops.sparse_cam, captured.share)(
+    captured = network.embed(images, finer=True)
+    return on_images(ops.sparse_cam, captured.share, captured.finer)(
         captured.activations,
         torch.arange(len(rows), device=images.device)[:, None],
         torch.cat([row.channels for row in taken]).to(images.device),

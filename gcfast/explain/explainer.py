@@ -31,6 +31,7 @@ from gcfast.method.labels import numbers_like
 from gcfast.method.objectives import LossFunction, Objective, TripletLoss
 from gcfast.method.settings import Settings
 from gcfast.method.tail import Tail
+from gcfast.model.finer import Refine
 from gcfast.model.network import Network
 from gcfast.model.tokens import Reshape
 from gcfast.search.transfer import ExactTransfer
@@ -74,6 +75,12 @@ class Explainer:
             once is always left out, and counted.
         output_key: where the embedding is in an output that is not a tensor.
         reshape: from the layer's output to [B, C, H, W]; ``TokenGrid`` for transformers.
+        refine: earlier layers whose outputs refine every map, coarse to fine: names or modules, or
+            "auto" for the last ones at 2 and at 4 times the layer's resolution on the way to it
+            (``info`` says which; none in a transformer whose tokens are as many everywhere). None
+            is the paper. Taken from each image's own forward pass: nothing of it is in a database,
+            see :func:`gcfast.ops.refine`. Maps are then finer and ``relu`` must be True; without
+            ``normalize`` their scale is that of the refined map, in [0, 1].
         seed: of the draws, 0 to 2^63 − 1.
         requery: embed the hot pixels of each map by themselves and search again; where another
             class is 1.25 times nearer to them, it explains the image. Beyond the paper; for images
@@ -111,6 +118,7 @@ class Explainer:
         on_no_triplet: str = "hardest",
         output_key: str | int | None = None,
         reshape: Reshape | None = None,
+        refine: Refine = None,
         seed: int = 0,
         requery: bool = False,
         cuda_graphs: bool | Literal["auto"] = "auto",
@@ -142,7 +150,7 @@ class Explainer:
         self.requery = requery
         if requery and (why := self.unrated) is not None:
             raise ValueError(f"`requery` must be False: {why}")
-        self.network = Network(model, layer, output_key=output_key, reshape=reshape)
+        self.network = Network(model, layer, output_key=output_key, reshape=reshape, refine=refine)
         self._graphs: Graphs | None = None
         if cuda_graphs is not False and self._exact:
             self._graphs = Graphs(self.network.model, auto=cuda_graphs == "auto")
@@ -168,9 +176,10 @@ class Explainer:
     def __repr__(self) -> str:
         rows = "no database" if self._database is None else f"{len(self._database):,} rows"
         evidence = "" if self.settings.is_proxy else f"evidence={self.settings.evidence!r}, "
+        refine = "" if self.network.refine is None else f"refine={self._refine!r}, "
         return (
             f"Explainer({type(self.network.model).__name__}, layer={self.layer_name!r}, "
-            f"method={self.settings.method!r}, {evidence}{rows})"
+            f"method={self.settings.method!r}, {evidence}{refine}{rows})"
         )
 
     @property
@@ -200,9 +209,14 @@ class Explainer:
             self._database, self._attached = database, None
 
     def info(self) -> dict[str, Any]:
-        """Return the layer, the model's memory format, the settings and the database."""
+        """Return the layer, what refines its maps, the settings and the database.
+
+        ``refine`` lists layers, coarse to fine; with "auto" it is "auto" until the first map, and
+        an empty list where the model has no finer output on the way to the layer.
+        """
         return {
             "layer": self.layer_name,
+            "refine": self._refine,
             "channels_last": self.network.channels_last,
             "settings": self.settings.describe(),
             "k": self.k,
@@ -210,6 +224,14 @@ class Explainer:
             "index": self.index if isinstance(self.index, str) else type(self.index).__name__,
             "database": None if self._database is None else repr(self._database),
         }
+
+    @property
+    def _refine(self) -> list[str | None] | str | None:
+        """The layers that refine maps, by their names; "auto" while they are not known."""
+        finer = self.network.finer
+        if self.network.refine is None or finer is None:
+            return None if self.network.refine is None else "auto"
+        return [network.layer_name for network in finer]
 
     def build(
         self,
@@ -436,7 +458,7 @@ class Explainer:
         Source: paper, section 3.3.
         """
         images = self.network.checked("images", images)
-        finish = Finish.checked(images, **options)
+        finish = self._finish(images, options)
         attached = self.attach(finish, images=images)
         if len(images) == 0:
             return attached.result(attached.empty(finish.size), details)
@@ -489,14 +511,14 @@ class Explainer:
             NoDatabaseError: there is no database yet; at once.
             TypeError, ValueError: as :meth:`explain_batch`.
         """
-        self.attach(Finish.checked(torch.empty(0, 3, 1, 1), **options))
+        self.attach(self._finish(torch.empty(0, 3, 1, 1), options))
 
         def begin(images: Tensor) -> Callable[[], Tensor | Explanation]:
             images = self.network.checked("images", images)
             if len(images) == 0 or self._replays(images):
                 explained = self.explain_batch(images, details=details, **options)
                 return lambda: explained
-            finish = Finish.checked(images, **options)
+            finish = self._finish(images, options)
             attached = self.attach(finish, images=images)
             finished = attached.begin(images, finish)
             return lambda: attached.result(finished(), details)
@@ -525,7 +547,7 @@ class Explainer:
         """
         images = self.network.checked("images", images)
         count = require_int("objects", objects, 1)
-        finish = Finish.checked(images, **options)
+        finish = self._finish(images, options)
         attached = self.attach(finish, images=images)
         if len(images) == 0:
             none = attached.empty(finish.size)
@@ -564,7 +586,7 @@ class Explainer:
         Source: paper, section 3.2 and its Figure 3.
         """
         images = self.network.checked("images", images)
-        finish = Finish.checked(images, **options)
+        finish = self._finish(images, options)
         attached = self.attach(finish)
         database = attached.database
         if attached.proxies is not None:
@@ -601,6 +623,7 @@ class Explainer:
                 "`method` must be 'gradcam' or 'gradcam++' to explain a triplet, got 'proxy', "
                 "which has no gradient: explain_labelled shows what speaks for a class"
             )
+        self._finish(torch.empty(0, 3, 1, 1), options)
         return triplet_maps(
             self.network,
             self.settings,
@@ -626,9 +649,10 @@ class Explainer:
             NoDatabaseError: there is no database yet.
             UnsupportedModelError: a model that cannot be copied.
             TypeError, ValueError: an argument of the wrong kind or out of range; an ``index`` that
-                is not exact, since FAISS cannot be part of a graph.
+                is not exact, since FAISS cannot be part of a graph; with ``refine``, no map made
+                before.
         """
-        finish = Finish.checked(torch.empty(0, 3, 1, 1), **options)
+        finish = self._finish(torch.empty(0, 3, 1, 1), options)
         if not self._exact:
             raise ValueError(f"`index` must be 'exact' to be exported, got {self.index!r}")
         if self.requery:
@@ -636,6 +660,12 @@ class Explainer:
         attached = self.attach(finish)
         transfer = attached.transfer
         assert isinstance(transfer, ExactTransfer)
+        finer = self.network.finer
+        if finer is None or any(network.clone is None for network in finer):
+            raise ValueError(
+                "`refine` must be known from a pass before it is exported, which layers and how: "
+                "call explain_batch on an image first"
+            )
         return ExportedExplainer(
             self.network,
             transfer,
@@ -684,6 +714,15 @@ class Explainer:
             if self._attached is attached:  # its index stays, which may have taken long to make
                 self._attached = replace(attached, calibration=calibration.to(attached.device))
         return fidelity
+
+    def _finish(self, images: Tensor, options: MapOptions) -> Finish:
+        finish = Finish.checked(images, **options)
+        if not finish.relu and self.network.refine is not None:
+            raise ValueError(
+                "`relu` must be True with `refine`, which works on where a map is positive, got "
+                "False"
+            )
+        return finish
 
     @property
     def _exact(self) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gcfast.errors import UnsupportedModelError
-from gcfast.explain.maps import explained, on_images
+from gcfast.explain.maps import Steps, explained, on_images
 from gcfast.explain.result import Finish
 from gcfast.method.head import normalized
 from gcfast.method.proxies import Proxies
@@ -52,8 +52,9 @@ class ExportedExplainer(nn.Module):
         details: bool,
     ) -> None:
         super().__init__()
-        self._kept = _Kept()
-        self.model = _recording_copy(network, self._kept)
+        layers = (network, *(network.finer or ()))
+        self._kept = tuple(_Kept() for _ in layers)
+        self.model = _recording_copy(layers, self._kept)
         self.model.eval()
         self.register_buffer("table", transfer.search.table)
         self.register_buffer("squares", transfer.search.squares)
@@ -61,15 +62,12 @@ class ExportedExplainer(nn.Module):
             self.register_buffer(name, tensor)
         for name in Proxies._fields:
             self.register_buffer(f"proxy_{name}", getattr(proxies, name, None))
-        self._run = network.layer_run
-        self._names_run = network.names_run
         # The parts of a Network that work on what a pass gave, without its hooks.
         self._share: Callable[[Tensor, tuple[int, int]], tuple[float, float]] = network.share
-        self._arranged: Callable[[Tensor, tuple[int, int]], Tensor] = network.arranged
+        self._layers = tuple((n.layer_run, n.check_runs, n.arranged) for n in layers)
         self._embedding: Callable[[Any, int], Tensor] = network.embedding
         # What no pass has shown is not assumed.
         self._channels_last = network.channels_last and network.clone is not None
-        self._layer_name = network.layer_name
         self._finish = finish  # of size (0, 0) where it is the images' own
         self._k = transfer.k
         self._temperature = transfer.temperature
@@ -97,23 +95,24 @@ class ExportedExplainer(nn.Module):
                 images = images.contiguous(memory_format=torch.channels_last)
             output = self._embedding(self.model(images), images.shape[0])
             image_size = (images.shape[2], images.shape[3])
-            activations = self._activations(image_size)
+            activations, *finer = self._outputs(image_size)
             share = self._share(activations, image_size)
             embeddings = normalized(output, self._l2_normalize)
             distances, neighbors = torch.ops.gcfast.knn(
                 embeddings, self.table, self._k, squares=self.squares
             )
             tables = Tables(self.channels, self.weights, self.offsets, self.labels)
-            proxies, cam = None, torch.ops.gcfast.sparse_cam
+            steps = Steps(torch.ops.gcfast.refine, torch.ops.gcfast.dense_cam)
+            proxies, cam = None, cast("Callable[..., Tensor]", torch.ops.gcfast.sparse_cam)
             if self.proxy_labels is not None and self.proxy_vectors is not None:
                 proxies = Proxies(self.proxy_labels, self.proxy_vectors, self.proxy_rows)
-                cam = torch.ops.gcfast.dense_cam
+                cam = steps.dense_cam
             out = explained(
                 activations,
                 embeddings,
                 from_tables(distances, neighbors, tables, self._temperature),
                 finish,
-                cam=on_images(cam, share),
+                cam=on_images(cam, share, tuple(finer), steps),
                 marks=True,
                 proxies=proxies,
             )
@@ -122,22 +121,21 @@ class ExportedExplainer(nn.Module):
             labels = out.labels_from(self.labels)
             return out.maps, out.embeddings, out.neighbors, out.distances, labels
 
-    def _activations(self, image_size: tuple[int, int]) -> Tensor:
-        taken = self._kept.taken()
-        if len(taken) < self._run or (len(taken) > 1 and not self._names_run):
-            times = "not at all" if not taken else f"{len(taken)} times"
-            raise UnsupportedModelError(
-                f"`layer` must run once in a forward pass, got {self._layer_name!r}, "
-                f"which ran {times}"
-            )
-        return self._arranged(taken[self._run - 1], image_size)
+    def _outputs(self, image_size: tuple[int, int]) -> list[Tensor]:
+        """The activations, then the finer outputs, [B, C, H, W] each."""
+        outputs = []
+        for kept, (run, check_runs, arranged) in zip(self._kept, self._layers, strict=True):
+            taken = kept.taken()
+            check_runs(len(taken))
+            outputs.append(arranged(taken[run - 1], image_size))
+        return outputs
 
 
 KEPT, CLONES = "_gcfast_kept", "_gcfast_clones"  # attributes of an exported layer
 
 
 class _Kept:
-    """The layer's outputs in the pass under way.
+    """A layer's outputs in the pass under way.
 
     A class and not a list: ``torch.export`` puts copies in the place of a module's lists, and the
     layer would go on filling the one that was there before.
@@ -152,13 +150,13 @@ class _Kept:
         return taken
 
 
-def _recording_copy(network: Network, kept: _Kept) -> nn.Module:
-    """A copy of the model's modules, on the same tensors, whose layer appends its output to a list.
+def _recording_copy(layers: Sequence[Network], kept: Sequence[_Kept]) -> nn.Module:
+    """A copy of the model's modules, on the same tensors, whose layers keep what they give.
 
-    The layer's class is replaced by a subclass of it rather than the layer by a wrapper, so that a
+    A layer's class is replaced by a subclass of it rather than the layer by a wrapper, so that a
     model that indexes the layer, or asks for its attributes or its type, finds what it expects.
     """
-    model = network.model
+    model = layers[0].model
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     try:
         copied = copy.deepcopy(model, dict(shared))
@@ -166,12 +164,14 @@ def _recording_copy(network: Network, kept: _Kept) -> nn.Module:
         raise UnsupportedModelError(
             f"`model` must be a module that copy.deepcopy can copy, to be exported: {error}"
         ) from error
-    assert network.layer_name is not None
-    layer = copied.get_submodule(network.module_name)
-    layer.__class__ = _recording(type(layer))
-    vars(layer)[KEPT] = kept
-    # A later layer may write over it.
-    vars(layer)[CLONES] = network.clone is not False
+    for network, own in zip(layers, kept, strict=True):
+        layer = copied.get_submodule(network.module_name)
+        if KEPT not in vars(layer):  # two runs of a module are kept by one
+            layer.__class__ = _recording(type(layer))
+            vars(layer)[KEPT], vars(layer)[CLONES] = (), False
+        vars(layer)[KEPT] += (own,)
+        # A later layer may write over it.
+        vars(layer)[CLONES] |= network.clone is not False
     return copied
 
 
@@ -183,7 +183,9 @@ def _recording(kind: type[nn.Module]) -> type[nn.Module]:
         tensor = first_tensor(output)
         if tensor is not None:
             own = vars(self)
-            own[KEPT].tensors.append(tensor.clone() if own[CLONES] else tensor)
+            tensor = tensor.clone() if own[CLONES] else tensor
+            for kept in own[KEPT]:
+                kept.tensors.append(tensor)
         return output
 
     def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gcfast import ops
 from gcfast.database.database import Database
 from gcfast.explain.result import Explanation, Finish
 from gcfast.method.proxies import Proxies, proxy_weights
@@ -90,11 +91,30 @@ def marked(embeddings: Tensor, found: Transferred) -> tuple[Tensor, Tensor]:
     return rows, torch.add(found.mixing, total, alpha=0)
 
 
-def on_images(cam: Callable[..., Tensor], share: tuple[float, float]) -> Callable[..., Tensor]:
+class Steps(NamedTuple):
+    """The operations between a sum at the layer's resolution and a refined map, in one form."""
+
+    refine: Callable[[Tensor, Tensor], Tensor]
+    dense_cam: Callable[..., Tensor]
+
+
+CHECKED = Steps(ops.refine, ops.dense_cam)
+TRUSTED = Steps(ops.refine.trusted, ops.dense_cam.trusted)
+
+
+def on_images(
+    cam: Callable[..., Tensor],
+    share: tuple[float, float],
+    finer: tuple[Tensor, ...] = (),
+    steps: Steps = CHECKED,
+) -> Callable[..., Tensor]:
     """``sparse_cam`` or its like for activations on a share of the images' height and width.
 
-    Maps are 0 where no patch lies, and end where the image does.
+    Maps are 0 where no patch lies, and end where the image does. They are refined before they are
+    normalized and resized, by finer outputs [B, C', H', W'] that lie on the same share.
     """
+    if finer:
+        cam = _refined(cam, finer, steps)
     if share == (1.0, 1.0):
         return cam
 
@@ -104,6 +124,28 @@ def on_images(cam: Callable[..., Tensor], share: tuple[float, float]) -> Callabl
         return F.pad(maps, (0, size[1] - width, 0, size[0] - height))  # below 0 it cuts off
 
     return placed
+
+
+def _refined(
+    cam: Callable[..., Tensor], finer: tuple[Tensor, ...], steps: Steps
+) -> Callable[..., Tensor]:
+    """``sparse_cam`` or its like with maps that are refined before they are finished."""
+
+    def maps(
+        activations: Tensor,
+        *arguments: Any,
+        size: tuple[int, int],
+        normalize: str | None = "max",
+        **options: Any,
+    ) -> Tensor:
+        own = (activations.shape[2], activations.shape[3])
+        fine = cam(activations, *arguments, size=own, normalize=None, **options)
+        for output in finer:
+            fine = steps.refine(fine, output)
+        one = fine.new_ones((1, 1)).expand(fine.shape[0], 1)
+        return steps.dense_cam(fine[:, None], one, size=size, normalize=normalize)
+
+    return maps
 
 
 def explained(

@@ -66,7 +66,7 @@ def labelled_maps(
         database.labels,
         hardest=settings.on_no_triplet == "hardest",
     )
-    with network.differentiable(images) as captured:
+    with network.differentiable(images, finer=True) as captured:
         embeddings = normalized(captured.output, settings.l2_normalize)
         check_embeddings(embeddings.detach(), images)
         anchors = Anchors(
@@ -105,12 +105,12 @@ def proxy_maps(
     """
     if len(images) == 0:
         return images.new_zeros((0, *finish.size), dtype=torch.float32)
-    captured = network.embed(images)
+    captured = network.embed(images, finer=True)
     check_embeddings(captured.output, images)
     with torch.no_grad(), full_precision(images.device):
         places = proxies.places(labels.to(images.device))
         weights = proxy_weights(captured.activations, proxies.vectors[places])
-        return on_images(ops.dense_cam, captured.share)(
+        return on_images(ops.dense_cam, captured.share, captured.finer)(
             captured.activations, weights, **finish.of_dense()
         )
 
@@ -154,7 +154,7 @@ def triplet_maps(
             )
         )
     with ExitStack() as stack:
-        captured = [stack.enter_context(network.differentiable(i)) for i in images]
+        captured = [stack.enter_context(network.differentiable(i, finer=True)) for i in images]
         embeddings = [normalized(c.output, settings.l2_normalize) for c in captured]
         for values, given in zip(embeddings, images, strict=True):
             check_embeddings(values.detach(), given)
@@ -192,7 +192,7 @@ def _maps(
     if finish.center != 0:
         assert mean_activation is not None
         offsets = (kept * mean_activation.to(kept.device)[channels]).sum(1)
-    return on_images(ops.sparse_cam, captured.share)(
+    return on_images(ops.sparse_cam, captured.share, captured.finer)(
         captured.activations.detach(),
         torch.arange(B, device=kept.device)[:, None],
         channels,

@@ -27,17 +27,28 @@ class Captured(NamedTuple):
     # The part of the image's height and width that the activations lie on, from the top left; 1
     # but for patches that do not come out even, which leave a rest or reach beyond.
     share: tuple[float, float]
+    # [B, C', H', W'] of the layers that refine maps, coarse to fine, where they were asked for.
+    finer: tuple[Tensor, ...] = ()
 
 
 class Capture:
     """One call's capture. A context variable holds it, so that threads do not see each other's."""
 
     def __init__(
-        self, network: Network, *, differentiable: bool, replace: Callable[[Tensor], Tensor] | None
+        self,
+        network: Network,
+        *,
+        differentiable: bool = False,
+        replace: Callable[[Tensor], Tensor] | None = None,
+        finer: tuple[Capture, ...] = (),
+        clones: bool | None = None,
     ) -> None:
         self.network = network
         self.differentiable = differentiable
         self.replace = replace
+        self.finer = finer  # of the same pass, of layers before this one
+        self.clones = network.clone if clones is None else clones
+        self.late: str | None = None  # one of those that had not run before this one
         self.tensor: Tensor | None = None
         self.version: int | None = None
         self.calls = 0
@@ -50,6 +61,7 @@ class Capture:
         tensor = first_tensor(output)
         if tensor is None:
             return None
+        self.late = next((f.network.layer_name for f in self.finer if f.tensor is None), None)
         if self.differentiable or self.replace is not None:
             leaf = tensor.detach()
             if self.replace is not None:
@@ -62,12 +74,23 @@ class Capture:
             self.tensor = leaf
             # The copy, not the leaf, goes on: the next layer may work in place.
             return with_first_tensor(output, leaf.clone())
-        if self.network.clone:
+        tensor = tensor.detach()  # of a graph that was made for nothing
+        if self.clones:
             self.tensor = tensor.clone()
         else:
             self.tensor = tensor
             self.version = None if tensor.is_inference() else tensor._version
         return None
+
+    def learn(self) -> bool:
+        """Note whether a later layer has overwritten the tensor; True: it was, and nobody knew."""
+        if self.network.clone is not None:
+            return False
+        if self.tensor is None or self.tensor.is_inference():
+            self.network.clone = True  # what cannot be told is taken to happen
+        else:
+            self.network.clone = self.tensor._version != self.version
+        return self.network.clone
 
 
 current_capture: ContextVar[Capture | None] = ContextVar("gcfast_capture", default=None)

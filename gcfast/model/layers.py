@@ -108,6 +108,8 @@ def candidates(
     embedding: Callable[[Any, int], Tensor],
     *,
     every: bool = True,
+    before: tuple[nn.Module, int] | None = None,
+    keep: Callable[[tuple[int, int]], bool] = lambda _: True,
 ) -> list[Candidate]:
     """The spatial layers of a model in the order in which they finish.
 
@@ -116,6 +118,8 @@ def candidates(
         image: [1, 3, h, w] on the model's device, in its dtype.
         embedding: from what the model returns to [B, D].
         every: False for the last ones alone, as far back as the first that is usable.
+        before: only what finishes before this run of a module.
+        keep: whether an output of H x W is wanted.
 
     Returns:
         The layers, with their gradient if the model can be differentiated.
@@ -125,9 +129,9 @@ def candidates(
         try:
             leaf = image.requires_grad_(True)
             with torch.enable_grad():
-                noted, output = _noted(model, leaf.clone(), embedding)
+                noted, output = _noted(model, leaf.clone(), embedding, before)
             if output.requires_grad:
-                whole, spatial = _spatial(noted, image.shape[2:])
+                whole, spatial = _spatial(noted, image.shape[2:], keep)
                 found = _examined(whole, noted, output, leaf, every)
                 default = default_of(found)
                 if len(whole) < len(spatial) and (default is None or default.layout is None):
@@ -137,11 +141,11 @@ def candidates(
         except RuntimeError:  # the model works in place, or cannot be differentiated
             pass
         with torch.no_grad():
-            noted, _ = _noted(model, image.detach(), embedding)
+            noted, _ = _noted(model, image.detach(), embedding, before)
         size = (image.shape[2], image.shape[3])
         return [
             _candidate(seen, layout, noted, size)
-            for seen, layout in _spatial(noted, image.shape[2:])[0]
+            for seen, layout in _spatial(noted, image.shape[2:], keep)[0]
         ]
 
 
@@ -191,9 +195,13 @@ def layout_of(
 
 
 def _noted(
-    model: nn.Module, image: Tensor, embedding: Callable[[Any, int], Tensor]
+    model: nn.Module,
+    image: Tensor,
+    embedding: Callable[[Any, int], Tensor],
+    before: tuple[nn.Module, int] | None,
 ) -> tuple[_Pass, Tensor]:
     noted = _Pass([], Counter(), {}, 0)
+    last, end = (model, 0) if before is None else before
     counted: set[int] = set()
     thread = threading.get_ident()
 
@@ -205,9 +213,11 @@ def _noted(
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if threading.get_ident() != thread:
+            if threading.get_ident() != thread or noted.runs[last] >= end > 0:
                 return
             noted.runs[module] += 1
+            if module is last and noted.runs[module] == end:
+                return
             count(module)
             # An output object may hold tensors that the embedding does not come from.
             tensor = None if isinstance(output, Mapping) else first_tensor(output)
@@ -243,7 +253,9 @@ def _noted(
     return noted, output
 
 
-def _spatial(noted: _Pass, image_size: Sequence[int]) -> tuple[list[_Placed], list[_Placed]]:
+def _spatial(
+    noted: _Pass, image_size: Sequence[int], keep: Callable[[tuple[int, int]], bool]
+) -> tuple[list[_Placed], list[_Placed]]:
     """The outputs that lie on the image, each under its outermost name, with their layouts.
 
     First those that represent the image: inside a transformer's block are projections and
@@ -259,11 +271,16 @@ def _spatial(noted: _Pass, image_size: Sequence[int]) -> tuple[list[_Placed], li
             if tokens in sequences and all(tokens != height for height, _ in noted.strides):
                 continue
         lies, layout = layout_of(seen.shape, seen.module, size, noted.strides)
-        if lies:
+        if lies and keep(_arranged(seen.shape, layout, size)[1:]):
             spatial.append((seen, layout))
-    # A block and its last module often give the same tensor.
-    last = {seen.edge: seen for seen, _ in spatial if seen.edge is not None}
-    spatial = [(s, layout) for s, layout in spatial if s.edge is None or last[s.edge] is s]
+    # A block and its last module often give the same tensor, as does an identity in the next one.
+    outer: dict[GradientEdge, _Seen] = {}
+    for seen, _ in spatial:
+        if seen.edge is not None:
+            outer[seen.edge] = min(
+                seen, outer.get(seen.edge, seen), key=lambda s: s.name.count(".")
+            )
+    spatial = [(s, layout) for s, layout in spatial if s.edge is None or outer[s.edge] is s]
     whole = [(s, layout) for s, layout in spatial if layout is None or _is_whole(s.module)]
     return whole, spatial
 
@@ -322,22 +339,30 @@ def _candidate(
             uniform = bool(spread <= UNIFORM * maps.norm())
         if reached and layout is None and routes is not None and seen.edge is not None:
             passed_by = routes.pass_by(seen.edge.node)
-    arranged = torch.empty(seen.shape, device="meta")
-    if layout is not None:
-        arranged = layout(arranged, image_size)
+    channels, *grid = _arranged(seen.shape, layout, image_size)
     return Candidate(
         name=seen.name if noted.runs[seen.module] == 1 else f"{seen.name}@{seen.run}",
         module=seen.module,
         run=seen.run,
         shape=seen.shape,
         layout=layout,
-        grid=(arranged.shape[2], arranged.shape[3]),
-        channels=arranged.shape[1],
+        grid=(grid[0], grid[1]),
+        channels=channels,
         parameters_before=seen.parameters / max(noted.parameters, 1),
         reached=reached,
         passed_by=passed_by,
         uniform=uniform,
     )
+
+
+def _arranged(
+    shape: Sequence[int], layout: Layout | None, image_size: tuple[int, int]
+) -> tuple[int, int, int]:
+    """C, H, W of an output of one image."""
+    arranged = torch.empty(tuple(shape), device="meta")
+    if layout is not None:
+        arranged = layout(arranged, image_size)
+    return arranged.shape[1], arranged.shape[2], arranged.shape[3]
 
 
 class _Routes:

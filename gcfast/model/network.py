@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,7 @@ from gcfast.model.capture import (
     evaluating,
     first_tensor,
 )
+from gcfast.model.finer import Refine, check_finer, checked_names, finer_layers
 from gcfast.model.layers import Strides, candidates, default_of, layout_of, note_stride
 from gcfast.model.tokens import Layout, Reshape, TokenGrid, takes_image_size
 
@@ -41,6 +42,8 @@ class Network:
         reshape: from the layer's output, and the images' (h, w) if it takes a second argument, to
             [B, C, H, W]; it may pick and rearrange values, not compute with them, since gradients
             go through it as well. None recognises [B, C, H, W], [B, H, W, C] and tokens.
+        refine: names or modules of earlier layers, coarse to fine, whose outputs a pass may take as
+            well; "auto" for those that :func:`gcfast.model.finer.finer_layers` finds.
 
     Raises:
         TypeError: a model or layer of another kind.
@@ -55,6 +58,7 @@ class Network:
         *,
         output_key: str | int | None = None,
         reshape: Reshape | None = None,
+        refine: Refine = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
@@ -91,8 +95,14 @@ class Network:
         self.layer_run = 1  # which of the layer's runs in a forward pass
         self.image_shape: tuple[int, ...] | None = None  # of the first images that came
         self.names_run = False  # whether the layer's name says so; else there may be only one
+        self.argument = "layer"  # what messages call it
+        self.refine = refine
+        # A network each, of the same model; None until the first pass that asks for them.
+        self.finer: tuple[Network, ...] | None = () if refine is None else None
         if layer is not None:
             self.set_layer(layer)
+        if refine is not None and refine != "auto":
+            self.finer = self._networks(checked_names(refine))
         self.channels_last = any(isinstance(m, nn.Conv2d) for m in self.model.modules())
         # Whether a later layer overwrites the captured one in place; None until a pass has told.
         self.clone: bool | None = None
@@ -109,7 +119,7 @@ class Network:
     def set_layer(self, layer: str | nn.Module) -> None:
         """Explain this layer; raises as the class."""
         name, run = _name_and_run(layer) if isinstance(layer, str) else (layer, None)
-        found, self.layer = _find_layer(self.model, name)
+        found, self.layer = _find_layer(self.model, name, self.argument)
         self.layer_name = found if run is None else f"{found}@{run}"
         self.layer_run = run or 1
         self.names_run = run is not None
@@ -171,39 +181,49 @@ class Network:
             raise TypeError(f"`{name}` must have the model's dtype, {wanted}, got {got}")
         return images
 
-    def embed(self, images: Tensor) -> Captured:
-        """One forward pass without a graph, [B, 3, h, w] as the model takes it."""
-        if self.clone is None:
+    def embed(self, images: Tensor, *, finer: bool = False) -> Captured:
+        """One forward pass without a graph, [B, 3, h, w] as the model takes it.
+
+        ``finer`` also takes the outputs of the layers that refine maps.
+        """
+        if finer and self.finer is None:
+            self._find_finer(images[:1])
+        layers = (self, *(self.finer or ())) if finer else (self,)
+        if any(network.clone is None for network in layers):
             # Only a tensor made outside inference mode counts the writes to it.
             with torch.inference_mode(False), torch.no_grad():
                 images = images.clone() if images.is_inference() else images
-                capture, output = self._run(images, differentiable=False)
-            if capture.tensor is None or capture.tensor.is_inference():
-                self.clone = True  # what cannot be told is taken to happen
-            else:
-                self.clone = capture.tensor._version != capture.version
-            if not self.clone:
+                capture, output = self._run(images, differentiable=False, finer=finer)
+            overwritten = [one.learn() for one in (capture, *capture.finer)]
+            if not any(overwritten):
                 return self._captured(capture, output, images)
         with torch.no_grad():
-            return self._captured(*self._run(images, differentiable=False), images)
+            return self._captured(*self._run(images, differentiable=False, finer=finer), images)
 
     @contextmanager
     def differentiable(
-        self, images: Tensor, *, replace: Callable[[Tensor], Tensor] | None = None
+        self,
+        images: Tensor,
+        *,
+        replace: Callable[[Tensor], Tensor] | None = None,
+        finer: bool = False,
     ) -> Iterator[Captured]:
         """A forward pass whose graph begins at the layer, so that no gradient enters the backbone.
 
-        ``replace`` may put another activation in the place of the layer's output.
+        ``replace`` may put another activation in the place of the layer's output; ``finer`` is as
+        for :meth:`embed`.
         """
+        if finer and self.finer is None:
+            self._find_finer(images[:1])
         with torch.inference_mode(False):
             images = images.clone() if images.is_inference() else images
             with torch.set_grad_enabled(self.switches_grad):
-                capture, output = self._run(images, differentiable=True, replace=replace)
+                capture, output = self._run(images, True, replace, finer)
             if not output.requires_grad and not self.switches_grad:
                 # A no_grad block in the model that ended behind the layer has set the mode back to
                 # ours. Under enable_grad it works; the layers before are in a graph for nothing.
                 with torch.enable_grad():
-                    capture, output = self._run(images, differentiable=True, replace=replace)
+                    capture, output = self._run(images, True, replace, finer)
                 self.switches_grad = output.requires_grad
             with torch.enable_grad():
                 captured = self._captured(capture, output, images)
@@ -226,30 +246,42 @@ class Network:
     def _run(
         self,
         images: Tensor,
-        *,
         differentiable: bool,
         replace: Callable[[Tensor], Tensor] | None = None,
+        finer: bool = False,
     ) -> tuple[Capture, Tensor]:
         with evaluating(self.model):
             if self.image_shape is None:
                 self.image_shape = tuple(images.shape[1:])
             if self.layer is None:
                 self._resolve(images)
-            with self._hooked():
+            layers = (self.finer or ()) if finer else ()
+            with ExitStack() as hooks:
+                for network in (self, *layers):
+                    hooks.enter_context(network._hooked())
                 try:
-                    return self._forward(self.prepared(images), differentiable, replace)
+                    return self._forward(self.prepared(images), differentiable, replace, layers)
                 except RuntimeError as error:
                     words = str(error)
                     if not self.channels_last or not any(w in words for w in LAYOUT_WORDS):
                         raise
-                result = self._forward(images.contiguous(), differentiable, replace)
+                result = self._forward(images.contiguous(), differentiable, replace, layers)
                 self.channels_last = False  # remembered only now that the other layout has worked
                 return result
 
     def _forward(
-        self, images: Tensor, differentiable: bool, replace: Callable[[Tensor], Tensor] | None
+        self,
+        images: Tensor,
+        differentiable: bool,
+        replace: Callable[[Tensor], Tensor] | None,
+        layers: tuple[Network, ...],
     ) -> tuple[Capture, Tensor]:
-        capture = Capture(self, differentiable=differentiable, replace=replace)
+        finer = tuple(
+            # A pass with a graph does not learn whether it is overwritten.
+            Capture(network, clones=network.clone is not False if differentiable else None)
+            for network in layers
+        )
+        capture = Capture(self, differentiable=differentiable, replace=replace, finer=finer)
         token = current_capture.set(capture)
         grad_enabled = torch.is_grad_enabled()
         try:
@@ -257,17 +289,27 @@ class Network:
         finally:
             torch.set_grad_enabled(grad_enabled)
             current_capture.reset(token)
-        if capture.calls < self.layer_run or (capture.calls > 1 and not self.names_run):
-            times = "not at all" if capture.calls == 0 else f"{capture.calls} times"
-            hint = f"; 'NAME@{capture.calls}' is its last run" if capture.calls > 1 else ""
-            raise UnsupportedModelError(
-                f"`layer` must run once in a forward pass, got {self.layer_name!r}, "
-                f"which ran {times}{hint}"
+        for one in (capture, *finer):
+            one.network.check_runs(one.calls)
+        if capture.late is not None:
+            raise ValueError(
+                f"`refine` must name layers that run before {self.layer_name!r}, the one that is "
+                f"explained, got {capture.late!r}"
             )
         # What replaces the activation may stand for more images than went in.
         own = capture.tensor if replace is not None else None
         count = len(images) if own is None else len(own)
         return capture, self.embedding(output, count)
+
+    def check_runs(self, runs: int) -> None:
+        """Raise UnsupportedModelError unless a pass ran the layer once, or as often as it says."""
+        if runs < self.layer_run or (runs > 1 and not self.names_run):
+            times = "not at all" if runs == 0 else f"{runs} times"
+            hint = f"; 'NAME@{runs}' is its last run" if runs > 1 else ""
+            raise UnsupportedModelError(
+                f"`{self.argument}` must run once in a forward pass, got {self.layer_name!r}, "
+                f"which ran {times}{hint}"
+            )
 
     def arranged(self, tensor: Tensor, image_size: tuple[int, int]) -> Tensor:
         """The layer's output, or a gradient of its shape, as [B, C, H, W]."""
@@ -299,12 +341,17 @@ class Network:
                 got = f"{list(tensor.shape)} after `reshape`"
         if tensor is None or tensor.ndim != 4 or tensor.shape[2] * tensor.shape[3] <= 1:
             raise ValueError(
-                f"`layer` must have a spatial output [B, C, H, W] with H*W > 1, got "
+                f"`{self.argument}` must have a spatial output [B, C, H, W] with H*W > 1, got "
                 f"{self.layer_name!r} with {got}; tokens need `reshape` (see gcfast.TokenGrid), "
                 "and gcfast.layers(model, image) lists the layers that can be explained"
             )
         leaf = capture.tensor if capture.differentiable else None
-        return Captured(output, tensor, leaf, size, self.share(tensor, size))
+        share = self.share(tensor, size)
+        finer = tuple(
+            one.network._captured(one, output, images).activations for one in capture.finer
+        )
+        check_finer(self, tensor, share, [one.network for one in capture.finer], finer, size)
+        return Captured(output, tensor, leaf, size, share, finer)
 
     def _lay_out(self, tensor: Tensor, images: Tensor) -> None:
         """Find the layout of the layer's output, by a pass of one image where tokens need it."""
@@ -316,9 +363,10 @@ class Network:
         spatial, layout = layout_of(shape, self.layer, size, strides)
         if tensor.ndim == 4 and not spatial and min(tensor.shape[2:]) > 1:
             raise ValueError(
-                f"`layer` must have an output that lies on the image, got {self.layer_name!r} with "
-                f"{list(tensor.shape)} for images of {size[0]} x {size[1]}: neither [B, C, H, W] "
-                "nor [B, H, W, C] does; give `reshape`, or take a layer of gcfast.layers"
+                f"`{self.argument}` must have an output that lies on the image, got "
+                f"{self.layer_name!r} with {list(tensor.shape)} for images of "
+                f"{size[0]} x {size[1]}: neither [B, C, H, W] nor [B, H, W, C] does; give "
+                "`reshape`, or take a layer of gcfast.layers"
             )
         with self._lock:
             self.layout, self._laid_out = layout, True
@@ -392,9 +440,10 @@ class Network:
     def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         del module, args
         capture = current_capture.get()
-        if capture is None or capture.network is not self:
+        if capture is None:
             return None  # another thread's own use of the model
-        return capture.take(output)
+        own = next((one for one in (capture, *capture.finer) if one.network is self), None)
+        return None if own is None else own.take(output)
 
     def _resolve(self, images: Tensor) -> None:
         """Take the default layer of :mod:`gcfast.model.layers`."""
@@ -414,6 +463,26 @@ class Network:
                 self.layout, self._laid_out = default.layout, True
             self.set_layer(default.name)
 
+    def _networks(self, layers: Sequence[str | nn.Module]) -> tuple[Network, ...]:
+        """A network for each layer that refines maps."""
+        found = []
+        for layer in layers:
+            network = Network(self.model)
+            network.argument = "refine"
+            network.set_layer(layer)
+            found.append(network)
+        return tuple(found)
+
+    def _find_finer(self, image: Tensor) -> None:
+        """Take the layers of :mod:`gcfast.model.finer`, which "auto" means."""
+        grid = self.embed(image).activations.shape[2:]
+        assert self.layer is not None
+        with self._lock:
+            if self.finer is None:
+                at = (self.layer, self.layer_run)
+                found = finer_layers(self.model, image.contiguous(), self.embedding, at, grid)
+                self.finer = self._networks([one.name for one in found])
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and data parallelism's wrappers."""
@@ -426,7 +495,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
+def _find_layer(model: nn.Module, layer: str | nn.Module, argument: str) -> tuple[str, nn.Module]:
     names = {name: module for name, module in model.named_modules() if name}
     if isinstance(layer, nn.Module):
         layer = unwrapped(layer)
@@ -434,13 +503,16 @@ def _find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Modul
             if module is layer:
                 return name, module
         raise ValueError(
-            f"`layer` must be a module of `model`, got a {type(layer).__name__} that is not in it"
+            f"`{argument}` must be a module of `model`, got a {type(layer).__name__} that is not "
+            "in it"
         )
     if not isinstance(layer, str):
-        raise TypeError(f"`layer` must be a dotted name or a module, got {type(layer).__name__}")
+        raise TypeError(
+            f"`{argument}` must be a dotted name or a module, got {type(layer).__name__}"
+        )
     if layer not in names:
         raise ValueError(
-            f"`layer` must name a module of `model`, got {layer!r}; close to it: "
+            f"`{argument}` must name a module of `model`, got {layer!r}; close to it: "
             f"{suggestions(layer, names)}"
         )
     return layer, names[layer]
