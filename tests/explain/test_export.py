@@ -80,6 +80,7 @@ def test_equals_explain_batch(name):
     images = pictures(4)[0]
     wanted = explainer.explain_batch(images, **options, details=True)
     module = explainer.export(**options, details=True)
+    torch.compiler.reset()  # exported modules are all one function, whose graphs it limits
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for run in (module, compiled):
         maps, embeddings, neighbors, distances, labels = run(images)
@@ -116,6 +117,7 @@ def test_torch_export_of_tokens():
 
 def test_compiled_for_any_batch_without_a_graph_break():
     explainer, _ = _explainer("in place")
+    torch.compiler.reset()  # exported modules are all one function, whose graphs it limits
     compiled = torch.compile(explainer.export(), fullgraph=True, backend="aot_eager", dynamic=True)
     for count in (3, 5):
         images = pictures(count)[0]
@@ -129,6 +131,7 @@ def test_compiled_on_a_gpu(name, device):
     explainer, options = _explainer(name, device=device)
     images = pictures(4)[0].to(device)
     wanted = explainer.explain_batch(images, **options)
+    torch.compiler.reset()  # exported modules are all one function, whose graphs it limits
     compiled = torch.compile(explainer.export(**options), fullgraph=True)
     torch.testing.assert_close(compiled(images), wanted, atol=1e-3, rtol=1e-3)
 

@@ -46,11 +46,11 @@ def _run(explainer, images, **options):
     return explainer.attach().explain(images, Finish(**finish), waits=False)
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_nothing_waits_for_the_device(k, monkeypatch):
+@pytest.mark.parametrize(("k", "refine"), [(1, None), (3, None), (1, "auto")])
+def test_nothing_waits_for_the_device(k, refine, monkeypatch):
     # What the reference does on a device.
     monkeypatch.setattr(reference, "_smallest", reference._smallest_by_sort)
-    explainer = _explainer(k=k)
+    explainer = _explainer(k=k, refine=refine)
     images = pictures(4)[0]
     with NoWaiting():
         out = _run(explainer, images, center=1.0)
@@ -82,8 +82,9 @@ def test_class_proxies_neither_wait_nor_launch_much(k, most, monkeypatch):
     assert len(whole.made) - len(model.made) <= most, whole.made[len(model.made) :]
 
 
-def test_the_kernels_give_what_the_reference_gives(monkeypatch):
-    explainer = _explainer(k=2)
+@pytest.mark.parametrize("refine", [None, "auto"])
+def test_the_kernels_give_what_the_reference_gives(refine, monkeypatch):
+    explainer = _explainer(k=2, refine=refine)
     images = pictures(2)[0]
     wanted = _run(explainer, images, size=(5, 5), center=1.0)
     launched = []
@@ -107,9 +108,9 @@ def test_the_check_finds_what_waits():
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("k", [1, 3])
-def test_nothing_waits_on_a_gpu(k, device):
-    explainer = _explainer(device=device, k=k)
+@pytest.mark.parametrize(("k", "refine"), [(1, None), (3, None), (1, "auto")])
+def test_nothing_waits_on_a_gpu(k, refine, device):
+    explainer = _explainer(device=device, k=k, refine=refine)
     images = pictures(4)[0].to(device)
     wanted = explainer.explain_batch(images, center=1.0, details=True)  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
