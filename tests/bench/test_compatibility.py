@@ -74,7 +74,9 @@ def test_the_formula_is_that_of_a_head_by_hand():
         cotangent = (cotangent - unit[0] * (cotangent @ unit[0])) / raw[0].norm()
         weights = -(cotangent @ model.head[2].weight) / maps[0, 0].numel()
         best = weights.topk(compatibility.CHANNELS).indices
-        cam = (weights[best, None, None] * maps[0, best]).sum(0).relu()
+        cam = (weights[best, None, None] * maps[0, best]).sum(0)
     got = compatibility.by_hand(explainer, *triplet)
-    drawn = nn.functional.interpolate((cam / cam.max())[None, None], (32, 32), mode="bilinear")
+    drawn = nn.functional.interpolate(
+        (cam / cam.abs().max())[None, None], (32, 32), mode="bilinear"
+    )
     torch.testing.assert_close(got, drawn[0], rtol=1e-4, atol=1e-5)
