@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,11 @@ def batches(loader: Iterable[Any], *, real_labels: bool = False) -> Iterator[Bat
     for number, element in enumerate(loader):
         if not isinstance(element, tuple | list) or len(element) not in (2, 3):
             got = type(element).__name__
+            if isinstance(element, Mapping):
+                raise ValueError(
+                    "`loader` must give (images, labels) or (images, labels, ids), got a dict with "
+                    f"{', '.join(map(repr, element))} as batch {number}: make tuples of its values"
+                )
             if isinstance(element, tuple | list):
                 got = f"{got} of {len(element)}"
             raise ValueError(

@@ -461,10 +461,7 @@ def _vjp(network: Network, captured: Captured, output: Tensor, cotangent: Tensor
             allow_unused=True,
         )
         if gradient is None:
-            raise ValueError(
-                f"`layer` must be on the way to the embedding, got {network.layer_name!r}, "
-                "which the output does not depend on"
-            )
+            raise network.without_gradient()
     return network.arranged(gradient, captured.image_size)
 
 

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from gcfast.model.network import Network
 
 
+CALLED = (
+    "gcfast calls a model with images [B, 3, h, w] alone; one that takes a dict, keywords or "
+    "several inputs goes into a module whose forward(images) calls it, see the how-to on layers"
+)
+
+
 class Captured(NamedTuple):
     """What one forward pass gave."""
 
@@ -62,6 +68,11 @@ class Capture:
         if tensor is None:
             return None
         self.late = next((f.network.layer_name for f in self.finer if f.tensor is None), None)
+        if not tensor.is_floating_point():
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(
+                f"`layer` must give floating point, got {self.network.layer_name!r} with {got}"
+            )
         if self.differentiable or self.replace is not None:
             leaf = tensor.detach()
             if self.replace is not None:
@@ -149,6 +160,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         guard.leave()
+
+
+def called(model: nn.Module, images: Tensor) -> Any:
+    """Run the model; an error that other inputs may be the cause of says how it was called."""
+    try:
+        return model(images)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if CALLED not in getattr(error, "__notes__", ()):
+            error.add_note(CALLED)
+        raise
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from gcfast.model.capture import evaluating, first_tensor
+from gcfast.model.capture import called, evaluating, first_tensor
 from gcfast.model.tokens import ChannelsLast, Layout, TokenGrid, grids, patch_of
 
 CHANNELS_FIRST = (
@@ -244,7 +244,7 @@ def _noted(
         module.register_forward_hook(note(name)) for name, module in model.named_modules() if name
     ]
     try:
-        output = embedding(model(image), len(image))
+        output = embedding(called(model, image), len(image))
     finally:
         for handle in handles:
             handle.remove()

@@ -16,12 +16,14 @@ from gcfast.errors import UnsupportedModelError
 from gcfast.model.capture import (
     Capture,
     Captured,
+    called,
     current_capture,
     evaluating,
     first_tensor,
 )
 from gcfast.model.finer import Refine, check_finer, checked_names, finer_layers
 from gcfast.model.layers import Strides, candidates, default_of, layout_of, note_stride
+from gcfast.model.refusals import QUANTIZED, check_model_runs, is_quantized, no_default
 from gcfast.model.tokens import Layout, Reshape, TokenGrid, takes_image_size
 
 # What a RuntimeError says where a model cannot take channels-last input.
@@ -46,9 +48,9 @@ class Network:
             well; "auto" for those that :func:`gcfast.model.finer.finer_layers` finds.
 
     Raises:
-        TypeError: a model or layer of another kind.
+        TypeError: a model or layer of another kind; a model that takes other inputs.
         ValueError: a layer that the model does not have.
-        UnsupportedModelError: a compiled or scripted model, whose layers cannot be seen.
+        UnsupportedModelError: a compiled, scripted or exported model, whose layers cannot be seen.
     """
 
     def __init__(
@@ -65,23 +67,7 @@ class Network:
         if reshape is not None and not callable(reshape):
             raise TypeError(f"`reshape` must be callable, got {type(reshape).__name__}")
         self.model = unwrapped(model)
-        for name, module in self.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                raise UnsupportedModelError(
-                    f"`model` must not be scripted, got a ScriptModule at {name or 'the top'!r}: "
-                    "hooks do not run in it; give the original module"
-                )
-            if getattr(module, "_compiled_call_impl", None) is not None:
-                raise UnsupportedModelError(
-                    f"`model` must not be compiled in place, got Module.compile() at "
-                    f"{name or 'the top'!r}: hooks do not run in it; give an uncompiled module, or "
-                    "torch.compile(model), which can be unwrapped"
-                )
-            if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-                raise UnsupportedModelError(
-                    f"`model` must not have compiled parts, got torch.compile() at {name!r}: hooks "
-                    "do not run in it; give a model of uncompiled modules"
-                )
+        check_model_runs(self.model)
         self.output_key = output_key
         self.reshape = reshape
         # Asked once: a signature is dear, and no compiler traces it.
@@ -228,14 +214,19 @@ class Network:
             with torch.enable_grad():
                 captured = self._captured(capture, output, images)
                 if not captured.output.requires_grad:
-                    why = "which the output does not depend on (or the model detaches it)"
-                    if output.is_inference():
-                        why = "but the model's forward pass runs under torch.inference_mode"
-                    raise ValueError(
-                        f"`layer` must be on the way to the embedding, got {self.layer_name!r}, "
-                        f"{why}"
-                    )
+                    raise self.without_gradient(inference=output.is_inference())
                 yield captured
+
+    def without_gradient(self, *, inference: bool = False) -> ValueError:
+        """Say that no gradient comes from the embedding to the layer, and why."""
+        why = "which the output does not depend on (or the model detaches it)"
+        if inference:
+            why = "but the model's forward pass runs under torch.inference_mode"
+        elif is_quantized(self.model):
+            why = f"but {QUANTIZED}: give the model that it was made from"
+        return ValueError(
+            f"`layer` must be on the way to the embedding, got {self.layer_name!r}, {why}"
+        )
 
     def prepared(self, images: Tensor) -> Tensor:
         """The images in the memory format that the model takes best."""
@@ -285,7 +276,7 @@ class Network:
         token = current_capture.set(capture)
         grad_enabled = torch.is_grad_enabled()
         try:
-            output = self.model(images)
+            output = called(self.model, images)
         finally:
             torch.set_grad_enabled(grad_enabled)
             current_capture.reset(token)
@@ -453,12 +444,7 @@ class Network:
             found = candidates(self.model, images[:1].contiguous(), self.embedding, every=False)
             default = default_of(found)
             if default is None:
-                listed = ", ".join(f"{c.name!r} {list(c.shape)}" for c in found[-5:])
-                raise ValueError(
-                    "`layer` must be given: no layer of the model has a spatial output "
-                    "[B, C, H, W] with H*W > 1 that holds all the embedding depends on; tokens "
-                    f"need `layer` and `reshape`{f' (seen: {listed})' if listed else ''}"
-                )
+                raise no_default(self.model, found)
             if self.reshape is None:
                 self.layout, self._laid_out = default.layout, True
             self.set_layer(default.name)

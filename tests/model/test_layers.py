@@ -195,7 +195,7 @@ def test_branches_that_no_module_joins_need_a_name() -> None:
 
     for model in (Branches().eval(), Residual(None).eval()):
         assert found(model).default is None
-        with pytest.raises(ValueError, match="`layer` must be given: no layer of the model has"):
+        with pytest.raises(ValueError, match="`layer` must be given: the image reaches the"):
             Network(model).embed(torch.rand(1, 3, 8, 8))
 
 
