@@ -133,7 +133,7 @@ def test_a_graph_of_torch_export() -> None:
     model, images = common().eval(), pictures(4)[0]
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    with pytest.raises(gcfast.UnsupportedModelError, match="as torch.export makes it"):
+    with pytest.raises(gcfast.UnsupportedModelError, match=r"as torch\.export makes"):
         gcfast.Explainer(program.module())
 
 
