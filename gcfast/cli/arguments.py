@@ -215,7 +215,7 @@ def _add_build(commands: Any) -> None:
         "--depth",
         type=_depth,
         metavar="BITS",
-        help='of 16-bit grey pictures: 8 to 16; "range" stretches each from its lowest to its '
+        help='of 16-bit pictures: 8 to 16; "range" stretches each from its lowest to its '
         'highest value; "auto" (the default) goes by the file and its highest value',
     )
     view.add_argument(

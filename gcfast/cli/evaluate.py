@@ -33,12 +33,19 @@ def evaluate_database(options: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError: the data lack a file of their layout, or a picture is gone.
         FileExistsError: the output folder is not empty and ``--force`` is not given.
-        ValueError: the training pictures are not those that the database was built from.
+        ValueError: the training pictures are not those that the database was built from; it was
+            built with ``--transform``.
         GcfastError: the model or the database cannot be used, or (``--strict``) an image not.
     """
     check_folder(options.out, options.force, (*OUTPUTS, *FILES))
     test = open_dataset(options.data, "test")
     opened = open_database(options)
+    if opened.preprocessing.transform is not None:
+        raise ValueError(
+            f"`--database` must not be built with --transform {opened.preprocessing.transform}: it "
+            "does not say which part of a picture it keeps, so annotations cannot be placed; build "
+            "with --size, --fit, --mean and --std"
+        )
     train, from_database, left_out = _training(
         options, opened.preprocessing, opened.database, opened.images
     )

@@ -112,9 +112,16 @@ class Trained:
         """Run the forward pass over test images, and find their nearest rows.
 
         Raises:
+            UnsupportedModelError: patches do not cover the images, or reach beyond them.
             ValueError: NaN or infinity in the images or their embeddings, with the row.
         """
         captured = self.network.embed(images)
+        if captured.share != (1.0, 1.0):
+            raise UnsupportedModelError(
+                "the table needs patches that cover the images, got "
+                f"{list(captured.activations.shape[2:])} of them for {list(images.shape[2:])} "
+                "pixels: take a size that is a multiple of the patch"
+            )
         embeddings = normalized(captured.output, self.settings.l2_normalize)
         check_embeddings(embeddings, images)
         distances, nearest = ops.knn(embeddings, self.table, 1)

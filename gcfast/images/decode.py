@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import warnings
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # Formats left out on purpose: EPS is run through Ghostscript, the others are video, plots of
 # measurements or stubs that only name what they cannot read.
@@ -31,6 +32,13 @@ _ORIENTATION = 0x0112
 _BITS, _MAX_SAMPLE, _NO_DATA = 258, 281, 42113  # TIFF tags; the last is GDAL's
 _DEPTHS = (8, 10, 12, 14, 16)  # bits of a sample, as cameras and scanners have them
 _FEW_LEVELS = 16
+
+# How Pillow unpacks 16-bit color, and the same with the bytes of a value exchanged.
+_OTHER_ORDER = {
+    "RGB;16B": "RGB;16L",
+    "RGB;16L": "RGB;16B",
+    "RGB;16N": "RGB;16B" if sys.byteorder == "little" else "RGB;16L",
+}
 
 
 class Decoded(NamedTuple):
@@ -52,9 +60,10 @@ def decode(
 ) -> Image.Image:
     """Read a picture as RGB, the right way up.
 
-    Transparent pixels are laid over white. 16-bit grey is scaled as ``depth`` says. 32-bit integers
-    and floats have no fixed range and are stretched from their lowest to their highest value,
-    unless they lie within [0, 255] (kept) or, floats only, within [0, 1] (times 255). NaN, infinity
+    Transparent pixels are laid over white. 16-bit grey and color (without transparency) is scaled
+    as ``depth`` says. 32-bit integers and floats have no fixed range and are stretched from their
+    lowest to their highest value, unless they lie within [0, 255] (kept) or, floats only, within
+    [0, 1] (times 255). NaN, infinity
     and the value that stands for "no data" (GDAL's tag, or -9999) are holes: they do not count for
     the range and come out black. Of several frames the first is read.
 
@@ -62,7 +71,7 @@ def decode(
         path: a picture file, of a format that Pillow reads (not EPS, nor stubs such as WMF).
         at_least: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both
             sides keep this many pixels.
-        depth: bits of a 16-bit grey value that are used, 8 to 16; "range" stretches each picture
+        depth: bits of a 16-bit value that are used, 8 to 16; "range" stretches each picture
             from its lowest to its highest value; "auto" takes the depth that the file states, or
             the smallest of 8, 10, 12, 14 and 16 that holds its highest value.
 
@@ -99,9 +108,16 @@ def read_picture(
             if at_least is not None:
                 picture.draft(None, (at_least, at_least))
             small = picture.size != whole
+            color = _sixteen_bit_color(picture, file)
             turned = small and picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            ImageOps.exif_transpose(picture, in_place=True)
-            rgb, doubts = _rgb(picture, depth)
+            if color is not None:
+                eight, doubts = _eight_bit(picture, color, depth)
+                rgb = Image.fromarray(eight)
+                rgb.getexif()[_ORIENTATION] = picture.getexif().get(_ORIENTATION, 1)
+                ImageOps.exif_transpose(rgb, in_place=True)
+            else:
+                ImageOps.exif_transpose(picture, in_place=True)
+                rgb, doubts = _rgb(picture, depth)
         if not small:
             return Decoded(rgb, rgb.size, doubts)
         return Decoded(rgb, whole[::-1] if turned else whole, doubts)
@@ -158,7 +174,7 @@ def _hint(path: str | os.PathLike[str]) -> str:
 def _rgb(picture: Image.Image, depth: int | str) -> tuple[Image.Image, tuple[str, ...]]:
     mode = picture.mode
     if mode.startswith("I;16") or mode in ("I", "F"):
-        grey, doubts = _eight_bit(picture, depth)
+        grey, doubts = _eight_bit(picture, np.asarray(picture).astype(np.float64), depth)
         return Image.fromarray(grey).convert("RGB"), doubts
     if mode == "LAB":
         # Pillow's own conversions do not know this one; its color management does.
@@ -176,25 +192,52 @@ def _rgb(picture: Image.Image, depth: int | str) -> tuple[Image.Image, tuple[str
     return picture.convert("RGB"), ()
 
 
-def _eight_bit(picture: Image.Image, depth: int | str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Convert a one-channel picture of more than 8 bits to uint8 [H, W] as ``decode`` says."""
-    values = np.asarray(picture).astype(np.float64)
-    hole = _holes(picture, values)
+def _sixteen_bit_color(picture: Image.Image, file: IO[bytes]) -> NDArray[np.float64] | None:
+    """Read the values [H, W, 3] of 16-bit color; None for any other picture.
+
+    Pillow keeps the first byte of each value. Told that the bytes are in the other order, it keeps
+    the second one.
+    """
+    if picture.mode != "RGB" or not isinstance(picture, ImageFile.ImageFile):
+        return None
+    given = [tile.args or "" for tile in picture.tile]
+    modes = {args if isinstance(args, str) else args[0] for args in given}
+    if len(modes) != 1 or not modes <= _OTHER_ORDER.keys():
+        return None
+    other = _OTHER_ORDER[modes.pop()]
+    first = np.asarray(picture, np.float64)
+    file.seek(0)
+    with Image.open(file, formats=[str(picture.format)]) as again:
+        again.tile = [
+            tile._replace(args=other if isinstance(args, str) else (other, *args[1:]))
+            for tile, args in zip(again.tile, given, strict=True)
+        ]
+        return first * 256 + np.asarray(again, np.float64)
+
+
+def _eight_bit(
+    picture: Image.Image, values: NDArray[np.float64], depth: int | str
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Scale a picture's values [H, W] or [H, W, 3] to uint8 as ``decode`` says."""
+    color = values.ndim == 3
+    hole = np.zeros(values.shape, bool) if color else _holes(picture, values)
     good = values[~hole]
     if not good.size:
         raise ValueError("no pixel has a value: all of them are NaN or no data")
     low, high = float(good.min()), float(good.max())
     doubts = []
-    sixteen = picture.mode.startswith("I;16") or (
-        picture.mode == "I" and low >= 0 and 255 < high < 65536
+    sixteen = (
+        color
+        or picture.mode.startswith("I;16")
+        or (picture.mode == "I" and low >= 0 and 255 < high < 65536)
     )
     stretched = depth == "range" and not 0 <= low == high <= 255
     if sixteen and not stretched:
         bits, stated = (depth, True) if isinstance(depth, int) else _depth(picture, high)
         if not stated and bits < 16:
             doubts.append(
-                f"16-bit grey that does not state its depth, read as {bits}-bit since no value is "
-                "higher (`depth` says otherwise)"
+                f"16-bit {'color' if color else 'grey'} that does not state its depth, read as "
+                f"{bits}-bit since no value is higher (`depth` says otherwise)"
             )
         values *= 255 / (2**bits - 1)
     elif picture.mode == "F" and low >= 0 and high <= 1 and not stretched:

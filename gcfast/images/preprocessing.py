@@ -60,7 +60,7 @@ class Preprocessing:
         crop_pct: the share of each side that is left when the middle of the scaled picture is cut
             out, on whole pixels, as timm and torchvision do. None keeps all, and cuts "crop" in
             the picture's own coordinates.
-        depth: bits of 16-bit grey, as for :func:`gcfast.images.decode.decode`.
+        depth: bits of 16-bit grey and color, as for :func:`gcfast.images.decode.decode`.
         transform: ``package.module:function`` from a ``PIL.Image`` in RGB to floating point
             [3, H, W], used in place of all of the above but ``depth``; None for none.
 

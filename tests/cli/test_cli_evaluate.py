@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +202,19 @@ def main_network(root: Path) -> torch.nn.Module:
     space: dict[str, object] = {}
     exec((root / "evaluate_net.py").read_text(), space)
     return space["build"]()  # type: ignore[operator, no-any-return]
+
+
+def test_a_transform_does_not_say_where_annotations_are(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(here / "db", tmp_path / "db")
+    manifest = tmp_path / "db" / "manifest.json"
+    kept = json.loads(manifest.read_text())
+    kept["preprocessing"]["transform"] = "package.views:middle"
+    manifest.write_text(json.dumps(kept))
+    arguments = ("--database", tmp_path / "db", "--data", "cub:.", "--out", tmp_path / "out")
+    line = fails(capsys, "evaluate", *arguments, *MODEL)
+    assert "must not be built with --transform package.views:middle: it does not say which" in line
 
 
 def test_what_is_skipped_is_listed(

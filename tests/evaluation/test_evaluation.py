@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import common, loader, other, pictures
-from torch import Tensor
+from torch import Tensor, nn
 
 import gcfast
 from gcfast.evaluation.table import MAIN_ROW, quality_table, quality_tables, statistics
@@ -55,6 +55,27 @@ def tabled(center: float = 0.0) -> tuple[Any, gcfast.Explainer, Tensor, Kept]:
     table = quality_table(one, loader(images, names), iter(batches), kept, center=center)
     one.database = gcfast.Explainer(one.network.model, "backbone").build(loader(images, names))
     return table, one, test, kept
+
+
+class Patches(nn.Module):
+    """The mean of patches of 4 x 4, which leave a rest of an image of 18."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 60, 4, 4), nn.LayerNorm(60)
+        self.head = nn.Linear(60, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.norm(self.patches(images).flatten(2).transpose(1, 2))
+        return self.head(tokens.mean(1))
+
+
+def test_patches_that_do_not_cover_the_images_are_refused() -> None:
+    images, labels = pictures(12, size=(18, 18))
+    explainer = gcfast.Explainer(Patches())
+    explainer.build(loader(images, labels))
+    with pytest.raises(gcfast.UnsupportedModelError, match=r"got \[4, 4\] of them for \[18, 18\]"):
+        quality_table(explainer, loader(images, labels), [(images, None)], lambda *_: {})
 
 
 def test_rows_columns_and_means() -> None:

@@ -1,6 +1,8 @@
 """Files that people have: orientations, depths, holes, endings, and Pillow's own test pictures."""
 
 import os
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -86,6 +88,52 @@ def test_depth_is_an_option(tmp_path):
     for depth, want in ((16, [0, 1, 1]), (12, [6, 10, 12]), ("range", [0, 153, 255])):
         read = read_picture(path, depth=depth)
         np.testing.assert_array_equal(np.asarray(read.picture)[0, :, 0], want)
+
+
+def color16(kind, values):
+    """A PNG or a TIFF of 16-bit color [h, w, 3], which Pillow does not write."""
+    h, w, _ = values.shape
+    if kind == "png":
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+        parts = (
+            (b"IHDR", struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0)),
+            (b"IDAT", zlib.compress(rows)),
+        )
+        chunks = [
+            struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d))
+            for t, d in (*parts, (b"IEND", b""))
+        ]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    order, packed = ("<" if "little" in kind else ">"), "packed" in kind
+    data = values.astype(order + "u2").tobytes()
+    data = zlib.compress(data) if packed else data
+    at = 8 + 2 + 12 * 10 + 4  # behind the one directory of ten entries
+    entries = (
+        (256, w), (257, h), (258, at), (259, 8 if packed else 1), (262, 2), (273, at + 6),
+        (274, 6), (277, 3), (278, h), (279, len(data)),
+    )  # fmt: skip
+    out = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, len(entries))
+    for tag, value in entries:
+        out += struct.pack(
+            order + "HHII", tag, 3 if tag == 258 else 4, 3 if tag == 258 else 1, value
+        )
+    return out + struct.pack(order + "IHHH", 0, 16, 16, 16) + data
+
+
+@pytest.mark.parametrize("kind", ["png", "little tif", "big tif", "packed little tif"])
+def test_sixteen_bit_color(tmp_path, kind):
+    """All its bits count, in the order of the file; the TIFFs lie on their side."""
+    values = np.random.default_rng(0).integers(0, 4096, (5, 7, 3))
+    values[0, 0] = 4095
+    path = tmp_path / f"a.{kind[-3:]}"
+    path.write_bytes(color16(kind, values))
+    read = read_picture(path)
+    wanted = np.rint(values * (255 / 4095))
+    wanted = np.rot90(wanted, -1) if kind.endswith("tif") else wanted
+    np.testing.assert_array_equal(np.asarray(read.picture), wanted)
+    assert read.doubts[0].startswith("16-bit color that does not state its depth, read as 12-bit")
+    assert read.size == read.picture.size
+    assert np.asarray(decode(path, depth=16)).max() == 16
 
 
 def test_few_levels_are_told_with_their_number(tmp_path):
