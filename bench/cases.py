@@ -114,6 +114,27 @@ def sparse_cam(
     )
 
 
+def dense_cam(
+    B: int, network: Network, *, dtype: str = "float32", layout: str = "contiguous"
+) -> Case:
+    """All activations and a weight for each channel read, the maps written."""
+    OH, OW = IMAGE
+    activations = B * network.C * network.pixels * ITEMSIZE[dtype]
+    return Case(
+        "dense_cam",
+        {"B": B, "C": network.C, "H": network.H, "W": network.W, "OH": OH, "OW": OW},
+        dtype,
+        bytes=activations + 4 * B * network.C + 4 * B * OH * OW,
+        flops=2 * B * network.C * network.pixels + 8 * B * OH * OW,
+        inputs=activations,
+        rate="float32",
+        expected=0.6 if B >= 256 else 0.2 if B >= 16 else 0.02,
+        because="two launches, of which each reads or writes in whole vectors; not measured yet",
+        options={"layout": layout},
+        quick=B == 256 and network is RESNET50,
+    )
+
+
 def grad_weights(
     B: int,
     network: Network,
@@ -235,6 +256,16 @@ def _sparse_cam_cases() -> list[Case]:
     return cases
 
 
+def _dense_cam_cases() -> list[Case]:
+    return [
+        dense_cam(B, network, dtype=dtype, layout=layout)
+        for network in NETWORKS
+        for B in BATCHES
+        for layout in ("contiguous", "channels last")
+        for dtype in ("float32", "bfloat16")
+    ]
+
+
 def _grad_weights_cases() -> list[Case]:
     cases = [grad_weights(B, network) for network in NETWORKS for B in BATCHES]
     cases += [
@@ -280,6 +311,7 @@ def _quick_first(cases: Sequence[Case]) -> list[Case]:
 
 CASES: dict[str, list[Case]] = {
     "sparse_cam": _quick_first(_sparse_cam_cases()),
+    "dense_cam": _quick_first(_dense_cam_cases()),
     "grad_weights": _quick_first(_grad_weights_cases()),
     "head_grad_weights": _quick_first(_head_grad_weights_cases()),
     "top_m": _quick_first([top_m(B, C=network.C) for network in NETWORKS for B in BATCHES]),

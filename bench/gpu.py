@@ -44,7 +44,15 @@ TESTS = ("ops", "kernels")  # the rooms whose tests run on the card, beside thos
 TEST_SECONDS = 180.0
 OPERATION_SECONDS = 100.0
 MORE = ", more"  # of the sections with an operation's other cases
-OPERATIONS = ("sparse_cam", "knn", "grad_weights", "head_grad_weights", "top_m", "sample_triplets")
+OPERATIONS = (
+    "sparse_cam",
+    "dense_cam",
+    "knn",
+    "grad_weights",
+    "head_grad_weights",
+    "top_m",
+    "sample_triplets",
+)
 TAIL = 3000  # characters of the tests' output that are kept
 
 

@@ -184,6 +184,18 @@ def _low_maps(s: Inputs) -> Inputs:
     return {"low": maps[:, None]}
 
 
+def _dense_inputs(case: Case, device: torch.device) -> Inputs:
+    B, C, H, W = (case.sizes[letter] for letter in "BCHW")
+    activations = torch.rand(B, C, H, W, device=device, dtype=case.torch_dtype())
+    if case.options["layout"] == "channels last":
+        activations = activations.contiguous(memory_format=torch.channels_last)
+    return {"activations": activations, "weights": torch.randn(B, C, device=device)}
+
+
+def _dense(run: Callable[..., Tensor], s: Inputs) -> Tensor:
+    return run(s["activations"], s["weights"], size=IMAGE)
+
+
 def _grad_inputs(case: Case, device: torch.device) -> Inputs:
     B, T, C, H, W = (case.sizes[letter] for letter in "BTCHW")
     last = case.options["layout"] == "channels last"
@@ -377,6 +389,7 @@ OPERATIONS = {
         ],
         relative,
     ),
+    "dense_cam": Operation(_dense_inputs, _dense, _three(_dense, "dense_cam"), relative),
     "grad_weights": Operation(_grad_inputs, _grad, _three(_grad, "grad_weights"), relative),
     "head_grad_weights": Operation(
         _head_inputs,

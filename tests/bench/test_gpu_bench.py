@@ -52,7 +52,14 @@ def test_the_shapes_asked_for_are_there():
     assert {(B, C) for B in (1, 16, 256, 1024) for C in (2048, 768)} <= maps
     tables = {(c.sizes["N"], c.sizes["D"]) for c in cases.CASES["knn"]}
     assert {(N, D) for N in (10**4, 10**5, 10**6, 10**7) for D in (128, 512)} <= tables
-    for operation in ("sparse_cam", "grad_weights", "head_grad_weights", "top_m", "knn"):
+    for operation in (
+        "sparse_cam",
+        "dense_cam",
+        "grad_weights",
+        "head_grad_weights",
+        "top_m",
+        "knn",
+    ):
         assert {1, 16, 256, 1024} <= {case.sizes["B"] for case in cases.CASES[operation]}
     for method in ("gradcam", "gradcam++"):
         heads = {(c.sizes["B"], c.sizes["D"]) for c in cases.CASES["head_grad_weights"]
@@ -327,6 +334,10 @@ TINY = {
     "sparse_cam": [
         cases.sparse_cam(2, SMALL, M=3, layout="channels last"),
         cases.sparse_cam(2, SMALL, M=3, dtype="bfloat16", out="uint8"),
+    ],
+    "dense_cam": [
+        cases.dense_cam(2, SMALL, dtype=dtype, layout="channels last")
+        for dtype in ("float32", "bfloat16")
     ],
     "grad_weights": [
         cases.grad_weights(2, SMALL, T=3, method=method, layout=layout)

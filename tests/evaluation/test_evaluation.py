@@ -236,6 +236,12 @@ def test_regions_and_whole_maps_score_alike() -> None:
                 )
 
 
+def test_class_proxies_are_not_taken_for_gradients() -> None:
+    one = gcfast.Explainer(common(CHANNELS), "backbone", method="proxy")
+    with pytest.raises(ValueError, match="one of gradients to be evaluated, got method='proxy'"):
+        Trained(one, loader(*pictures(20)), False)
+
+
 def test_rows_weights_are_those_of_a_build() -> None:
     """Made for the asked rows alone, dense, they are what the database of the variant holds."""
     images, labels = pictures(20)
