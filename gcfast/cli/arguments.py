@@ -368,6 +368,13 @@ def _add_demo(commands: Any) -> None:
 
 def _add_from_database(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--database", type=Path, required=True, metavar="DB")
+    parser.add_argument(
+        "--refine",
+        type=_layers,
+        metavar="LAYERS",
+        help='earlier layers whose outputs make maps finer: "auto", or their names from coarse to '
+        'fine, as "layer3,layer2"; default: none',
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument(
         "--force", action="store_true", help="write into a folder that is not empty"
@@ -417,6 +424,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="processes that decode; 0: none",
     )
     model.add_argument("--strict", action="store_true", help="stop at the first unreadable picture")
+
+
+def _layers(text: str) -> str | list[str] | None:
+    if text == "none":
+        return None
+    return text if text == "auto" else text.split(",")
 
 
 def _count(text: str) -> int | str:

@@ -39,7 +39,7 @@ def evaluate_database(options: argparse.Namespace) -> None:
     """
     check_folder(options.out, options.force, (*OUTPUTS, *FILES))
     test = open_dataset(options.data, "test")
-    opened = open_database(options)
+    opened = open_database(options, refine=options.refine)
     if opened.preprocessing.transform is not None:
         raise ValueError(
             f"`--database` must not be built with --transform {opened.preprocessing.transform}: it "

@@ -61,7 +61,13 @@ def explain_files(options: argparse.Namespace) -> None:
         raise ValueError(f"`--alpha` must be in [0, 1], got {options.alpha}")
     files = list_files(options.paths)
     check_folder(options.out, options.force, _OUTPUTS)
-    opened = open_database(options, k=options.k, index=options.index, requery=options.requery)
+    opened = open_database(
+        options,
+        k=options.k,
+        index=options.index,
+        requery=options.requery,
+        refine=options.refine,
+    )
     database, preprocessing = opened.database, opened.preprocessing
     loader = ImageLoader(files, files, preprocessing=preprocessing, **reading(options))
     (options.out / "overlays").mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gcfast import ops
 from gcfast.evaluation import figures
 from gcfast.evaluation.datasets import AnnotationError, ScoredLoader
 from gcfast.evaluation.table import upsampled
@@ -44,7 +45,10 @@ def draw_examples(
     images = images.to(explainer.network.device(images.device))
     why = explainer.explain_batch(images, details=True)
     size = (images.shape[2], images.shape[3])
-    total = explainer.network.embed(images).activations.float().sum(1, keepdim=True).clamp(min=0)
+    captured = explainer.network.embed(images, finer=True)
+    total = captured.activations.float().sum(1, keepdim=True).clamp(min=0)
+    for output in captured.finer:
+        total = ops.refine(total[:, 0], output)[:, None]
     total = total / total.amax((2, 3), keepdim=True).clamp(min=1e-30)
     maps = {
         "the database": why.maps,

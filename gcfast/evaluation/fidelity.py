@@ -68,7 +68,7 @@ class FidelitySample:
         self.embeddings.append(query.embeddings.cpu())
         if len(taken):
             chosen = taken.to(maps.device)
-            self.queries.append(Query(*(part[chosen] for part in query)))
+            self.queries.append(query.at(chosen))
             self.maps.append(maps[chosen])
             self.controls.append(controls[chosen])
 
@@ -131,9 +131,9 @@ class FidelitySample:
         device = self.trained.device
         shapes = {tuple(q.activations.shape[2:]) for q in self.queries}
         assert len(shapes) == 1  # all views of a network have one size
-        whole = Query(*(torch.cat(parts) for parts in zip(*self.queries, strict=True)))
+        whole = Query.joined(self.queries)
         kept = chosen[found].to(device)
-        query = Query(*(value[kept] for value in whole))
+        query = whole.at(kept)
         weights = grad_weights(
             self.trained,
             Cotangents(part.values[found], part.valid[found], part.counts[found]),

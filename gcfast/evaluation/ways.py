@@ -53,6 +53,20 @@ class Query(NamedTuple):
     norms: Tensor  # [B]
     nearest: Tensor  # [B] int64, rows of the database
     distances: Tensor  # [B] float32, squared L2
+    # [B, C', H', W'] each, by which the maps of every way are refined; none without `refine`.
+    finer: tuple[Tensor, ...] = ()
+
+    def at(self, chosen: Tensor) -> Query:
+        """Return what belongs to some of the images, by number."""
+        values = (value[chosen] for value in self[:-1])
+        return Query._make([*values, tuple(x[chosen] for x in self.finer)])
+
+    @classmethod
+    def joined(cls, queries: Sequence[Query]) -> Query:
+        """Return several batches as one."""
+        *parts, finer = zip(*queries, strict=True)
+        outputs = tuple(map(torch.cat, zip(*finer, strict=True)))
+        return cls._make([*map(torch.cat, parts), outputs])
 
     @property
     def pixels(self) -> int:
@@ -121,7 +135,7 @@ class Trained:
             UnsupportedModelError: patches do not cover the images, or reach beyond them.
             ValueError: NaN or infinity in the images or their embeddings, with the row.
         """
-        captured = self.network.embed(images)
+        captured = self.network.embed(images, finer=True)
         if captured.share != (1.0, 1.0):
             raise UnsupportedModelError(
                 "the table needs patches that cover the images, got "
@@ -134,7 +148,8 @@ class Trained:
         pooled = captured.activations.float().mean((2, 3))
         norms = self.head.project(pooled)[1]
         activations = captured.activations
-        return Query(activations, embeddings, pooled, norms, nearest[:, 0], distances[:, 0])
+        nearest, distances = nearest[:, 0], distances[:, 0]
+        return Query(activations, embeddings, pooled, norms, nearest, distances, captured.finer)
 
     def label_names(self, rows: Tensor) -> list[str]:
         """Return the class names of database rows [B]."""
@@ -313,7 +328,8 @@ def low_resolution_maps(
     """Return maps [B, V, H, W] of V ways in [0, 1] before upsampling, one tensor for each center.
 
     The maps pass a ReLU and are divided by their maximum, as by :func:`gcfast.ops.sparse_cam`; a
-    uniform map is 1 everywhere.
+    uniform map is 1 everywhere. With ``refine`` they are refined first, the controls as well, and H
+    and W are those of the last finer output.
     """
     B, C, H, W = query.activations.shape
     zeros = query.pooled.new_zeros((B, C))
@@ -326,5 +342,11 @@ def low_resolution_maps(
         maps = (raw - center * offsets).clamp(min=0)
         peak = maps.amax(2, keepdim=True)
         maps = torch.where(peak == 0, 0.0, maps / peak)  # NaN stays NaN
-        finished.append(torch.where(uniform, 1.0, maps).view(B, len(ways), H, W))
+        maps = torch.where(uniform, 1.0, maps).view(B, len(ways), H, W)
+        for output in query.finer:
+            maps = torch.stack([ops.refine(way, output) for way in maps.unbind(1)], 1)
+        if query.finer:
+            peak = maps.amax((2, 3), keepdim=True)
+            maps = torch.where(peak == 0, 0.0, maps / peak)
+        finished.append(maps)
     return finished

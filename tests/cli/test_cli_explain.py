@@ -95,6 +95,22 @@ def test_explain_with_several_neighbours_and_workers(capsys, tmp_path):
     assert "Shown are the first 2 of 6" in page
 
 
+@pytest.mark.usefixtures("here")
+def test_explain_with_finer_maps(capsys, tmp_path):
+    base = ("explain", "--database", "db", *SETTINGS, "pictures/green")
+    maps = {}
+    for name in ("none", "auto", "features.0", "features.1", "features.1,features.0"):
+        status, _, err = run(capsys, *base, "--refine", name, "--out", tmp_path / name)
+        assert status == 0, err
+        maps[name] = np.load(tmp_path / name / "maps.npy")
+    assert np.array_equal(maps["auto"], maps["features.1"])
+    assert np.abs(maps["none"] - maps["features.0"]).max() > 0.1
+    assert np.abs(maps["features.1,features.0"] - maps["features.0"]).max() > 0.01
+    assert "`--refine` must name a module of `--model`, got 'features.9'" in fails(
+        capsys, *base, "--refine", "features.9", "--out", tmp_path / "wrong"
+    )
+
+
 def test_explain_finds_pictures_that_moved_or_does_without(here, capsys, tmp_path):
     pictures = tmp_path / "moved"
     os.rename(here / "pictures", pictures)

@@ -31,13 +31,13 @@ def truth(labels: list[str]) -> Truth:
 
 
 def measured(
-    test_labels: list[str], **settings: Any
+    test_labels: list[str], refine: str | None = None, **settings: Any
 ) -> tuple[Evaluation, gcfast.Explainer, Tensor, list[Any]]:
     """An evaluation on 24 rows of three classes and two batches of test images."""
     images, labels = pictures(24)
     train = loader(images, [NAMES[i] for i in labels])
     test = pictures(len(test_labels))[0]
-    one = gcfast.Explainer(common(CHANNELS), "backbone")
+    one = gcfast.Explainer(common(CHANNELS), "backbone", refine=refine)
     batches = [(test[:5], truth(test_labels[:5])), (test[5:], truth(test_labels[5:]))]
     found = evaluate(
         one,
@@ -57,11 +57,14 @@ def on_large(maps: Tensor) -> Tensor:
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def test_fidelity_of_known_classes_is_explain_labelled() -> None:
+@pytest.mark.parametrize("refine", [None, "auto"])
+def test_fidelity_of_known_classes_is_explain_labelled(refine: str | None) -> None:
     labels = [NAMES[i % 3] for i in range(9)]
-    found, one, test, train = measured(labels)
+    found, one, test, train = measured(labels, refine)
     one.build(train)
-    low = one.network.embed(test).activations.shape[2:]
+    captured = one.network.embed(test, finer=True)
+    low = (captured.activations, *captured.finer)[-1].shape[2:]
+    assert low == ((4, 4) if refine is None else (8, 8))
     own = on_large(one.explain_labelled(test, labels, size=tuple(low)))
     why = one.explain_batch(test, size=tuple(low), details=True)
     lent = on_large(why.maps)
@@ -73,12 +76,14 @@ def test_fidelity_of_known_classes_is_explain_labelled() -> None:
     rows = random_rows(torch.arange(9), 24, 0)  # as the table draws them
     assert one.database is not None
     random = gcfast.ops.sparse_cam(
-        one.network.embed(test).activations,
+        captured.activations,
         rows[:, None],
         one.database.channels,
         one.database.weights,
-        size=tuple(low),
+        size=(4, 4),
     )
+    for output in captured.finer:
+        random = gcfast.ops.refine(random, output)
     assert fidelity.control is not None
     wanted = cosine(own, on_large(random))
     torch.testing.assert_close(fidelity.control, wanted, rtol=1e-4, atol=1e-4)
