@@ -151,6 +151,7 @@ def timm_subjects() -> list[Subject]:
 
     def of(name: str, side: int = 224, height: int | None = None, **settings: Any) -> Subject:
         shown = name + "".join(f", {k}={v}" for k, v in settings.items() if k != "img_size")
+        shown += f", {height} x {side}" if height else ""
         make = lambda: timm.create_model(name, num_classes=0, **settings)  # noqa: E731
         return Subject("timm", shown, make, (height or side, side))
 
@@ -328,8 +329,8 @@ def subjects() -> tuple[list[Subject], list[str]]:
     return found, left_out
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """The table as Markdown."""
+def page(rows: list[dict[str, Any]], untried: list[str]) -> str:
+    """The table as Markdown, and the names of the networks that have no row yet."""
     lines = [
         "# Networks that were tried",
         "",
@@ -337,7 +338,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "of the pictures), explained with no `layer` and no `reshape` given. The map of a triplet,",
         "with its sign, was compared with one that a hook, one backward pass through the whole",
         f"model and the formula give; both lie in [-1, 1], and the bound is {TOLERANCE:g}.",
-        f"*Flat* is the share of {FLAT_IMAGES} images whose map is empty.",
+        f"*Flat* is the share of the {FLAT_IMAGES} images of the database whose map is empty.",
         "Made by `python bench/compatibility.py`.",
         "",
         "| network | default layer | layout | H x W | closed form | largest difference | flat |",
@@ -355,6 +356,8 @@ def page(rows: list[dict[str, Any]]) -> str:
                 f"| {name} | `{row['layer']}` | {row['layout']} | {row['grid']} | {closed} | "
                 f"{row['difference']:.0e} | {row['flat']:.0%} |"
             )
+    if untried:
+        lines += ["", f"In the program and not run yet: {', '.join(untried)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -390,7 +393,7 @@ def main(command: list[str] | None = None) -> int:
         rows = sorted(known.values(), key=lambda r: order.get((r["group"], r["name"]), len(order)))
         text = json.dumps({"torch": torch.__version__, "rows": rows}, indent=1)
         results.write_text(text + "\n")
-        written.write_text(page(rows))
+        written.write_text(page(rows, [name for at, name in order if (at, name) not in known]))
         print(json.dumps(row), flush=True)
     for line in left_out:
         print(f"left out: {line}")

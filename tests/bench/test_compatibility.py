@@ -27,12 +27,15 @@ def small(monkeypatch):
 
 def test_rows_are_written_and_kept(tmp_path, capsys):
     assert compatibility.main(["--out", str(tmp_path), "--only", "stripes"]) == 0
+    page = (tmp_path / "compatibility.md").read_text()
+    assert page.endswith("In the program and not run yet: average, siamese.\n")
     assert compatibility.main(["--out", str(tmp_path), "--only", "average", "siamese"]) == 0
     rows = json.loads((tmp_path / "compatibility.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["average", "stripes", "siamese"]
     assert [row["closed_form"] for row in rows] == [True, False, True]
     assert all(row["difference"] <= compatibility.TOLERANCE for row in rows)
     page = (tmp_path / "compatibility.md").read_text()
+    assert "not run yet" not in page
     assert "| wrappers: siamese | `backbone.backbone` | [B, C, H, W] | 8 x 8 | yes |" in page
     assert "left out: big_subjects: no package" in capsys.readouterr().out
 
