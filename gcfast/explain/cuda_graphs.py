@@ -19,7 +19,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from gcfast.errors import UnsupportedModelError
 from gcfast.explain.maps import Explained
+from gcfast.model.watch import Watch
 
 GRAPHS_KEPT = 8  # shapes whose graphs are kept, the last used
 WARM_UPS = 3  # runs before a capture, in which libraries choose their algorithms
@@ -36,7 +36,6 @@ TRIALS_UNTIMED, TRIALS = 2, 3  # calls of a shape before "auto" decides: the fir
 HOST_BOUND = 1.15
 
 _R = TypeVar("_R")
-_version = attrgetter("_version")
 
 
 class Recording(Protocol):
@@ -183,7 +182,7 @@ class Graphs:
         self._make_recorder = recorder
         self._lock = threading.Lock()
         self._recorders: dict[torch.device, Recorder] = {}
-        self._watch = _Watch(model)
+        self._watch = Watch(model)
         self._state: tuple[Hashable, Hashable] | None = None
         self._owner: object = None
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
@@ -286,7 +285,7 @@ class Graphs:
     def _drop_what_is_stale(self, owner: object) -> None:
         state = self._watch.state()
         if state is None:
-            self._watch = _Watch(self._model)
+            self._watch = Watch(self._model)
             state = self._watch.state()
         known = self._state
         if self._restless and state is not None and known is not None:
@@ -297,56 +296,3 @@ class Graphs:
             self._trials.clear()
             self._warned = self._restless = False
             self._state, self._owner = state, owner
-
-
-class _Watch:
-    """Whether a model's tensors are those they were, at a few microseconds a hundred tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self.children = [(m._modules, name, c) for m in modules for name, c in m._modules.items()]
-        self.slots = [
-            (held, name)
-            for m in modules
-            for held in (m._parameters, m._buffers)
-            for name, tensor in held.items()
-            if tensor is not None
-        ]
-        # `training` is ours during a pass. PyTorch's own modules, which are most, are not asked:
-        # nobody turns a convolution's stride while it is in use.
-        self.plain = [
-            (vars(m), itemgetter(*names))
-            for m in modules
-            if not type(m).__module__.startswith("torch.nn.")
-            and (names := [n for n, v in vars(m).items() if _is_plain(v) and n != "training"])
-        ]
-
-    def state(self) -> tuple[Hashable, Hashable] | None:
-        """Where each tensor is and how often it was written to, and the modules' own numbers.
-
-        None where a module is another.
-        """
-        if any(held.get(name) is not child for held, name, child in self.children):
-            return None
-        tensors = [held.get(name) for held, name in self.slots]
-        if any(tensor is None for tensor in tensors):
-            return None
-        places = tuple(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
-        try:
-            versions: Hashable = tuple(map(_version, tensors))
-        except RuntimeError:  # tensors made in inference mode count no writes
-            versions = None
-        return (places, versions), self.numbers()
-
-    def numbers(self) -> Hashable:
-        """The modules' own numbers, flags and names, as text; None where one is gone."""
-        try:
-            return str([get(held) for held, get in self.plain])
-        except KeyError:
-            return None
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(element) for element in value)
-    return value is None or isinstance(value, bool | int | float | str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -21,6 +22,7 @@ from gcfast.model.capture import (
     evaluating,
     first_tensor,
 )
+from gcfast.model.compiled import CompiledPasses, compiler_of
 from gcfast.model.finer import Refine, check_finer, checked_names, finer_layers
 from gcfast.model.layers import Strides, candidates, default_of, layout_of, note_stride
 from gcfast.model.refusals import QUANTIZED, check_model_runs, is_quantized, no_default
@@ -68,6 +70,9 @@ class Network:
             raise TypeError(f"`reshape` must be callable, got {type(reshape).__name__}")
         self.model = unwrapped(model)
         check_model_runs(self.model)
+        compiler = compiler_of(model)
+        # The compiled passes of a model that came compiled; None where it did not, or cannot be.
+        self.compiled = None if compiler is None else CompiledPasses(self.model, compiler)
         self.output_key = output_key
         self.reshape = reshape
         # Asked once: a signature is dear, and no compiler traces it.
@@ -112,7 +117,8 @@ class Network:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: all but the lock and the hook of passes under way."""
-        return vars(self) | {"_lock": None, "_hooks": 0, "_handle": None}
+        own = {"_lock": None, "_hooks": 0, "_handle": None, "compiled": None}
+        return vars(self) | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -184,7 +190,10 @@ class Network:
             if not any(overwritten):
                 return self._captured(capture, output, images)
         with torch.no_grad():
-            return self._captured(*self._run(images, differentiable=False, finer=finer), images)
+            capture, output = self._run_compiled(images, layers) or self._run(
+                images, differentiable=False, finer=finer
+            )
+            return self._captured(capture, output, images)
 
     @contextmanager
     def differentiable(
@@ -259,6 +268,37 @@ class Network:
                 result = self._forward(images.contiguous(), differentiable, replace, layers)
                 self.channels_last = False  # remembered only now that the other layout has worked
                 return result
+
+    def _run_compiled(
+        self, images: Tensor, layers: tuple[Network, ...]
+    ) -> tuple[Capture, Tensor] | None:
+        """The same without a graph, through the model's own compiler; None where it has none."""
+        if self.compiled is None:
+            return None
+        try:
+            output, taken = self.compiled(layers, self.prepared(images))
+        except Exception as error:
+            # It is loaded already where a model is compiled, and takes seconds where none is.
+            from torch._dynamo.exc import TorchDynamoException
+
+            if not isinstance(error, UnsupportedModelError | TorchDynamoException):
+                raise
+            warnings.warn(
+                f"the model runs uncompiled, since a copy of it that also gives the output of "
+                f"{self.layer_name!r} cannot be compiled: {error}",
+                stacklevel=2,
+            )
+            self.compiled = None
+            return None
+        captures = []
+        for network, runs in zip(layers, taken, strict=True):
+            network.check_runs(len(runs))
+            one = Capture(network)
+            one.tensor = runs[network.layer_run - 1]
+            captures.append(one)
+        captures[0].finer = tuple(captures[1:])
+        # A compiler may hand out the same memory again, and the embeddings are the caller's.
+        return captures[0], self.embedding(output, len(images)).clone()
 
     def _forward(
         self,
