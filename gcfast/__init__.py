@@ -27,12 +27,13 @@ from gcfast.method.objectives import (
     RankLoss,
     TripletLoss,
 )
-from gcfast.method.settings import PAPER
+from gcfast.method.settings import BEST, PAPER
 from gcfast.model.tokens import TokenGrid
 
 __version__ = version("gcfast")
 
 __all__ = [
+    "BEST",
     "PAPER",
     "DamagedDatabaseError",
     "Database",

@@ -27,6 +27,9 @@ PAPER: dict[str, Any] = {
     "index": "exact",
     "l2_normalize": True,
 }
+# What shows objects best of all that was measured, for Explainer(model, **BEST): class proxies, and
+# maps refined by earlier layers. Beyond the paper; it needs classes, and each piece stands alone.
+BEST: dict[str, Any] = {"method": "proxy", "refine": "auto"}
 PROXY = "proxy"  # the method of class proxies, which goes beyond the paper
 # What class proxies do not take: its default in gcfast.Explainer, and why.
 _NOT_OF_PROXIES: dict[str, tuple[Any, str]] = {

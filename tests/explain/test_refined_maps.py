@@ -5,10 +5,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import CHANNELS, DIM, loader, pictures
+from networks import AFFINE_HEADS, CHANNELS, DIM, OTHER_HEADS, Net, loader, pictures
 from torch import nn
 
-from gcfast import Explainer, TokenGrid
+from gcfast import BEST, Explainer, TokenGrid
 
 SIZE = (16, 16)
 METHODS = {
@@ -114,6 +114,25 @@ def test_is_the_plain_map_refined(method, settings, options):
     got = METHODS[method](refined, images, options)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-4)
+
+
+HEADS = AFFINE_HEADS | OTHER_HEADS
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_best_settings_take_any_head(head):
+    torch.manual_seed(3)
+    model = Net(HEADS[head](CHANNELS)).eval()
+    one = Explainer(model, "backbone", **BEST)
+    database = one.build(loader(*pictures(12, size=SIZE)))
+    images = pictures(3, size=SIZE)[0]
+    got = one.explain_batch(images)
+    assert (one.settings.method, one.info()["refine"]) == ("proxy", ["backbone.norm"])
+    plain = Explainer(model, database=database, method="proxy")
+    wanted = plain.explain_batch(images, normalize=None, size=(8, 8))
+    with torch.inference_mode():
+        wanted = formula(wanted, model.backbone.stem(images)).nan_to_num(0)
+    torch.testing.assert_close(got.double(), finished(wanted, "max", SIZE), atol=2e-4, rtol=1e-4)
 
 
 def test_through_an_index():
