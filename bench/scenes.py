@@ -42,7 +42,7 @@ from scenes_overlays import Explain, channel_sum, overlay_rows, save_grid
 from scenes_quality import bars, gap_lines, measure, sweep_lines
 
 import gcfast
-from gcfast.evaluation.report import draw, write_tables
+from gcfast.evaluation.report import beyond_text, draw, write_tables
 from gcfast.evaluation.table import MAIN_ROW
 from gcfast.images.html import ReportRow, write_report
 
@@ -208,6 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     centres = plain.extra.get("K=50")
     compressed = None if centres is None else {n: float(v.nanmean()) for n, v in centres.items()}
     print("\n".join(bars(dict(plain.rows), compressed)))
+    print(f"\n{beyond_text(measured.beyond, seed=options.seed)}")
+    for name, checked in measured.reliability.items():
+        print(f"confidence, {name}: {checked}")
     print("\n".join(["", *sweep_lines(measured), "", *gap_lines(measured, two)]))
 
     options.out.mkdir(parents=True, exist_ok=True)

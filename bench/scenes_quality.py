@@ -101,6 +101,18 @@ class SceneScore:
         return {"mask": nothing, "box": nothing, "share": share, "right": right}
 
 
+def objects(truth: Truth, neighbor_labels: list[str]) -> Tensor:
+    """Masks [B, h, w] of what a map should show: the one object, or that of the map's class.
+
+    Nothing where neither of two objects is of it.
+    """
+    match = matches(truth.names, neighbor_labels)
+    if truth.masks.shape[1] == 1:
+        match = torch.zeros_like(match)
+    own = truth.masks[torch.arange(len(match)), match.clamp(min=0)]
+    return own & (match >= 0)[:, None, None]
+
+
 def localised(truth: Truth) -> tuple[list[Tensor], Tensor] | None:
     """True boxes and masks, of pictures with one object."""
     return (list(truth.boxes), truth.masks[:, 0]) if truth.masks.shape[1] == 1 else None
@@ -160,6 +172,8 @@ def measure(
         SceneScore(),
         labels=labels,
         localised=localised,
+        objects=objects,
+        ranked=None,
         compress=compressor(),
         total=len(one),
         seed=seed,

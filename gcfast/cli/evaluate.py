@@ -16,6 +16,7 @@ from torch import Tensor
 from gcfast.cli.inputs import open_database, reading
 from gcfast.cli.outputs import check_folder, tell_left_out
 from gcfast.database.database import Database
+from gcfast.evaluation.beyond import RANKED_IMAGES
 from gcfast.evaluation.datasets import ScoredLoader, Truth, labelled_loader, open_dataset
 from gcfast.evaluation.examples import FILES, draw_examples
 from gcfast.evaluation.measure import AnnotationScore, Compress, evaluate
@@ -59,6 +60,8 @@ def evaluate_database(options: argparse.Namespace) -> None:
             AnnotationScore(),
             labels=lambda truth: truth.labels,
             localised=lambda truth: truth.localised,
+            objects=(lambda truth, _: truth.masks) if test.has_masks else None,
+            ranked=None if options.thorough else RANKED_IMAGES,
             compress=compressor(),
             total=len(test.samples),
             seed=options.seed,

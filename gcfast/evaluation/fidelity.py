@@ -68,7 +68,8 @@ class FidelitySample:
         self.embeddings.append(query.embeddings.cpu())
         if len(taken):
             chosen = taken.to(maps.device)
-            self.queries.append(query.at(chosen))
+            kept = query if self.trained.refines else query._replace(finer=())
+            self.queries.append(kept.at(chosen))
             self.maps.append(maps[chosen])
             self.controls.append(controls[chosen])
 

@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from gcfast.errors import MissingExtraError
+from gcfast.evaluation.reliability import Reliability
 from gcfast.evaluation.table import Statistic
 from gcfast.explain.calibration import IMAGES_A_KNOT, Calibration, Fidelity
 from gcfast.images import overlay as lay_over
+from gcfast.metrics import auroc
 
 COLORMAP = "inferno"
 # Okabe and Ito's colors, which color-blind readers can tell apart: https://jfly.uni-koeln.de/color/
@@ -242,6 +244,59 @@ def fidelity(measured: Fidelity, calibration: Calibration | None = None, *, titl
     axes.set_ylim(min(0.0, float(measured.spearman.min()) - 0.05), 1.02)
     axes.legend(fontsize=8, frameon=False)
     return figure
+
+
+def reliability(measured: Mapping[str, Reliability], *, title: str = "") -> Any:
+    """Draw how often the map's class is right against the confidence that it is.
+
+    A calibrated confidence lies on the diagonal. Bars are 95 % intervals of the shares (Wilson
+    1927).
+
+    Args:
+        measured: row → its confidence, on images that it was not fitted to; at least one.
+        title: above.
+    """
+    figure, axes = _axes("confidence that the map's class is right", "share that is", title)
+    axes.plot([0, 1], [0, 1], ls="--", color=_GRAY, lw=1.2, label="calibrated")
+    for color, (name, one) in zip(_cycle(len(measured)), measured.items(), strict=True):
+        groups = one.groups()
+        low, high = np.transpose([_wilson(group.right, group.images) for group in groups])
+        right = np.array([group.right for group in groups])
+        by_confidence, by_distance = (
+            auroc(scores, one.right) for scores in (one.stated, -one.distances)
+        )
+        axes.errorbar(
+            [group.stated for group in groups],
+            right,
+            np.maximum([right - low, high - right], 0),
+            fmt="o-",
+            color=color,
+            ms=4,
+            elinewidth=0.8,
+            label=f"{name}: calibration error {one.error:.3f},\n"
+            f"AUROC {by_confidence:.3f}, of the distance {by_distance:.3f}",
+        )
+    first = next(iter(measured.values()))
+    axes.text(
+        0.02,
+        0.98,
+        f"fitted on one half ({first.fitted.images} images),\n"
+        f"drawn for the other ({len(first.right)})",
+        transform=axes.transAxes,
+        va="top",
+        fontsize=9,
+    )
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def _wilson(share: float, images: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share of so many images."""
+    middle = share + z * z / (2 * images)
+    half = z * np.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
+    return (middle - half) / (1 + z * z / images), (middle + half) / (1 + z * z / images)
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> None:

@@ -2,7 +2,8 @@
 
 The table of seventeen rows and, around its main row (Grad-CAM, evidence for, 50 triplets, top-50):
 how the scores depend on M, on T and on the number of k-means centers, which channel is strongest,
-how well boxes localise, and how faithful transfer is at which distance.
+how well boxes localise, and how faithful transfer is at which distance. Beyond the paper: class
+proxies and refined maps, and what a confidence in the map's class is worth.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from gcfast._progress import tracked
 from gcfast.database.database import Database
+from gcfast.evaluation.beyond import CENTERED_ROW, RANKED_IMAGES, Beyond, Objects
 from gcfast.evaluation.datasets import Truth
 from gcfast.evaluation.fidelity import FIDELITY_IMAGES, FidelitySample
+from gcfast.evaluation.reliability import RatedSample, Reliability
 from gcfast.evaluation.table import QualityTable, RegionScore, tables_from, upsampled
 from gcfast.evaluation.ways import (
     MAIN_ROW,
+    PROXY_ROW,
     ROWS,
     Count,
     Query,
@@ -100,6 +104,10 @@ class Evaluation:
         center_counts: its numbers of k-means centers; empty without ``compress``.
         images: how many were scored.
         flat: how many of them have a flat map in the main row.
+        beyond: the rows of :mod:`gcfast.evaluation.beyond`, without centering but for the one that
+            says so.
+        reliability: of the confidence in the class of the main row's and the proxy's map; empty
+            without enough images of the database's classes.
     """
 
     tables: dict[float, QualityTable]
@@ -111,6 +119,8 @@ class Evaluation:
     center_counts: tuple[int, ...]
     images: int
     flat: int
+    beyond: QualityTable
+    reliability: dict[str, Reliability]
 
 
 def evaluate(
@@ -121,6 +131,8 @@ def evaluate(
     *,
     labels: Callable[[Any], Sequence[str] | None],
     localised: Callable[[Any], tuple[Sequence[Tensor], Tensor] | None],
+    objects: Objects | None = None,
+    ranked: int | None = RANKED_IMAGES,
     compress: Compress | None = None,
     center_counts: Sequence[int] = CENTER_COUNTS,
     triplet_counts: Sequence[Count] = TRIPLET_COUNTS,
@@ -139,6 +151,11 @@ def evaluate(
         score: gives the columns.
         labels: truth → class names of the batch, or None not to use them.
         localised: truth → true boxes (B of [n, 4]) and masks [B, h, w] of the objects, or None.
+        objects: (truth, class name of each image's nearest row) → masks [B, h, w] of what a map
+            should show, of which the table beyond the paper has average precision and best IoU;
+            None without masks.
+        ranked: of how many images, spread as the fidelity's; None for all. They take longer than
+            everything else.
         compress: (database, number of centers) → the database compressed by k-means; None leaves
             that sweep out.
         center_counts: its numbers of centers; those above the number of rows are left out.
@@ -165,7 +182,8 @@ def evaluate(
     for n in tracked(centers, "k-means", "databases", show=progress):
         assert compress is not None
         databases[f"K={n}"] = compress(trained.database, n)
-    watch = _Watch(trained, labels, localised, total, thorough)
+    beyond = Beyond(trained, score, objects, step=_step(total, ranked), most=ranked)
+    watch = _Watch(trained, beyond, labels, localised, total, thorough)
     plain, centered = tables_from(
         trained,
         test_batches,
@@ -191,7 +209,14 @@ def evaluate(
         center_counts=centers,
         images=watch.images,
         flat=watch.flat,
+        beyond=beyond.table(),
+        reliability={name: one for name, rated in watch.rated.items() if (one := rated.checked())},
     )
+
+
+def _step(total: int | None, most: int | None) -> int:
+    """Every how many images one is sampled, for so many of all."""
+    return 1 if total is None or most is None else max(1, math.ceil(total / most))
 
 
 class _Watch:
@@ -200,18 +225,20 @@ class _Watch:
     def __init__(
         self,
         trained: Trained,
+        beyond: Beyond,
         labels: Callable[[Any], Sequence[str] | None],
         localised: Callable[[Any], tuple[Sequence[Tensor], Tensor] | None],
         total: int | None,
         thorough: bool,
     ) -> None:
         self.labels, self.localised, self.thorough = labels, localised, thorough
+        self.beyond = beyond
         self.images = self.flat = 0
         self.iou: dict[str, list[Tensor]] = {}
         self.pointing: dict[str, list[Tensor]] = {}
         self.best: dict[str, list[Tensor]] = {}
-        step = 1 if total is None else max(1, math.ceil(total / FIDELITY_IMAGES))
-        self.sample = FidelitySample(trained, step)
+        self.sample = FidelitySample(trained, _step(total, FIDELITY_IMAGES))
+        self.rated = {name: RatedSample(trained) for name in (MAIN_ROW, PROXY_ROW)}
 
     def __call__(
         self,
@@ -224,14 +251,13 @@ class _Watch:
         names = [way.name for way in ways]
         main = maps[0][:, names.index(MAIN_ROW)]  # [B, H, W]
         self.flat += int(flat_maps(main).sum())
+        plain = self.beyond.add(truth, query, ways)
         size = (images.shape[2], images.shape[3])
         found = self.localised(truth)
         if found is not None:
             rows = [*LOCALISED, *(n for n in names[:ROWS] if n not in LOCALISED and self.thorough)]
             shown = [(name, maps[0][:, names.index(name)]) for name in rows]
-            shown.insert(
-                len(LOCALISED), (f"{MAIN_ROW}, center=1", maps[1][:, names.index(MAIN_ROW)])
-            )
+            shown.insert(len(LOCALISED), (CENTERED_ROW, maps[1][:, names.index(MAIN_ROW)]))
             for i, (name, low) in enumerate(shown):
                 large = upsampled(low[:, None], size)[:, 0]
                 iou = localisation_iou(large, found[0], THRESHOLDS)
@@ -244,6 +270,8 @@ class _Watch:
         if labels is not None:
             control = maps[0][:, names.index("random neighbor")]
             self.sample.add(query, labels, main, control, self.images)
+            for name, low in plain.items():
+                self.rated[name].add(query, labels, low)
         self.images += len(images)
 
     def localisation(self) -> Localisation:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gcfast.evaluation import figures
+from gcfast.evaluation.beyond import CENTERED_ROW, gains
 from gcfast.evaluation.measure import LOCALISED, Evaluation
 from gcfast.evaluation.table import (
     INTERVAL,
@@ -30,6 +31,8 @@ OUTPUTS = (
     "sweeps.csv",
     "localisation.csv",
     "fidelity.csv",
+    "beyond.csv",
+    "reliability.csv",
     "skipped.csv",
     "channels.png",
     "top-channels.png",
@@ -37,6 +40,7 @@ OUTPUTS = (
     "centers.png",
     "localisation.png",
     "fidelity.png",
+    "reliability.png",
 )
 _FIELDS = ("images", "mean", "deviation", "low", "high")
 
@@ -55,6 +59,23 @@ def table_text(tables: dict[float, QualityTable], *, seed: int = 0) -> str:
             row += [told(rows[name][column]) for column in first.columns]
         cells.append(row)
     return aligned(cells)
+
+
+def beyond_text(beyond: QualityTable, *, seed: int = 0) -> str:
+    """Return the table beyond the paper, and what class proxies are above their rivals by."""
+    lines = [
+        "beyond the paper: class proxies and refined maps",
+        table_text({0.0: beyond}, seed=seed),
+    ]
+    for name, columns in gains(beyond, seed=seed).items():
+        shown = (f"{c} {v.mean:+.3f} [{v.low:+.3f}, {v.high:+.3f}]" for c, v in columns.items())
+        lines.append(f"{name}: {', '.join(shown)}")
+    ranked = (
+        int((~beyond.scores[CENTERED_ROW]["AP"].isnan()).sum()) if "AP" in beyond.columns else 0
+    )
+    if ranked:
+        lines.append(f"AP and IoU are of {ranked} images")
+    return "\n".join(lines)
 
 
 def told(one: Statistic) -> str:
@@ -77,7 +98,9 @@ def max_box_acc_statistic(best: Tensor, seed: int = 0) -> Statistic:
 def write_tables(measured: Evaluation, out: Path, title: str, *, seed: int = 0) -> str:
     """Write every number to ``out`` and return the text of the table."""
     text = f"{title}\nmean ± standard deviation of the images [95 % interval of the mean]\n\n"
-    text += table_text(measured.tables, seed=seed)
+    text += f"{table_text(measured.tables, seed=seed)}\n\n{beyond_text(measured.beyond, seed=seed)}"
+    for name, checked in measured.reliability.items():
+        text += f"\nconfidence, {name}: {checked}"
     found = measured.localisation
     boxes = {name: max_box_acc_statistic(best, seed) for name, best in found.best.items()}
     for name, one in boxes.items():
@@ -91,6 +114,20 @@ def write_tables(measured: Evaluation, out: Path, title: str, *, seed: int = 0) 
             for column, one in columns.items()
         ]
         write_csv(out / file, ["row", "center", "column", *_FIELDS], rows)
+    both = [measured.beyond.statistics(seed=seed), gains(measured.beyond, seed=seed)]
+    rows = [
+        [name, column, *_numbers(one)]
+        for part in both
+        for name, columns in part.items()
+        for column, one in columns.items()
+    ]
+    write_csv(out / "beyond.csv", ["row", "column", *_FIELDS], rows)
+    rows = [
+        [name, str(group.images), f"{group.stated:.6f}", f"{group.right:.6f}"]
+        for name, checked in measured.reliability.items()
+        for group in checked.groups()
+    ]
+    write_csv(out / "reliability.csv", ["row", "images", "confidence", "right"], rows)
     rows = []
     for name, iou in found.iou.items():
         hits = (iou >= 0.5).double()
@@ -173,7 +210,7 @@ def draw(measured: Evaluation, out: Path, title: str, *, seed: int = 0) -> Itera
     found = measured.localisation
     if found.iou:
         # Seventeen lines would hide each other.
-        few = [*LOCALISED, f"{MAIN_ROW}, center=1"]
+        few = [*LOCALISED, CENTERED_ROW]
         accuracies = {n: localisation_accuracy(found.iou[n]).tolist() for n in few}
         figures.save(
             figures.localisation(found.thresholds, accuracies, title=title),
@@ -183,6 +220,10 @@ def draw(measured: Evaluation, out: Path, title: str, *, seed: int = 0) -> Itera
     if measured.fidelity is not None:
         figures.save(figures.fidelity(measured.fidelity, title=title), out / "fidelity.png")
         yield "fidelity.png"
+    if measured.reliability:
+        figure = figures.reliability(measured.reliability, title=title)
+        figures.save(figure, out / "reliability.png")
+        yield "reliability.png"
 
 
 def _numbers(one: Statistic) -> list[str]:

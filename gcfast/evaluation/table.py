@@ -248,7 +248,7 @@ def tables_from(
             each center.
     """
     seen = 0
-    collected = [_Collected() for _ in centers]
+    collected = [Collected() for _ in centers]
     rows: list[str] = []
     for images, truth in tracked(test_batches, "test images", "batches", show=progress):
         query = trained.query(images)
@@ -281,7 +281,7 @@ def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
-class _Collected:
+class Collected:
     """Collects scores batch by batch."""
 
     def __init__(self) -> None:

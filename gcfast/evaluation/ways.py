@@ -25,13 +25,16 @@ from gcfast.explain.explainer import Explainer
 from gcfast.method.head import normalized
 from gcfast.method.pairs import Cotangents, PairSource
 from gcfast.method.partners import Anchors
+from gcfast.method.proxies import Classes, Proxies, directions, proxy_weights
 from gcfast.method.settings import Settings
 from gcfast.metrics.controls import random_channels, random_rows
+from gcfast.model.network import Network
 
 METHOD_NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++"}
 CONTROL_CHANNELS = 50
 TRIPLETS = 50
 MAIN_ROW = "Grad-CAM, for, top-50"
+PROXY_ROW = "class proxy"
 ROWS = 17  # of the table
 
 Count = int | Literal["all"]
@@ -53,7 +56,7 @@ class Query(NamedTuple):
     norms: Tensor  # [B]
     nearest: Tensor  # [B] int64, rows of the database
     distances: Tensor  # [B] float32, squared L2
-    # [B, C', H', W'] each, by which the maps of every way are refined; none without `refine`.
+    # [B, C', H', W'] each, of the layers that refine maps, coarse to fine.
     finer: tuple[Tensor, ...] = ()
 
     def at(self, chosen: Tensor) -> Query:
@@ -78,7 +81,8 @@ class Trained:
     """The training images after their one forward pass, and the database of the main row.
 
     Args:
-        explainer: gives the network, the objective, the margin and the seed.
+        explainer: gives the network, the objective, the margin and the seed. With ``refine`` the
+            maps of all ways are refined; without it the finer outputs are those of "auto".
         loader: as for :meth:`gcfast.Explainer.build`.
         progress: show bars on stderr.
 
@@ -91,6 +95,15 @@ class Trained:
 
     def __init__(self, explainer: Explainer, loader: Iterable[Any], progress: bool) -> None:
         self.network, self.settings = explainer.network, explainer.settings
+        self.refines = self.network.refine is not None
+        if not self.refines:
+            self.network = Network(
+                self.network.model,
+                self.network.layer_name,
+                output_key=self.network.output_key,
+                reshape=self.network.reshape,
+                refine="auto",
+            )
         if self.settings.objective.real_labels:
             raise ValueError(
                 "`explainer` must have an objective over classes to be evaluated, got "
@@ -117,6 +130,9 @@ class Trained:
         self.table = self.database.embeddings.to(self.device)
         self.mean = self.embedded.mean_activation.to(self.device)  # [C] float64
         self.source = self.embedded.source(self.settings, torch.device("cpu"))
+        assert self.embedded.pooled is not None
+        classes = Classes.of(directions(self.embedded.pooled), self.embedded.labels)
+        self.proxies = Proxies.of(classes, self.device)
 
     def main_settings(self) -> Settings:
         """Return the settings of the database that the main row explains from."""
@@ -273,6 +289,13 @@ def _embedding_cam(trained: Trained, query: Query) -> Tensor:
     )
 
 
+def proxy_way(trained: Trained, query: Query) -> Way:
+    """Return the way of ``method="proxy"``: the proxy of the nearest row's class."""
+    labels = trained.database.labels[query.nearest.cpu()].to(trained.device)
+    proxies = trained.proxies.mixed(trained.proxies.places(labels[:, None]))
+    return Way(PROXY_ROW, proxy_weights(query.activations, proxies))
+
+
 def from_database(database: Database, rows: Tensor, C: int, device: torch.device) -> Tensor:
     """Return the weights [B, C] of database rows [B]."""
     taken = rows.cpu()
@@ -343,10 +366,13 @@ def low_resolution_maps(
         peak = maps.amax(2, keepdim=True)
         maps = torch.where(peak == 0, 0.0, maps / peak)  # NaN stays NaN
         maps = torch.where(uniform, 1.0, maps).view(B, len(ways), H, W)
-        for output in query.finer:
-            maps = torch.stack([ops.refine(way, output) for way in maps.unbind(1)], 1)
-        if query.finer:
-            peak = maps.amax((2, 3), keepdim=True)
-            maps = torch.where(peak == 0, 0.0, maps / peak)
-        finished.append(maps)
+        finished.append(refined(query, maps) if trained.refines else maps)
     return finished
+
+
+def refined(query: Query, maps: Tensor) -> Tensor:
+    """Return maps [B, V, H, W] refined by the query's finer outputs, [B, V, H', W'] in [0, 1]."""
+    for output in query.finer:
+        maps = torch.stack([ops.refine(way, output) for way in maps.unbind(1)], 1)
+    peak = maps.amax((2, 3), keepdim=True)
+    return torch.where(peak == 0, 0.0, maps / peak)  # NaN stays NaN

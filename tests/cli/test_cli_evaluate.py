@@ -123,7 +123,13 @@ def test_everything_is_measured_and_drawn(
     )  # fmt: skip
     assert status == 0, err
     assert "CUB-200-2011, 15 images" in text
-    assert len([line for line in text.splitlines() if line.startswith("Grad-CAM")]) == 12
+    first, second = text.split("beyond the paper")
+    assert len([line for line in first.splitlines() if line.startswith("Grad-CAM")]) == 12
+    assert [line.split("  ")[0] for line in second.splitlines() if line.startswith("class")] == [
+        "class proxy",
+        "class proxy, refined",
+        *(line for line in second.splitlines() if " less " in line),
+    ]
     table = read(out / "table.csv")
     assert len(table) == 17 * 2 * 2
     rows = {(r["row"], r["center"], r["column"]): r for r in table}
@@ -157,6 +163,13 @@ def test_everything_is_measured_and_drawn(
     for a, b in (("M=50, for", "top-50"), ("T=50", "top-50"), ("M=60, for", "all channels")):
         main_row = rows[f"Grad-CAM, for, {b}", "0", "mask"]["mean"]
         assert float(sweeps[a, "0", "mask"]) == pytest.approx(float(main_row), abs=2e-6)
+    beyond = {(r["row"], r["column"]): r["mean"] for r in read(out / "beyond.csv")}
+    centered = rows["Grad-CAM, for, top-50", "1", "mask"]["mean"]
+    assert beyond["Grad-CAM, for, top-50, center=1", "mask"] == centered
+    assert len(beyond) == (14 + 2) * 4  # box, mask, AP, IoU of seven rows twice, and two gains
+    # The test classes are not the database's.
+    assert read(out / "reliability.csv") == []
+    assert not (out / "reliability.png").exists()
     localised = read(out / "localisation.csv")
     assert len(localised) == (len(LOCALISED) + 1) * (9 + 1)
     assert all(0 <= float(r["mean"]) <= 1 for r in localised)
@@ -178,7 +191,7 @@ def test_everything_is_measured_and_drawn(
     again = tmp_path / "again"
     arguments = ("--database", "db", "--data", "cub:.", "--out", again, "--thorough")
     assert run(capsys, "evaluate", *arguments, *MODEL)[0] == 0
-    for name in ("table.csv", "sweeps.csv", "fidelity.csv"):
+    for name in ("table.csv", "sweeps.csv", "fidelity.csv", "beyond.csv"):
         assert (again / name).read_bytes() == (out / name).read_bytes()
     # `--thorough` adds to what is there.
     thorough = read(again / "localisation.csv")

@@ -13,8 +13,10 @@ from PIL import Image
 
 import gcfast
 from gcfast.evaluation import figures
+from gcfast.evaluation.reliability import Reliability
 from gcfast.evaluation.table import Statistic
 from gcfast.explain.calibration import Calibration, Fidelity
+from gcfast.explain.confidence import Confidence
 from gcfast.images.overlay import overlay
 
 pytest.importorskip("matplotlib", reason="matplotlib (gcfast's extra plots) is not installed")
@@ -107,12 +109,30 @@ def test_fidelity_draws_the_calibration() -> None:
     assert cosine.get_ydata() == pytest.approx((1 - distances / 2).numpy())
     assert rank.get_ydata() == pytest.approx((1 - distances).numpy())
     x, y = (torch.tensor(v) for v in (fit.get_xdata(), fit.get_ydata()))
-    assert torch.equal(Calibration.fit(distances, found.cosine).confidence(x), y)
+    assert torch.equal(Calibration.fit(distances, found.cosine).fidelity(x), y)
     controlled = Fidelity(distances, distances, distances, 0, 0, torch.full((40,), 0.25))
     *_, level = figures.fidelity(controlled).axes[0].lines
     assert level.get_label() == "cosine, a random row: 0.250"
     few = Fidelity(distances[:3], distances[:3], distances[:3], 0, 0)
     assert len(figures.fidelity(few).axes[0].lines) == 2
+
+
+def test_reliability_draws_groups_with_intervals() -> None:
+    stated = torch.tensor([0.9] * 10 + [0.2] * 10)
+    right = torch.tensor([True] * 10 + [True] * 4 + [False] * 6)
+    one = Reliability(Confidence(0.0, 1.0, 30, 20), stated, right, torch.arange(20.0))
+    axes = figures.reliability({"a": one, "b": one}).axes[0]
+    calibrated, points, *_ = axes.lines
+    assert list(calibrated.get_xdata()) == list(calibrated.get_ydata()) == [0, 1]
+    assert points.get_xdata() == pytest.approx([0.2, 0.9])
+    assert points.get_ydata() == pytest.approx([0.4, 1.0])
+    low, high = axes.collections[0].get_segments()
+    # By the formula of Wilson 1927 for 4 of 10 and 10 of 10.
+    assert low[:, 1] == pytest.approx([0.1682, 0.6873], abs=1e-3)
+    assert high[:, 1] == pytest.approx([0.7225, 1.0], abs=1e-3)
+    assert "fitted on one half (30 images),\ndrawn for the other (20)" in axes.texts[0].get_text()
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert any(label.startswith("b: calibration error 0.150,\nAUROC ") for label in labels)
 
 
 def test_a_missing_matplotlib_is_named_at_call_time(monkeypatch: pytest.MonkeyPatch) -> None:
