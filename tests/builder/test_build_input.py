@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gcfast
-from gcfast import ops
+from gcfast import _progress, ops
 from gcfast.builder import embed as embedding_module
 from gcfast.builder import rows as rows_module
 from gcfast.builder.build import build
@@ -480,7 +480,8 @@ def test_a_build_that_fails_leaves_the_database_that_was_there() -> None:
     assert one.database is database
 
 
-def test_progress_is_shown_when_asked(capsys: Any) -> None:
+def test_progress_is_shown_when_asked(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_progress, "LINE_SECONDS", 0.0)
     explainer().build(loader(*pictures(6)), progress=True)
     assert "embedding" in capsys.readouterr().err
     explainer().build(loader(*pictures(6)))
