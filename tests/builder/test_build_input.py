@@ -398,7 +398,11 @@ BAD_LOADERS: dict[str, tuple[Any, type[Exception], str]] = {
     "images alone": (lambda x: [x], ValueError, "got a Tensor as batch 0: a database needs labels"),
     "one-tuple": (lambda x: [(x,)], ValueError, "got a tuple of 1 as batch 0"),
     "four-tuple": (lambda x: [(x, 1, 2, 3)], ValueError, "got a tuple of 4 as batch 0"),
-    "dict": (lambda x: [{"image": x}], ValueError, "got a dict with 'image' as batch 0: make tuples"),
+    "dict": (
+        lambda x: [{"image": x}],
+        ValueError,
+        "got a dict with 'image' as batch 0: make tuples",
+    ),
     "one class": (lambda x: [(x, [3] * 4)], ValueError, "at least two classes, .* got one"),
     "numpy images": (lambda x: [(x.numpy(), [0, 0, 1, 1])], TypeError, "`images` must be a torch"),
     "one image": (lambda x: [(x[0], 1)], ValueError, r"shape \[B, 3, h, w\], got \[3, 8, 8\]"),
