@@ -27,19 +27,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from paired import conditions
 from photographs_data import SIDE, Backbone, load_photographs
-from photographs_maps import MAIN_ROW, PROXY, Explained, explain, folds
+from photographs_maps import MAIN_ROW, PROXY_ROW, Explained, explain, folds
 from photographs_trials import confidence, further_maps
+from PIL import Image
+from scenes_overlays import MATCH, outlined
 from torch import Tensor
 
 from gcfast.evaluation.table import Statistic, aligned, statistics, upsampled
+from gcfast.images.overlay import overlay
 from gcfast.metrics import mask_score, ranking_scores
 
 AREAS = (0.0, 0.02, 0.1, 1.0)
 COLUMNS = ("share", "right", "mask", "AP", "IoU")
-BEST = f"{PROXY}, refined"
+BEST = f"{PROXY_ROW}, refined"
 RIVALS = ("EmbeddingCAM, refined", f"{MAIN_ROW}, center=1")
 
 Scores = dict[str, dict[str, Tensor]]  # row to column to [pictures]
@@ -106,15 +111,34 @@ def say(title: str, rows: dict[str, dict[str, float]]) -> None:
     print(f"\n{aligned(cells)}")
 
 
-def trials(
-    network: Backbone, options: argparse.Namespace, explained: Sequence[Explained]
-) -> list[dict[str, Tensor]]:
+def trials(options: argparse.Namespace, explained: Sequence[Explained]) -> list[dict[str, Tensor]]:
     """The maps of `photographs_trials`, one dict a fold."""
     twice = {p.name: p for p in load_photographs(options.data, options.limit, 2 * SIDE)}
     return [
-        further_maps(network, one, [twice[query.name] for query in one.fold.queries])
-        for one in explained
+        further_maps(one, [twice[query.name] for query in one.fold.queries]) for one in explained
     ]
+
+
+def save_overlays(explained: Sequence[Explained], path: Path) -> None:
+    """Twelve photographs, spread evenly, with three maps each and the class that they are for."""
+    lines: list[NDArray[np.uint8]] = []
+    for one in explained:
+        step = -(-len(one.fold.queries) // 6)
+        for i in range(0, len(one.fold.queries), step):
+            photograph, label = one.fold.queries[i], one.classes[i]
+            marked = outlined(photograph.image, photograph.masks[label][None], [MATCH])
+            panels = [marked]
+            for name in (RIVALS[1], RIVALS[0], BEST):
+                low = one.maps[name][i : i + 1, None]
+                heat = upsampled(low / low.amax().clamp(min=1e-12), marked.shape[:2])[0, 0]
+                panels.append(overlay(photograph.image, heat.clamp(0, 1).numpy()))
+            print(f"overlays, line {len(lines) + 1}: {photograph.name}, {label}")
+            lines.append(np.concatenate(panels, axis=1))
+    half = -(-len(lines) // 2)
+    lines += [np.zeros_like(lines[0])] * (2 * half - len(lines))
+    sides = [np.concatenate(lines[:half]), np.concatenate(lines[half:])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(sides, axis=1)).save(path)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -145,8 +169,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             title = f"own is {low:.0%} to {high:.0%} of the picture ({int(chosen.sum())})"
             record["by area"][title] = means({r: scores[r] for r in (BEST, *RIVALS)}, chosen)
             say(title, record["by area"][title])
+    if options.overlays:
+        save_overlays(explained, options.overlays)
     record["gains"] = {}
-    for row in (BEST, PROXY):
+    for row in (BEST, PROXY_ROW):
         for rival in RIVALS:
             found = gains(scores[row], scores[rival])
             print(f"\n{row} less {rival}")
@@ -154,7 +180,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 print(f"  {c:6s}{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]")
             record["gains"][f"{row} less {rival}"] = {c: s._asdict() for c, s in found.items()}
     if options.trials:
-        tried = scores_of(regions, trials(network, options, explained))
+        tried = scores_of(regions, trials(options, explained))
         record["trials"] = means(tried)
         small = means(tried, area < AREAS[1])
         for name, values in record["trials"].items():
@@ -174,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder in COCO's layout")
     parser.add_argument("--limit", type=int, help="the first photographs alone")
     parser.add_argument("--trials", action="store_true", help="what else was tried as well")
+    parser.add_argument("--overlays", type=Path, metavar="PNG", help="twelve pictures with maps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)

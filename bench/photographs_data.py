@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scenes_network import SceneNetwork, to_input
+from scenes_network import SceneNetwork
 from torch import Tensor, nn
 
 from gcfast.evaluation.datasets.coco import SPLITS, read_coco
 
 SIDE = 224  # of the network's input
 MIN_CROP = 32  # pixels, the shorter side of a box that becomes a row
-BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -97,40 +94,3 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, h, w] to [B, 1280], not normalised."""
         return self.head(self.back(self.front(images))).mean((2, 3))
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What the network made of pictures, on the way to the embedding."""
-
-    activations: Tensor  # [B, 1280, 7, 7]
-    finer: list[Tensor]  # [B, 672, 14, 14] and [B, 240, 28, 28], the last of their resolution
-
-    @property
-    def pooled(self) -> Tensor:
-        return self.activations.mean((2, 3))
-
-
-@torch.inference_mode()
-def outputs(network: Backbone, images: Sequence[NDArray[np.uint8]]) -> Outputs:
-    """The outputs that maps are made of, for pictures [S, S, 3]."""
-    seen: dict[str, list[Tensor]] = {"middle": [], "fine": [], "head": []}
-
-    def before(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, given: seen[name].append(given[0].clone())
-
-    # What goes into a convolution of stride 2 is the last output of its resolution.
-    handles = [
-        network.get_submodule("back.0._depthwise_conv").register_forward_pre_hook(before("middle")),
-        network.get_submodule("front.8._depthwise_conv").register_forward_pre_hook(before("fine")),
-        network.head.register_forward_hook(lambda *given: seen["head"].append(given[2])),
-    ]
-    try:
-        for start in range(0, len(images), BATCH):
-            batch = to_input(np.stack(images[start : start + BATCH]))
-            network(batch.contiguous(memory_format=torch.channels_last))
-    finally:
-        for handle in handles:
-            handle.remove()
-    middle, fine, head = (torch.cat(parts).contiguous() for parts in seen.values())
-    return Outputs(head, [middle, fine])

@@ -14,16 +14,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from photographs_data import Backbone, Outputs, Photograph, outputs
+from photographs_data import Backbone, Photograph
 from scenes_network import to_input
 from torch import Tensor
 
 import gcfast
-from gcfast import ops
-from gcfast.evaluation.ways import MAIN_ROW, Query, Trained, low_resolution_maps, table_ways
+from gcfast.evaluation.ways import (
+    MAIN_ROW,
+    PROXY_ROW,
+    Query,
+    Trained,
+    Way,
+    low_resolution_maps,
+    table_ways,
+)
 
 TABLE_ROWS = ("uniform", "channel sum", "random channels", "random neighbor", "EmbeddingCAM")
-PROXY = "class proxy"
+CENTERED = ("channel sum", "random channels", MAIN_ROW, "diagonal discriminant, top-50")
+# What goes into the convolutions of stride 2: the last outputs of 14 x 14 and of 28 x 28, with six
+# times the channels of the blocks' outputs that "auto" takes.
+EXPANDED = ("back.0._swish@1", "front.8._swish@1")
 BATCH = 16
 
 
@@ -80,25 +90,10 @@ class Loader:
             yield to_input(np.stack(self.fold.crops[part])), labels, ids
 
 
-def nearest_there(fold: Fold, embeddings: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest row [B] whose class is on the picture, and the nearest row of all [B]."""
-    similarity = embeddings @ rows.T
+def nearest_there(fold: Fold, embeddings: Tensor, rows: Tensor) -> Tensor:
+    """The nearest row [B] whose class is on the picture."""
     there = torch.tensor([[label in q.masks for label in fold.labels] for q in fold.queries])
-    return similarity.masked_fill(~there, -torch.inf).argmax(1), similarity.argmax(1)
-
-
-def class_proxies(pooled: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """The classes' mean unit vectors [K, C] less the mean of all classes."""
-    unit = F.normalize(pooled, dim=1)
-    means = torch.stack([unit[labels == k].mean(0) for k in range(classes)])
-    return means - means.mean(0)
-
-
-def proxy_maps(activations: Tensor, proxies: Tensor) -> Tensor:
-    """relu(sum_i w_i A_i) [B, H, W] with w = a - q (q . a) / 2, a of [B, C]."""
-    q = F.normalize(activations.mean((2, 3)), dim=1)
-    weights = proxies - 0.5 * q * (q * proxies).sum(1, keepdim=True)
-    return torch.einsum("nc,nchw->nhw", weights, activations).clamp(min=0)
+    return (embeddings @ rows.T).masked_fill(~there, -torch.inf).argmax(1)
 
 
 def discriminants(pooled: Tensor, labels: Tensor, classes: int, kept: int = 50) -> Tensor:
@@ -111,11 +106,11 @@ def discriminants(pooled: Tensor, labels: Tensor, classes: int, kept: int = 50) 
     return torch.zeros_like(weights).scatter_(1, channels, top)
 
 
-def refined(maps: Tensor, finer: Sequence[Tensor]) -> Tensor:
-    """Maps refined by one output after the other."""
-    for one in finer:
-        maps = ops.refine(maps, one)
-    return maps
+def outputs(trained: Trained, images: Sequence[NDArray[np.uint8]]) -> Query:
+    """What the network makes of pictures [S, S, 3], the finer outputs included, and their rows."""
+    starts = range(0, len(images), BATCH)
+    batches = (to_input(np.stack(images[start : start + BATCH])) for start in starts)
+    return Query.joined([trained.query(batch) for batch in batches])
 
 
 @dataclass(frozen=True)
@@ -123,11 +118,9 @@ class Explained:
     """One fold's queries: what the network made of them, which row explains them, and the maps."""
 
     fold: Fold
-    rows: Tensor  # unit embeddings of the rows, [N, C]
-    proxies: Tensor  # [K, C]
-    query: Outputs
-    nearest: Tensor  # [B], the nearest row of a class on the picture
-    first: Tensor  # [B], the nearest row of all
+    trained: Trained
+    query: Query
+    nearest: Tensor  # [B], the nearest row of a class on the picture; query.nearest is of all
     maps: dict[str, Tensor]  # name to [B, h, w]
 
     @property
@@ -143,27 +136,47 @@ class Explained:
 
 def explain(network: Backbone, fold: Fold, seed: int) -> Explained:
     """All maps of a fold: each as it is, and refined."""
-    explainer = gcfast.Explainer(network, "head", seed=seed)
-    trained = Trained(explainer, Loader(fold), progress=False)
-    query = outputs(network, [one.image for one in fold.queries])
-    embeddings = F.normalize(query.pooled, dim=1)
-    nearest, first = nearest_there(fold, embeddings, trained.table)
-    norms = trained.head.project(query.pooled)[1]
-    given = Query(query.activations, embeddings, query.pooled, norms, nearest, nearest * 0.0)
+    trained = Trained(
+        gcfast.Explainer(network, "head", refine="auto", seed=seed), Loader(fold), progress=False
+    )
+    query = outputs(trained, [one.image for one in fold.queries])
+    nearest = nearest_there(fold, query.embeddings, trained.table)
+    given = query._replace(nearest=nearest)
     ways = [w for w in table_ways(trained, given, 0, seed) if w.name in (*TABLE_ROWS, MAIN_ROW)]
-    plain, centered = low_resolution_maps(trained, given, ways, (0.0, 1.0))
-    maps = {way.name: plain[:, v] for v, way in enumerate(ways)}
-    for name in ("channel sum", "random channels", MAIN_ROW):
-        maps[f"{name}, center=1"] = centered[:, [w.name for w in ways].index(name)]
-
-    pooled, numbers = trained.embedded.pooled, fold.numbers
+    names = [way.name for way in ways]
+    pooled = trained.embedded.pooled
     assert pooled is not None
-    target = numbers[nearest]
-    of_class = discriminants(pooled, numbers, len(fold.classes))[target]
-    raw = torch.einsum("nc,nchw->nhw", of_class, query.activations)
-    offset = (of_class.double() @ trained.mean).float()[:, None, None]
-    maps["diagonal discriminant, top-50, center=1"] = (raw - offset).clamp(min=0)
-    proxies = class_proxies(pooled, numbers, len(fold.classes))
-    maps[PROXY] = proxy_maps(query.activations, proxies[target])
-    maps |= {f"{name}, refined": refined(low, query.finer) for name, low in maps.items()}
-    return Explained(fold, trained.table, proxies, query, nearest, first, maps)
+    of_class = discriminants(pooled, fold.numbers, len(fold.classes))[fold.numbers[nearest]]
+    ways.append(Way("diagonal discriminant, top-50", of_class))
+    maps: dict[str, Tensor] = {}
+    for words, finer in (("", ()), (", refined", query.finer)):
+        given = given._replace(finer=finer)
+        plain, centered = low_resolution_maps(trained, given, ways, (0.0, 1.0))
+        maps |= {f"{name}{words}": plain[:, v] for v, name in enumerate(names)}
+        for v, way in enumerate(ways):
+            if way.name in CENTERED:
+                maps[f"{way.name}, center=1{words}"] = centered[:, v]
+    return Explained(fold, trained, query, nearest, maps | labelled(network, fold, nearest))
+
+
+def labelled(network: Backbone, fold: Fold, nearest: Tensor) -> dict[str, Tensor]:
+    """The maps of the classes' proxies, as a user gets them, at their own resolution."""
+    plain = gcfast.Explainer(network, "head", method="proxy")
+    database = plain.build(Loader(fold))
+    names = [fold.labels[row] for row in nearest.tolist()]
+    images = [one.image for one in fold.queries]
+    found = {}
+    for name, refine, stride in (
+        (PROXY_ROW, None, 32),
+        (f"{PROXY_ROW}, refined", "auto", 8),
+        (f"{PROXY_ROW}, refined by expanded outputs", EXPANDED, 8),
+    ):
+        one = gcfast.Explainer(network, "head", database, method="proxy", refine=refine)
+        maps = []
+        for start in range(0, len(names), BATCH):
+            part = slice(start, start + BATCH)
+            batch = to_input(np.stack(images[part]))
+            size = (batch.shape[2] // stride, batch.shape[3] // stride)
+            maps.append(one.explain_labelled(batch, names[part], size=size))
+        found[name] = torch.cat(maps)
+    return found

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Refine = Literal["auto"] | str | nn.Module | Iterable[str | nn.Module] | None
 SCALES = (2, 4)  # times the explained layer's resolution, which "auto" looks for
 NEARLY = 0.75  # of the parameters
+# A padded output of the explained layer's own stage is 6 x 6 for 4 x 4, and has places that lie
+# outside the image.
+PADDING = (nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
 SLACK = 0.25  # of a scale: 15 x 15 is twice 8 x 8, and 29 x 29 four times
 
 
@@ -54,7 +57,11 @@ def finer_layers(
     )
     chosen = []
     for times in SCALES:
-        there = [one for one in found if one.usable and scale(one.grid) == times]
+        there = [
+            one
+            for one in found
+            if one.usable and scale(one.grid) == times and not isinstance(one.module, PADDING)
+        ]
         late = [
             one for one in there if one.parameters_before >= NEARLY * there[-1].parameters_before
         ]

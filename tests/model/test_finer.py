@@ -65,6 +65,17 @@ def test_auto_takes_sizes_that_do_not_come_out_even():
     assert [list(x.shape[2:]) for x in outputs] == [[9, 7], [17, 14]]
 
 
+def test_auto_leaves_out_padded_outputs():
+    class Padded(Staged):
+        def __init__(self) -> None:
+            super().__init__()
+            # As convolutions that pad like TensorFlow's do: 6 x 6 for 4 x 4.
+            wide = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(CHANNELS, CHANNELS, 3))
+            self.stages[2].append(wide)
+
+    assert found(Padded())[0] == ["stages.1", "stages.0"]
+
+
 def test_auto_leaves_out_what_does_not_lead_to_the_layer():
     class Beside(Staged):
         def __init__(self) -> None:
