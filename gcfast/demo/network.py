@@ -44,6 +44,12 @@ class BirdNet(nn.Module):
         maps: torch.Tensor = self.features(_scaled(images))
         return maps
 
+    def outputs(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what refines the last feature maps, [B, 32, S/2, S/2], and those maps."""
+        finer: torch.Tensor = self.features[0](_scaled(images))
+        maps: torch.Tensor = self.features[1:](finer)
+        return finer, maps
+
     def evidence(self, images: torch.Tensor) -> torch.Tensor:
         """Return the last feature maps before their ReLU, [B, 128, S/4, S/4]."""
         maps: torch.Tensor = self.features[:-1](_scaled(images))

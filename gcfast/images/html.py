@@ -58,11 +58,17 @@ class ReportRow:
         title: plain text above the pictures.
         panels: the pictures, in reading order.
         notes: plain text next to the title.
+        comment: plain text below the pictures.
+        more: further pictures, which the reader opens.
+        more_label: what opens them; plain text.
     """
 
     title: str
     panels: list[Panel]
     notes: str = ""
+    comment: str = ""
+    more: Sequence[Panel] = ()
+    more_label: str = "more"
 
 
 def write_report(
@@ -104,6 +110,7 @@ def write_report(
         lead=[p for p in re.split(r"\n\s*\n", lead.strip()) if p],
         scale=["#" + color.tobytes().hex() for color in ANCHORS[::3]],
         facts=facts,
+        tiles=_columns(len(facts)),
         # Checked before anything is written, so that a bad table leaves an old page as it was.
         table=_card(table, table_caption, lower_is_better) if table else None,
         table_last=table_last,
@@ -136,15 +143,33 @@ def _template() -> jinja2.Template:
 def _shown(rows: Iterable[ReportRow]) -> Iterator[dict[str, Any]]:
     """Yield the rows as the template takes them."""
     for index, row in enumerate(rows):
-        panels = []
-        for number, panel in enumerate(row.panels):
-            check_image(panel.image, f"rows[{index}].panels[{number}].image")
-            height, width = panel.image.shape[:2]
-            data = _data_uri(panel.image)
-            panels.append(
-                {"data": data, "width": width, "height": height, "caption": panel.caption}
-            )
-        yield {"title": row.title, "notes": row.notes, "panels": panels}
+        yield {
+            "title": row.title,
+            "notes": row.notes,
+            "comment": row.comment,
+            "panels": _figures(row.panels, f"rows[{index}].panels"),
+            "more": _figures(row.more, f"rows[{index}].more"),
+            "more_label": row.more_label,
+        }
+
+
+def _figures(panels: Sequence[Panel], name: str) -> list[dict[str, Any]]:
+    figures = []
+    for number, panel in enumerate(panels):
+        check_image(panel.image, f"{name}[{number}].image")
+        height, width = panel.image.shape[:2]
+        data = _data_uri(panel.image)
+        figures.append({"data": data, "width": width, "height": height, "caption": panel.caption})
+    return figures
+
+
+def _columns(tiles: int) -> tuple[int, int]:
+    """Return how many tiles stand side by side, at most five, and how many places the last takes.
+
+    Rows are as even as they can be, and the last tile fills what its row leaves.
+    """
+    columns = math.ceil(tiles / max(1, math.ceil(tiles / 5)))
+    return columns, 1 + -tiles % max(1, columns)
 
 
 def _card(

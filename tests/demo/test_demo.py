@@ -12,7 +12,7 @@ from PIL import Image
 import gcfast
 from gcfast.demo.birds import draw_bird
 from gcfast.demo.network import WEIGHTS, BirdNet, load_network
-from gcfast.demo.page import close_up, outlined
+from gcfast.demo.page import close_up, comment, outlined
 from gcfast.demo.run import Score, draw_pictures, run_demo, scored
 from gcfast.demo.species import PARTS, SPECIES, TRAINING_LABELS, UNSEEN_LABELS
 from gcfast.evaluation.table import quality_table
@@ -173,17 +173,42 @@ def test_the_outline_goes_round_the_part():
 
 
 def test_the_close_up_is_of_the_hottest_place():
-    picture = draw_bird(0, seed=5, index=7)
+    picture = dataclasses.replace(draw_bird(0, seed=5, index=7), part=np.zeros((144, 144), bool))
     heat = torch.zeros(144, 144)
     heat[60, 70] = 1.0
     crop = np.asarray(
         Image.fromarray(picture.image[36:84, 46:94]).resize((288, 288), Image.Resampling.LANCZOS)
     )
-    shown = close_up(dataclasses.replace(picture, part=np.zeros_like(picture.part)), heat)
-    assert np.array_equal(shown, crop)
+    shown = close_up(picture, heat).astype(int)
+    at = slice(6 * 24, 6 * 25)  # the hot pixel, six times as large
+    assert (shown[at, at, 0] - shown[at, at, 2]).mean() > 60, "is yellow"
+    cold = np.abs(shown - (0.45 * crop.mean(2, keepdims=True) + 0.2 * crop)).max(2)
+    cold[6 * 23 : 6 * 26, 6 * 23 : 6 * 26] = 0
+    assert cold.max() <= 1, "is the dim picture elsewhere"
     corner = torch.zeros(144, 144)
     corner[143, 0] = 1.0
     assert close_up(picture, corner).shape == (288, 288, 3)
+
+
+def test_a_comment_says_how_a_map_failed():
+    picture = draw_bird(_labels_of("bill")[0], seed=5, index=7)
+    near = draw_bird(_labels_of("tail")[0], seed=5, index=8)
+    bird = picture.bird & ~picture.part
+
+    def said(*places, near=near):
+        heat = sum(torch.from_numpy(place / place.sum()) for place in places)
+        return comment(picture, heat / heat.max(), near, [0.25, 0.75])
+
+    mean = "All 2 unseen birds told by their bill: 50% on average."
+    assert said(picture.part) == f"Found. {mean}"
+    assert said(bird) == (
+        "Missed: the hottest place is elsewhere on the bird. The nearest row is told by its tail, "
+        f"another part: a proxy of the wrong kind. {mean}"
+    )
+    assert "not on the bird" in said(~picture.bird)
+    assert "by its bill. All" in said(~picture.bird, near=picture)
+    half = said(picture.part, bird, ~picture.bird)
+    assert half.startswith("Found in part: the hottest place is on the bill, but much of the heat")
 
 
 def test_the_whole_demonstration_in_small(tmp_path):
@@ -191,10 +216,20 @@ def test_the_whole_demonstration_in_small(tmp_path):
     out = tmp_path / "made" / "here"
     run_demo(out, training_each=3, unseen_each=1, speed_rounds=1, echo=lines.append)
     text = "\n".join(lines)
-    for words in ("box", "mask", "part", "uniform", "EmbeddingCAM", "images explained a second"):
+    for words in (
+        "box",
+        "mask",
+        "part",
+        "uniform",
+        "EmbeddingCAM",
+        "channel sum, refined",
+        "a second",
+    ):
         assert words in text
     page = (out / "index.html").read_text(encoding="utf-8")
     assert page.count("<figure>") == 8 * len(PARTS)
+    assert page.count("<details>") == len(PARTS)
+    assert page.count("Found") + page.count("Missed: ") == len(PARTS)
     assert "http" not in page.split("<body>")[1]
 
 

@@ -194,6 +194,29 @@ def test_the_table_above_or_below_the_pictures(tmp_path):
         assert (text.index("<table") > text.index("<article")) is last
 
 
+def test_further_pictures_are_opened_on_demand(tmp_path):
+    rows = [
+        ReportRow("a", [Panel(photo(), "p")], more=[Panel(photo(), "q")], more_label="others"),
+        ReportRow("b", [Panel(photo(), "r")], comment="as it should be"),
+    ]
+    text, outline = page(tmp_path, rows=rows)
+    assert len(outline.find("details")) == 1
+    hidden = text[text.index("<details") : text.index("</details>")]
+    assert "others" in hidden
+    assert re.findall('alt="(.*?)"', hidden) == ["a: q"]
+    assert text.count("as it should be") == text.count('class="comment"') == 1
+
+
+@pytest.mark.parametrize(
+    ("tiles", "columns", "last"),
+    [(1, 1, 1), (3, 3, 1), (5, 5, 1), (6, 3, 1), (7, 4, 2), (8, 4, 1), (10, 5, 1), (11, 4, 2)],
+)
+def test_no_tile_strands(tmp_path, tiles, columns, last):
+    _, outline = page(tmp_path, facts=[("a", "1")] * tiles)
+    assert outline.find("dl")[0]["style"] == f"--n:{columns};--last:{last}"
+    assert (tiles - 1 + last) % columns == 0
+
+
 def test_rows_may_be_a_generator_and_are_held_one_at_a_time(tmp_path):
     alive = []
 
