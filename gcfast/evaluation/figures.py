@@ -273,8 +273,8 @@ def reliability(measured: Mapping[str, Reliability], *, title: str = "") -> Any:
             color=color,
             ms=4,
             elinewidth=0.8,
-            label=f"{name}: calibration error {one.error:.3f},\n"
-            f"AUROC {by_confidence:.3f}, of the distance {by_distance:.3f}",
+            label=f"{name}: calibration error {one.error:.3f}\n(of a calibrated one "
+            f"{one.chance:.3f}), AUROC {by_confidence:.3f}, of the distance {by_distance:.3f}",
         )
     first = next(iter(measured.values()))
     axes.text(

@@ -17,7 +17,8 @@ from gcfast.metrics import auroc
 from gcfast.search.classes import nearest_by_class
 
 GROUPS = 10
-IMAGES_A_GROUP = 10
+IMAGES_A_GROUP = 20
+DRAWS = 1000
 
 
 class Group(NamedTuple):
@@ -46,26 +47,43 @@ class Reliability:
 
     def groups(self) -> list[Group]:
         """Return the images by confidence, in groups of equal size."""
-        count = max(1, min(GROUPS, len(self.stated) // IMAGES_A_GROUP))
         return [
             Group(
                 len(part),
                 float(self.stated[part].double().mean()),
                 float(self.right[part].double().mean()),
             )
-            for part in self.stated.argsort(stable=True).tensor_split(count)
+            for part in self._parts()
         ]
 
     @property
     def error(self) -> float:
         """The calibration error: how far groups' confidence is from what came true, on average."""
-        gaps = (one.images * abs(one.stated - one.right) for one in self.groups())
-        return sum(gaps) / len(self.stated)
+        return float(self._error(self.right[None].double()))
+
+    @property
+    def chance(self) -> float:
+        """The error that a confidence would have here, on average, that states the true odds."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand((DRAWS, len(self.stated)), generator=generator, dtype=torch.float64)
+        return float(self._error((drawn < self.stated).double()).mean())
+
+    def _parts(self) -> Sequence[Tensor]:
+        count = max(1, min(GROUPS, len(self.stated) // IMAGES_A_GROUP))
+        return self.stated.argsort(stable=True).tensor_split(count)
+
+    def _error(self, right: Tensor) -> Tensor:
+        """The calibration error [n] of outcomes [n, images] float64."""
+        gaps = right - self.stated.double()
+        return sum(
+            (gaps[:, part].sum(1).abs() for part in self._parts()), gaps.new_zeros(len(gaps))
+        ) / len(self.stated)
 
     def __str__(self) -> str:
         """Return what it is worth, next to the distance, in one line."""
         return (
-            f"calibration error {self.error:.3f}; right from wrong (AUROC): "
+            f"calibration error {self.error:.3f} (of one that is calibrated: {self.chance:.3f}); "
+            "right from wrong (AUROC): "
             f"{auroc(self.stated, self.right):.3f} by the confidence, "
             f"{auroc(-self.distances, self.right):.3f} by the distance; the class is right in "
             f"{float(self.right.double().mean()):.3f} of {len(self.right)} images, fitted to the "

@@ -6,7 +6,9 @@ function of it, changes nothing: the share of heat on the object can be raised t
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gcfast._checks import (
@@ -26,7 +28,8 @@ def ranking_scores(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     one can reach.
 
     Args:
-        maps: [B, H, W] floating point, finite, at the size of the images.
+        maps: [B, H, W] floating point, finite, at the size of the images; compared in float32, on
+            the CPU.
         masks: [B, H, W] bool, the object.
 
     Returns:
@@ -45,24 +48,27 @@ def ranking_scores(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     if maps.numel() == 0:
         nothing = maps.new_full((len(maps),), torch.nan, dtype=torch.float32)
         return nothing, nothing.clone()
-    heat, order = maps.flatten(1).sort(dim=1, descending=True)  # [B, P]
-    inside = masks.flatten(1).gather(1, order)
-    P = heat.shape[1]
-    places = torch.arange(P, device=maps.device)
-    # Equally hot pixels are taken together: each place counts up to the last of its run.
-    last = torch.ones_like(inside)
-    last[:, :-1] = heat[:, 1:] != heat[:, :-1]
-    ends = torch.where(last, places, P).flip(1).cummin(1).values.flip(1)  # [B, P]
-    found = inside.cumsum(1).gather(1, ends).double()
-    taken = (ends + 1).double()
-    pixels = inside.sum(1, keepdim=True).double()  # [B, 1]
-    precision = torch.where(inside, found / taken, 0.0).sum(1) / pixels[:, 0]
-    overlap = (found / (taken + pixels - found)).amax(1)
-    empty = pixels[:, 0] == 0
-    return (
-        precision.masked_fill(empty, torch.nan).float(),
-        overlap.masked_fill(empty, torch.nan).float(),
-    )
+    # One integer a pixel, the heat's rank above one bit for the mask: numbers alone sort several
+    # times faster than numbers with their places. As integers, floats of one sign are in order.
+    bits = maps.detach().float().cpu().flatten(1).numpy().view(np.int32).astype(np.int64)
+    coldness = np.where(bits < 0, bits & 0x7FFFFFFF, -bits)
+    keys = np.sort(2 * coldness + masks.cpu().flatten(1).numpy(), axis=1)
+    scores = torch.stack([torch.from_numpy(_ranked(row)) for row in keys], 1)
+    precision, overlap = scores.float().to(maps.device)
+    return precision, overlap
+
+
+def _ranked(keys: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Average precision and best IoU of one map's sorted pixels [P]: twice the coldness, + mask."""
+    last = np.append(keys[1:] >> 1 != keys[:-1] >> 1, True)  # equally hot pixels are one step
+    ends = np.flatnonzero(last)
+    found = np.cumsum(keys & 1)[ends].astype(np.float64)
+    taken = ends + 1.0
+    pixels = found[-1]
+    if pixels == 0:
+        return np.full(2, np.nan)
+    precision = (found / taken * np.diff(found, prepend=0.0)).sum() / pixels
+    return np.array([precision, (found / (taken + pixels - found)).max()])
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:

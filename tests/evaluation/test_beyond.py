@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -160,15 +161,27 @@ def test_no_confidence_of_few_images_or_of_unknown_classes() -> None:
 
 
 def test_groups_and_calibration_error() -> None:
-    stated = torch.tensor([0.9] * 10 + [0.2] * 10)
-    right = torch.tensor([True] * 7 + [False] * 3 + [True] * 4 + [False] * 6)
-    distances = torch.arange(20.0)
-    one = Reliability(Confidence(0.0, 1.0, 30, 20), stated, right, distances)
+    stated = torch.tensor([0.9] * 20 + [0.2] * 20)
+    right = torch.tensor([True] * 14 + [False] * 6 + [True] * 8 + [False] * 12)
+    one = Reliability(Confidence(0.0, 1.0, 30, 20), stated, right, torch.arange(40.0))
     low, high = one.groups()
-    assert (low.images, low.right) == (10, pytest.approx(0.4))
-    assert (high.images, high.right) == (10, pytest.approx(0.7))
+    assert (low.images, low.right) == (20, pytest.approx(0.4))
+    assert (high.images, high.right) == (20, pytest.approx(0.7))
     assert one.error == pytest.approx((0.2 + 0.2) / 2)
-    # 7 of 11 right ones and 6 of 9 wrong ones are where they belong; ties count as halves.
-    area = (7 * 6 + 0.5 * (7 * 3 + 4 * 6)) / (11 * 9)
-    assert f"calibration error 0.200; right from wrong (AUROC): {area:.3f} by" in str(one)
-    assert "right in 0.550 of 20 images, fitted to the 30 others" in str(one)
+    # 14 of 22 right ones and 12 of 18 wrong ones are where they belong; ties count as halves.
+    area = (14 * 12 + 0.5 * (14 * 6 + 8 * 12)) / (22 * 18)
+    assert "calibration error 0.200 (of one that is calibrated: " in str(one)
+    assert f"right from wrong (AUROC): {area:.3f} by the confidence" in str(one)
+    assert "right in 0.550 of 40 images, fitted to the 30 others" in str(one)
+
+
+def test_a_true_confidence_has_the_error_of_chance() -> None:
+    """The mean absolute deviation of a binomial share, E|X / n - p|, for each group."""
+    sizes, odds = (20, 20), (0.2, 0.9)
+    stated = torch.cat([torch.full((n,), p) for n, p in zip(sizes, odds, strict=True)])
+    one = Reliability(Confidence(0.0, 1.0, 30, 20), stated, stated > 0.5, stated)
+    wanted = 0.0
+    for n, p in zip(sizes, odds, strict=True):
+        chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+        wanted += sum(c * abs(k / n - p) for k, c in enumerate(chances)) / len(sizes)
+    assert one.chance == pytest.approx(wanted, abs=0.004)

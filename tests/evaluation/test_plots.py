@@ -118,21 +118,21 @@ def test_fidelity_draws_the_calibration() -> None:
 
 
 def test_reliability_draws_groups_with_intervals() -> None:
-    stated = torch.tensor([0.9] * 10 + [0.2] * 10)
-    right = torch.tensor([True] * 10 + [True] * 4 + [False] * 6)
-    one = Reliability(Confidence(0.0, 1.0, 30, 20), stated, right, torch.arange(20.0))
+    stated = torch.tensor([0.9] * 20 + [0.2] * 20)
+    right = torch.tensor([True] * 20 + [True] * 8 + [False] * 12)
+    one = Reliability(Confidence(0.0, 1.0, 30, 20), stated, right, torch.arange(40.0))
     axes = figures.reliability({"a": one, "b": one}).axes[0]
     calibrated, points, *_ = axes.lines
     assert list(calibrated.get_xdata()) == list(calibrated.get_ydata()) == [0, 1]
     assert points.get_xdata() == pytest.approx([0.2, 0.9])
     assert points.get_ydata() == pytest.approx([0.4, 1.0])
     low, high = axes.collections[0].get_segments()
-    # By the formula of Wilson 1927 for 4 of 10 and 10 of 10.
-    assert low[:, 1] == pytest.approx([0.1682, 0.6873], abs=1e-3)
-    assert high[:, 1] == pytest.approx([0.7225, 1.0], abs=1e-3)
-    assert "fitted on one half (30 images),\ndrawn for the other (20)" in axes.texts[0].get_text()
+    # SciPy: binomtest(8, 20).proportion_ci(method="wilson"), and of 20 in 20.
+    assert low[:, 1] == pytest.approx([0.2188, 0.6134], abs=1e-3)
+    assert high[:, 1] == pytest.approx([0.8389, 1.0], abs=1e-3)
+    assert "fitted on one half (30 images),\ndrawn for the other (40)" in axes.texts[0].get_text()
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert any(label.startswith("b: calibration error 0.150,\nAUROC ") for label in labels)
+    assert any(label.startswith("b: calibration error 0.150\n(of a cal") for label in labels)
 
 
 def test_a_missing_matplotlib_is_named_at_call_time(monkeypatch: pytest.MonkeyPatch) -> None:
