@@ -4,8 +4,8 @@
 
 One side is everything that the command measures but for reading files and drawing: the table with
 both centres, the sweeps over M, T and (where FAISS is installed) k-means centres, localisation,
-pointing game and fidelity, without `--thorough`. The other is one forward pass over the same
-training and test images, channels-last as gcfast runs them.
+pointing game, fidelity, the table beyond the paper and confidence, without `--thorough`. The other
+is one forward pass over the same training and test images, channels-last as gcfast runs them.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def main() -> None:
             AnnotationScore(),
             labels=lambda truth: truth.labels,
             localised=lambda truth: truth.localised,
+            objects=lambda truth, _: truth.masks,
             compress=compressor(),
             total=arguments.test,
         )
