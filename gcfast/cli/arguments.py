@@ -228,7 +228,7 @@ def _add_build(commands: Any) -> None:
 def _add_explain(commands: Any) -> None:
     explain = _command(commands, "explain", "explain:explain_files", "heat maps of any pictures")
     explain.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders")
-    _add_from_database(explain)
+    _add_from_database(explain, refine="auto")
     explain.add_argument("--k", type=int, default=1, help="neighbors that lend their weights")
     explain.add_argument(
         "--index", default="exact", help='"exact", "stored" or a FAISS factory string'
@@ -366,14 +366,15 @@ def _add_demo(commands: Any) -> None:
     )
 
 
-def _add_from_database(parser: argparse.ArgumentParser) -> None:
+def _add_from_database(parser: argparse.ArgumentParser, *, refine: str | None = None) -> None:
     parser.add_argument("--database", type=Path, required=True, metavar="DB")
     parser.add_argument(
         "--refine",
         type=_layers,
+        default=refine,
         metavar="LAYERS",
-        help='earlier layers whose outputs make maps finer: "auto", or their names from coarse to '
-        'fine, as "layer3,layer2"; default: none',
+        help='earlier layers whose outputs make maps finer: "auto", their names from coarse to '
+        f'fine, as "layer3,layer2", or "none"; default: {refine or "none"}',
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument(

@@ -7,7 +7,6 @@ pictures is bounded by the disk alone.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import re
 import sys
@@ -17,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from gcfast._progress import Progress
-from gcfast.cli.inputs import list_files, open_database, reading
+from gcfast._checks import listed
+from gcfast._progress import Progress, tracked
+from gcfast.cli.inputs import Opened, list_files, open_database, reading
 from gcfast.cli.outputs import JsonRows, MapWriter, check_folder, tell_doubts, tell_left_out
 from gcfast.database.database import Database
+from gcfast.explain.result import Finish
 from gcfast.images.decode import read_picture
 from gcfast.images.folder import ImageLoader
 from gcfast.images.html import Panel, ReportRow, write_report
@@ -116,6 +119,7 @@ def explain_files(options: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         for name, reason in loader.unreadable:
             table.writerow({"path": name, "error": reason})
+    refined = opened.explainer.info()["refine"]
     facts = [
         ("pictures explained", f"{done:,}"),
         ("database rows", f"{len(database):,}"),
@@ -128,13 +132,17 @@ def explain_files(options: argparse.Namespace) -> None:
         f"Each picture went through the network once, and {lender} in the database lent the "
         "weights of its channels. "
     ) + _MEANING[database.manifest["settings"].get("evidence")]
+    if refined:
+        lead += f" Maps are refined by {listed(refined)} of the same picture (--refine)."
     if done > len(on_page):
         lead += f"\n\nShown are the first {len(on_page):,} of {done:,}; results.csv lists them all."
     write_report(
         options.out / "index.html",
         title=f"Explained with {options.database.resolve().name}",
         lead=lead,
-        rows=_page_rows(options.out, on_page, preprocessing),
+        rows=_page_rows(
+            tracked(on_page, "page", "pictures", show=True), opened, options, bool(refined)
+        ),
         table=_unreadable_table(loader.unreadable),
         table_caption="Pictures that could not be read",
         facts=facts,
@@ -224,31 +232,62 @@ def _safe(name: str) -> str:
 
 
 def _page_rows(
-    out: Path, rows: Iterable[dict[str, str]], preprocessing: Preprocessing
+    rows: Iterable[dict[str, str]], opened: Opened, options: argparse.Namespace, refined: bool
 ) -> Iterator[ReportRow]:
-    """Yield the page's rows, decoded one at a time; a picture that was removed is left out."""
+    """Yield the page's rows, decoded one at a time; a picture that was removed is left out.
+
+    The neighbor's own map and, where maps are refined, the plain one take a forward pass each.
+    """
     for row in rows:
-        panels = []
-        neighbor = row.get("neighbor_path", "")
-        name = row.get("neighbor_id", "")
-        for path, caption in (
-            (row["path"], "the network's input"),
-            (neighbor, f"nearest: {name}"),
-        ):
-            if path:
-                with contextlib.suppress(Exception):
-                    panels.append(Panel(preprocessing.view(path), caption))
-        with Image.open(out / row["overlay"]) as picture:
+        name, neighbor = row.get("neighbor_id", ""), row.get("neighbor_path", "")
+        panels, more = [], []
+        seen = _seen(row["path"], opened)
+        if seen is not None:
+            panels.append(Panel(opened.preprocessing.pictures(seen)[0], "the network's input"))
+            if refined:
+                plain = _own_heat(row["path"], seen, opened, options, finer=False)
+                more.append(_panel(plain, "heat, not refined"))
+        with Image.open(options.out / row["overlay"]) as picture:
             what = "flat: nothing to show" if row["flat"] == "1" else "heat"
-            picture.thumbnail((_PANEL, _PANEL))
-            panels.insert(1, Panel(np.asarray(picture.convert("RGB")), what))
+            panels.append(_panel(picture, what))
+        if neighbor and (near := _seen(neighbor, opened)) is not None:
+            view = opened.preprocessing.pictures(near)[0]
+            panels.append(Panel(view, f"nearest: {name}"))
+            panels.append(_panel(_own_heat(neighbor, near, opened, options), "its own heat"))
         notes = "no neighbor"
         if name:
             notes = f"{row['label']}, row {row['neighbor_row']}, "
             notes += f"squared distance {float(row['distance']):.3g}"
             if not neighbor:
                 notes += f"\n{name}: picture not found (--images says where they are)"
-        yield ReportRow(row["path"], panels, notes)
+        yield ReportRow(row["path"], panels, notes, more=more, more_label="The plain map")
+
+
+def _seen(path: str, opened: Opened) -> Tensor | None:
+    """Return what the network takes of a picture, [1, 3, H, W]; None if it cannot be read."""
+    try:
+        values = opened.preprocessing.load(path).values
+    except Exception:  # whatever Pillow raises, or a transform
+        return None
+    return opened.preprocessing.normalize(torch.from_numpy(np.array(values))[None])
+
+
+def _own_heat(
+    path: str, seen: Tensor, opened: Opened, options: argparse.Namespace, *, finer: bool = True
+) -> Image.Image:
+    """Lay the map of a picture on it."""
+    explainer = opened.explainer
+    images = explainer.network.checked("images", seen.to(opened.device))
+    finish = Finish.checked(images, center=options.center)
+    why = explainer.attach(finish, images=images).explain(images, finish, finer=finer)
+    view = opened.preprocessing.pictures(seen)[0]
+    return _laid_back(opened.preprocessing, path, view, why.maps[0].cpu().numpy(), options)[0]
+
+
+def _panel(picture: Image.Image, caption: str) -> Panel:
+    """Show a picture, made smaller in place if it is large."""
+    picture.thumbnail((_PANEL, _PANEL))
+    return Panel(np.asarray(picture.convert("RGB")), caption)
 
 
 def _unreadable_table(unreadable: Sequence[tuple[str, Any]]) -> list[list[str]] | None:

@@ -87,7 +87,9 @@ class Attached:
             proxies=proxies,
         )
 
-    def explain(self, images: Tensor, finish: Finish, *, waits: bool | None = None) -> Explained:
+    def explain(
+        self, images: Tensor, finish: Finish, *, waits: bool | None = None, finer: bool = True
+    ) -> Explained:
         """Run the forward pass, the search and the maps.
 
         Args:
@@ -95,9 +97,10 @@ class Attached:
             finish: how the maps are finished.
             waits: whether values may be looked at; None for not on a CUDA device, where looking
                 would wait for the device.
+            finer: refine the maps, where the network says by what.
         """
         waits = not images.is_cuda if waits is None else waits
-        captured = self.network.embed(images, finer=True)
+        captured = self.network.embed(images, finer=finer)
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer(embeddings)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -19,6 +20,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 def read_results(out):
     with open(out / "results.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def images_by_caption(page, caption):
+    pattern = rf'src="([^"]*)"[^>]*><figcaption>{caption}</figcaption>'
+    found = re.findall(pattern, page)
+    assert found
+    return found
 
 
 def test_explain(here, capsys, tmp_path):
@@ -56,7 +64,10 @@ def test_explain(here, capsys, tmp_path):
             assert (picture.mode, picture.size) == ("RGB", (48, 40))
 
     page = (out / "index.html").read_text()
-    assert page.count("<img ") == 7 * 3
+    # The input, its heat, the neighbor and its own heat; the map that is not refined on demand.
+    assert page.count("<img ") == 7 * 5
+    assert page.count("<details>") == page.count("heat, not refined</figcaption>") == 7
+    assert "refined by features.1 of the same picture" in page
     assert "Pictures that could not be read" in page
 
 
@@ -70,7 +81,7 @@ def test_explain_equals_the_library(here, capsys, tmp_path):
     finally:
         sys.path.remove(os.fspath(here))
     run(capsys, "explain", "--database", "db", *SETTINGS, "--out", tmp_path, "pictures/green")
-    explainer = gcfast.load("db", cli_net.build())
+    explainer = gcfast.load("db", cli_net.build(), refine="auto")
     files = [f"pictures/green/{i}.{'jpg' if i == 5 else 'png'}" for i in range(6)]
     loader = ImageLoader(files, files, preprocessing=Preprocessing(size=32))
     want = np.concatenate([explainer.explain_batch(x).numpy() for x, _, _ in loader])
@@ -98,12 +109,21 @@ def test_explain_with_several_neighbours_and_workers(capsys, tmp_path):
 @pytest.mark.usefixtures("here")
 def test_explain_with_finer_maps(capsys, tmp_path):
     base = ("explain", "--database", "db", *SETTINGS, "pictures/green")
-    maps = {}
+    maps, pages = {}, {}
     for name in ("none", "auto", "features.0", "features.1", "features.1,features.0"):
         status, _, err = run(capsys, *base, "--refine", name, "--out", tmp_path / name)
         assert status == 0, err
         maps[name] = np.load(tmp_path / name / "maps.npy")
+        pages[name] = (tmp_path / name / "index.html").read_text()
     assert np.array_equal(maps["auto"], maps["features.1"])
+    # The plain map of a refined page is the one that a page without has on top.
+    assert "<details" not in pages["none"]
+    plain = images_by_caption(pages["none"], "heat")
+    assert images_by_caption(pages["auto"], "heat, not refined") == plain
+    assert images_by_caption(pages["auto"], "heat") != plain
+    # These pictures are the database's: each is its own neighbor.
+    for page in pages.values():
+        assert images_by_caption(page, "its own heat") == images_by_caption(page, "heat")
     assert np.abs(maps["none"] - maps["features.0"]).max() > 0.1
     assert np.abs(maps["features.1,features.0"] - maps["features.0"]).max() > 0.01
     assert "`--refine` must name a module of `--model`, got 'features.9'" in fails(
