@@ -279,7 +279,8 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--thorough",
         action="store_true",
-        help="localise every row's maps, and MaxBoxAccV2: half a second more for each image",
+        help="localise every row's maps, and MaxBoxAccV2: half a second more for each image; "
+        "AP and IoU of all images, not of 256",
     )
     _add_model(evaluate)
 

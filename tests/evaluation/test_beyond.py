@@ -54,10 +54,10 @@ class Case:
     def explainer(self, **settings: Any) -> gcfast.Explainer:
         return gcfast.Explainer(self.network, "backbone", **settings)
 
-    def measured(self, **settings: Any) -> Evaluation:
+    def measured(self, refine: str | None = None, **settings: Any) -> Evaluation:
         settings = {"objects": lambda truth, _: truth.masks} | settings
         return evaluate(
-            self.explainer(),
+            self.explainer(refine=refine),
             self.train,
             self.batches(),
             AnnotationScore(),
@@ -92,6 +92,18 @@ def test_rows_are_what_explainers_give() -> None:
     for row in plain[1:]:
         a, b = (found.scores[n]["mask"] for n in (row, f"{row}, refined"))
         assert not torch.allclose(a, b)
+
+
+def test_a_refined_first_table_leaves_the_second_as_it_is() -> None:
+    case = Case(2 * MIN_IMAGES)
+    plain, fine = case.measured(), case.measured(refine="auto")
+    for name, columns in plain.beyond.scores.items():
+        for column, values in columns.items():
+            torch.testing.assert_close(fine.beyond.scores[name][column], values)
+    main, refined = (found.tables[0.0].scores[MAIN_ROW]["mask"] for found in (plain, fine))
+    assert not torch.allclose(main, refined)
+    for name, one in plain.reliability.items():
+        torch.testing.assert_close(fine.reliability[name].stated, one.stated)
 
 
 def test_gains_are_paired_and_printed() -> None:
