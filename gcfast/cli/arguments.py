@@ -241,7 +241,13 @@ def _add_explain(commands: Any) -> None:
         action="store_true",
         help="search again by each map's hot pixels, and go over to a class that is nearer to them",
     )
-    explain.add_argument("--alpha", type=float, default=0.55, help="opacity of the hottest heat")
+    explain.add_argument("--alpha", type=float, default=0.8, help="opacity of the hottest heat")
+    explain.add_argument(
+        "--dim",
+        type=float,
+        default=0.5,
+        help="share of its color, and half of it of its light, that a picture loses below its heat",
+    )
     explain.add_argument(
         "--overlays",
         choices=["picture", "view"],

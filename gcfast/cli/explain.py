@@ -60,8 +60,9 @@ def explain_files(options: argparse.Namespace) -> None:
         GcfastError: the model or the database cannot be used, or (``--strict``) a picture not
             read.
     """
-    if not 0 <= options.alpha <= 1:
-        raise ValueError(f"`--alpha` must be in [0, 1], got {options.alpha}")
+    for name in ("alpha", "dim"):
+        if not 0 <= (value := getattr(options, name)) <= 1:
+            raise ValueError(f"`--{name}` must be in [0, 1], got {value}")
     files = list_files(options.paths)
     check_folder(options.out, options.force, _OUTPUTS)
     opened = open_database(
@@ -187,8 +188,8 @@ def _laid_back(
             "scale_y": (y1 - y0) / heat.shape[0],
         }
     if picture is None or options.overlays == "view":
-        return Image.fromarray(overlay(view, heat, alpha=options.alpha)), place
-    return overlay_whole(picture, heat, window, alpha=options.alpha), place
+        return Image.fromarray(overlay(view, heat, alpha=options.alpha, dim=options.dim)), place
+    return overlay_whole(picture, heat, window, alpha=options.alpha, dim=options.dim), place
 
 
 def _columns(k: int) -> list[str]:

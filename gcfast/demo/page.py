@@ -44,7 +44,7 @@ _CAPTION = (
 _ZOOM = 2  # or the browser enlarges the picture and blurs it
 _CLOSE_UP = 48  # pixels a side
 _FOUND, _PARTLY = 0.5, 0.2  # shares of the heat on the part, which is a hundredth of the picture
-_GRAY, _COLOR = 0.45, 0.2  # how much of a picture's light and color remains below its heat
+_DIM = 0.7  # what pictures lose below their heat, which is on a few places of strong color
 
 
 def write_page(
@@ -202,8 +202,7 @@ def _lit(large: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Lay a map of any size over a picture, dim and nearly gray so that the heat stands out."""
     size = (large.shape[1], large.shape[0])
     fine = np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.BILINEAR)).clip(0, 1)
-    gray = large.mean(axis=2, keepdims=True)
-    return overlay((_GRAY * gray + _COLOR * large).astype(np.uint8), np.sqrt(fine), alpha=1.0)
+    return overlay(large, np.sqrt(fine), alpha=1.0, dim=_DIM)
 
 
 def close_up(picture: Picture, heat: torch.Tensor) -> np.ndarray:

@@ -56,9 +56,10 @@ def overlay(
     heat: NDArray[Any],
     *,
     alpha: float = 0.55,
+    dim: float = 0.0,
     table: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """Lay a heat map over a photograph; cold areas keep the photograph.
+    """Lay a heat map over a photograph; cold areas keep the photograph, or what ``dim`` leaves.
 
     The opacity of a pixel is ``alpha * (1 - (1 - heat)^2)``: nothing where it is cold, ``alpha`` at
     the hottest. The photograph below loses color, not lightness, at the same pace, so that the
@@ -68,15 +69,17 @@ def overlay(
         image: uint8 [H, W, 3], RGB.
         heat: floating point [H, W] in [0, 1].
         alpha: opacity of the heat where it is 1, in [0, 1].
+        dim: share of its color that the photograph loses everywhere, and half that share of its
+            light, in [0, 1]: small spots of heat stand out.
         table: uint8 [256, 3], another color map.
 
     Returns:
-        uint8 [H, W, 3], a new array. Where ``heat`` is 0 it equals ``image``.
+        uint8 [H, W, 3], a new array. Where ``heat`` is 0 it equals ``image``, if ``dim`` is 0.
 
     Raises:
         TypeError: ``image`` is not uint8 or ``heat`` is not floating point.
-        ValueError: the shapes do not match, ``alpha`` is outside [0, 1], or ``heat`` holds NaN or
-            values outside [0, 1].
+        ValueError: the shapes do not match, ``alpha`` or ``dim`` is outside [0, 1], or ``heat``
+            holds NaN or values outside [0, 1].
     """
     check_image(image, "image")
     _check_heat(heat)
@@ -85,15 +88,18 @@ def overlay(
             f"`heat` must have the height and width of `image`, {list(image.shape[:2])}, "
             f"got {list(heat.shape)}"
         )
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"`alpha` must be in [0, 1], got {alpha}")
+    for name, value in (("alpha", alpha), ("dim", dim)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"`{name}` must be in [0, 1], got {value}")
     h = np.clip(heat, 0.0, 1.0).astype(np.float32)[..., None]  # [H, W, 1]
     # Steep at first, so that a weak response is visible; the dark end of the color map never
     # reaches a noticeable opacity, so cold does not mean darkened.
     strength = 1.0 - (1.0 - h) ** 2
     photo = image.astype(np.float32)
     luma = photo @ np.array([0.299, 0.587, 0.114], np.float32)  # [H, W], ITU-R BT.601
-    photo += (luma[..., None] - photo) * (strength * alpha)
+    photo += (luma[..., None] - photo) * dim
+    photo *= 1.0 - dim / 2
+    photo += (luma[..., None] * (1.0 - dim / 2) - photo) * (strength * alpha)
     photo += (colorize(heat, table).astype(np.float32) - photo) * (strength * alpha)
     return np.rint(photo).astype(np.uint8)
 

@@ -20,6 +20,7 @@ def overlay_whole(
     window: tuple[float, float, float, float],
     *,
     alpha: float = 0.55,
+    dim: float = 0.0,
 ) -> Image.Image:
     """Lay a map over the whole picture; what the network did not see is dimmed and grey.
 
@@ -29,6 +30,7 @@ def overlay_whole(
         window: (x0, y0, x1, y1), the part of the picture that the map is of, in its pixels; it may
             reach beyond the picture.
         alpha: opacity of the heat where it is 1, in [0, 1].
+        dim: as for :func:`gcfast.images.overlay.overlay`, of what the network saw.
 
     Returns:
         A picture in mode "RGB" of the same size.
@@ -57,6 +59,6 @@ def overlay_whole(
         )
         part = values.resize((right - left, stop - start), Image.Resampling.BILINEAR, box=box)
         photo = np.asarray(picture.crop((left, start, right, stop)))
-        blended = overlay(photo, np.asarray(part).clip(0, 1), alpha=alpha)
+        blended = overlay(photo, np.asarray(part).clip(0, 1), alpha=alpha, dim=dim)
         out.paste(Image.fromarray(blended), (left, start))
     return out

@@ -44,6 +44,17 @@ def test_overlay_by_hand():
     np.testing.assert_array_equal(got[0, 0], [176, 178, 132])
 
 
+def test_a_dimmed_photograph_by_hand():
+    # Luma 0.299 * 200 + 0.587 * 100 + 0.114 * 50 = 124.2; half of the color, then 3/4 of the light.
+    image = np.full((1, 1, 3), (200, 100, 50), np.uint8)
+    cold = overlay(image, np.zeros((1, 1)), dim=0.5)
+    np.testing.assert_array_equal(cold[0, 0], [122, 84, 65])
+    hot = overlay(image, np.ones((1, 1)), dim=0.5, alpha=1.0)
+    np.testing.assert_array_equal(hot[0, 0], [252, 255, 164])
+    with pytest.raises(ValueError, match=r"`dim` must be in \[0, 1\], got -0.1"):
+        overlay(photo(), ramp(), dim=-0.1)
+
+
 def test_overlay_leaves_its_inputs_alone():
     image, heat = photo(), ramp()
     before = image.copy(), heat.copy()
