@@ -31,7 +31,7 @@ def spread(maps: Tensor, features: Tensor, power: int) -> Tensor:
     B, _, H, W = features.shape
     unit = F.normalize(features.flatten(2), dim=1)
     like = torch.einsum("bcp,bcq->bpq", unit, unit).clamp(min=0) ** power
-    like = like / like.sum(2, keepdim=True)
+    like = like / like.sum(2, keepdim=True).clamp(min=1e-12)  # a place may have no activations
     return torch.einsum("bpq,bq->bp", like, resized(maps, (H, W)).flatten(1)).view(B, H, W)
 
 

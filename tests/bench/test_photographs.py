@@ -185,5 +185,9 @@ def test_calibration_error_by_hand(bench: dict[str, ModuleType]) -> None:
 def test_spreading_over_equal_places_is_flat(bench: dict[str, ModuleType]) -> None:
     heat = torch.zeros(1, 2, 2)
     heat[0, 0, 0] = 1.0
-    out = bench["photographs_trials"].spread(heat, torch.ones(1, 3, 2, 2), 4)
+    features = torch.ones(1, 3, 2, 2)
+    out = bench["photographs_trials"].spread(heat, features, 4)
     torch.testing.assert_close(out, torch.full((1, 2, 2), 0.25))
+    features[0, :, 1, 1] = 0.0  # nothing there to compare
+    out = bench["photographs_trials"].spread(heat, features, 4)
+    torch.testing.assert_close(out, torch.tensor([[[1 / 3, 1 / 3], [1 / 3, 0.0]]]))
