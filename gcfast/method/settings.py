@@ -27,8 +27,8 @@ PAPER: dict[str, Any] = {
     "index": "exact",
     "l2_normalize": True,
 }
-# What shows objects best of all that was measured, for Explainer(model, **BEST): class proxies, and
-# maps refined by earlier layers. Beyond the paper; it needs classes, and each piece stands alone.
+# What is ahead on photographs (bench/RESULTS.md), beyond the paper, for Explainer(model, **BEST):
+# class proxies, and maps refined by earlier layers. It needs classes; each piece stands alone.
 BEST: dict[str, Any] = {"method": "proxy", "refine": "auto"}
 PROXY = "proxy"  # the method of class proxies, which goes beyond the paper
 # What class proxies do not take: its default in gcfast.Explainer, and why.
