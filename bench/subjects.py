@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,13 +85,16 @@ def loader(count: int, batch: int, classes: int) -> list[tuple[Tensor, Tensor]]:
     return batches
 
 
-def explainer_with_rows(model: nn.Module, layer: str, rows: int) -> gcfast.Explainer:
+def explainer_with_rows(
+    model: nn.Module, layer: str, rows: int, **settings: Any
+) -> gcfast.Explainer:
     """An explainer whose database was built on 64 images and filled up to N rows.
 
     The rows beyond the built ones repeat their channels and weights under embeddings moved at
     random, so that search and gather have N different rows to deal with.
     """
-    explainer = gcfast.Explainer(model, layer, reshape=getattr(model, "reshape", None))
+    reshape = getattr(model, "reshape", None)
+    explainer = gcfast.Explainer(model, layer, reshape=reshape, **settings)
     built = explainer.build(loader(64, 32, 8))
     generator = torch.Generator().manual_seed(0)
     pick = torch.randint(len(built), (rows,), generator=generator)
@@ -101,5 +105,5 @@ def explainer_with_rows(model: nn.Module, layer: str, rows: int) -> gcfast.Expla
     }
     tensors["embeddings"] = torch.nn.functional.normalize(built.embeddings[pick] + noise, dim=1)
     ids = [str(i) for i in range(rows)]
-    explainer.database = gcfast.Database(tensors, ids, built.manifest)
+    explainer.database = gcfast.Database(tensors, ids, built.manifest, classes=built.classes)
     return explainer
