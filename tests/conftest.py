@@ -14,10 +14,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # A child started in the root would import the source tree, which has no compiled module: it finds
-# what the tests share here instead.
+# what the tests and the programs of bench/ share here instead.
 os.environ["PYTHONSAFEPATH"] = "1"
-SHARED = (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))
-os.environ["PYTHONPATH"] = os.pathsep.join(path for path in SHARED if path)
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = [str(ROOT / folder) for folder in ("tests", "bench", "bench/paper")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*SHARED, os.environ.get("PYTHONPATH")]))
 
 # On tensors this small a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)
