@@ -137,7 +137,10 @@ SECTIONS = (
     *(_operation(name, quick=True) for name in ("sparse_cam", "grad_weights", "knn")),
     _whole("explain", 120.0),
     _whole("build", 60.0),
-    *(_operation(name, quick=True) for name in ("head_grad_weights", "top_m", "sample_triplets")),
+    *(
+        _operation(name, quick=True)
+        for name in ("dense_cam", "head_grad_weights", "top_m", "sample_triplets")
+    ),
     _whole("peers", 40.0),
     Section("tests", TEST_SECONDS + 10, tests),
     *(_operation(name, quick=False) for name in OPERATIONS),

@@ -43,6 +43,8 @@ AXES: dict[str, Axes] = {
         "block_oh": (4, 8, 16, 32),
         "block_ow": (64, 128, 256),
     },
+    # A program's channels are a multiple of 32 or 64, and so of these blocks.
+    "dense_cam": {"block_c": (16, 32), "num_warps": (2, 4, 8)},
     "grad_weights": {
         "channels": (0.25, 0.5, 1, 2),  # times the present number, in whole vectors
         "block_t": (1, 2, 4, 8),
