@@ -171,7 +171,7 @@ def _product_kernel(
         offs = start + tl.arange(0, BLOCK)
         found = tl.load(tops_ptr + i_b * parts + offs, mask=offs < parts, other=0)
         bits = tl.maximum(bits, tl.max(found, axis=0))
-    top = bits.to(tl.float32, bitcast=True)
+    top = tl.cast(bits, tl.float32, bitcast=True)
     peak = _peak(map_ptr, h * w, BLOCK)
     u = _resized(map_ptr, peak, offs_p, h, w, W, scale_h, scale_w)
     out_ptr += i_b * P + offs_p
