@@ -213,6 +213,7 @@ def test_goals_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(quality.bars(rows)) == 5
 
 
+@pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
     if not STAMPS.is_dir():
         pytest.skip("Debian's package tuxpaint-stamps-default is not installed")

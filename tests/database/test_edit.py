@@ -337,7 +337,9 @@ def changes(how: str, folder: Path) -> None:
         Database.open(folder).relabel({"img1": "owl", "img9": "owl"})
 
 
-@pytest.mark.parametrize("how", ["remove", "relabel", "merge"])
+@pytest.mark.parametrize(
+    "how", ["remove", "relabel", pytest.param("merge", marks=pytest.mark.slow)]
+)
 def test_killed_at_any_step_it_leaves_the_old_or_the_new(
     model: torch.nn.Module, tmp_path: Path, how: str
 ) -> None:
