@@ -14,12 +14,14 @@ everything is. A picture of the mean colour alone still has a cosine near 1 to m
 embeddings of that network being close together; it is printed, since no score falls much below it.
 
 The pictures and the network are those of `gcfast demo`. Controls are "noise", random values on the
-grid of the feature map, as coarse as any map here, and "channel sum", a map without any weights.
+grid of the feature map, as coarse as a map that is not refined, and "channel sum", a map without
+any weights, plain and refined. The refined Grad-CAM is that with center=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,7 +136,8 @@ def main() -> None:
     for label in TRAINING_LABELS:
         birds = [draw_bird(label, seed=options.seed, index=2 * i) for i in range(options.rows)]
         loader.append((as_batch(birds), [SPECIES[label].name] * options.rows))
-    for explainer in explainers.values():
+    best = gcfast.Explainer(network, "features", seed=options.seed, **gcfast.BEST)
+    for explainer in (*explainers.values(), best):
         explainer.build(loader)
     chosen = [UNSEEN_LABELS[i % len(UNSEEN_LABELS)] for i in range(options.images)]
     birds = [draw_bird(y, seed=options.seed, index=2 * i + 1) for i, y in enumerate(chosen)]
@@ -149,12 +152,20 @@ def main() -> None:
         total = network.features(images).sum(1)
         empty = network(blank(images))
     size = images.shape[2:]
+    refined = gcfast.Explainer(network, "features", database, refine="auto")
+    proxies = gcfast.Explainer(network, "features", best.database, method="proxy")
+    finer = best.network.embed(images, finer=True).finer
+    total_refined = functools.reduce(gcfast.ops.refine, finer, total.clamp(min=0))
     maps = {
         "noise": upsampled(torch.rand(total.shape), size),
         "channel sum": upsampled(total, size),
         "Grad-CAM, for, top-50": why.maps,
         "the same, center=1": explainers["for"].explain_batch(images, center=1.0),
         "Grad-CAM, against, top-50": explainers["against"].explain_batch(images),
+        "channel sum, refined": upsampled(total_refined, size),
+        "Grad-CAM, for, refined": refined.explain_batch(images, center=1.0),
+        "class proxy": proxies.explain_batch(images),
+        "class proxy, refined": best.explain_batch(images),
     }
     print(f"{len(images)} drawn birds of unseen species, {len(database)} rows, seed {options.seed}")
     both = torch.stack([why.embeddings, means], 1)  # [B, 2, D]
