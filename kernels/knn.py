@@ -284,7 +284,7 @@ def launch_knn(
     if squares is None or squares.dtype.itemsize < 4:
         squares = row_squares(table)
     with torch.cuda.device_of(table):
-        found = launch_group_bounds(queries, table, squares.float(), is_l2=is_l2, config=config)
+        bounds = launch_group_bounds(queries, table, squares.float(), is_l2=is_l2, config=config)
         sizes = (*queries.stride(), *table.stride())
         shared = {
             "IS_L2": is_l2,
@@ -294,13 +294,13 @@ def launch_knn(
             "num_warps": fitting_warps(config.measured_warps),
         }
         _nearest_kernel[(B,)](
-            distances, ids, *found, queries, table, *sizes, N, D, k, config.splits,
+            distances, ids, *bounds, queries, table, *sizes, N, D, k, config.splits,
             config.allowed, TAKEN=config.taken, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
             BLOCK_D=config.measured_block_d, **shared,
         )  # fmt: skip
         if config.slices:
             _exhaustive_kernel[(config.programs,)](
-                distances, ids, found.pending, queries, table, *sizes, B, N, D, k,
+                distances, ids, bounds.pending, queries, table, *sizes, B, N, D, k,
                 SLICES=config.slices, QUERIES=8 if is_l2 else 4, BLOCK_D=16, **shared,
             )  # fmt: skip
     return distances, ids

@@ -55,7 +55,7 @@ def launch_mean_cotangents(
             for part in torch.arange(len(group.which), device=device).split(
                 max(1, WEIGHTS_BYTES // (8 * N))
             ):
-                one = Group(*(None if c is None else c[part] for c in group))
+                one = Group._make(None if c is None else c[part] for c in group)
                 which = one.which
                 weights, counts[which] = _weights(one, N)
                 mean = 2 * _product(weights, embeddings) / counts[which].clamp(min=1)[:, None]
