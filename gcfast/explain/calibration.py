@@ -108,11 +108,13 @@ class Fidelity:
             )
         if self.right is not None and self.ratios is not None and len(self):
             share = float(self.right.float().mean())
-            lines.append(
-                f"the map's class is right in {share:.1%}; right from wrong (AUROC): "
-                f"{auroc(self.ratios, self.right):.3f} by the confidence, "
-                f"{auroc(-self.distances, self.right):.3f} by the distance"
-            )
+            told = "nothing to tell apart"
+            if 0 < share < 1:
+                told = (
+                    f"right from wrong (AUROC): {auroc(self.ratios, self.right):.3f} by the "
+                    f"confidence, {auroc(-self.distances, self.right):.3f} by the distance"
+                )
+            lines.append(f"the map's class is right in {share:.1%}; {told}")
         if self.unrated is not None:
             lines.append(f"no confidence: {self.unrated}")
         return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,14 @@ def test_fidelity_in_words() -> None:
         "cosine of a random row 0.250 (2 images)"
     )
     assert lines[4] == "fidelity of the nearest row 0.650, of a random row 0.250: +0.400"
+    right = torch.arange(8) != 3
+    rated = Fidelity(*[torch.arange(8.0)] * 3, 0, 0, right=right, ratios=torch.arange(8.0))
+    assert str(rated).splitlines()[-1] == (
+        "the map's class is right in 87.5%; right from wrong (AUROC): 0.571 by the confidence, "
+        "0.429 by the distance"
+    )
+    rated = replace(rated, right=right | True)
+    assert str(rated).endswith("the map's class is right in 100.0%; nothing to tell apart")
     bare = str(Fidelity(torch.ones(1), torch.ones(1), torch.ones(1), 0, 0))
     assert bare == "fidelity at distance 1.000 to 1.000: cosine 1.000, Spearman 1.000 (1 images)"
 
