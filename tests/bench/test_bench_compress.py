@@ -50,6 +50,7 @@ def check(found: dict[str, dict[str, Any]], rows: int, counts: list[int]) -> Non
         assert ours["row_bytes, folder_bytes"][0] < found["all rows"]["row_bytes, folder_bytes"][0]
 
 
+@pytest.mark.slow
 def test_the_demonstration(compress: ModuleType, tmp_path: Path) -> None:
     found = record(compress, tmp_path, "--demo", "--each", "5", "--unseen", "1", "--centers", "6")
     check(found, 27 * 5, [1, 6])

@@ -81,6 +81,7 @@ ARGUMENTS = ["--backbone", "tiny", "--size", "32", "--epochs", "2", "--steps", "
              "--device", "cpu", "--threads", "1"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_small_cub_from_training_to_tables_twice(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -239,6 +239,7 @@ def test_scores_of_maps_by_hand() -> None:
     assert scores(torch.zeros(2, 8, 8), masks)["share"][0].item() == 0.5
 
 
+@pytest.mark.slow
 def test_the_whole_application_in_small_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
