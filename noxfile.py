@@ -50,7 +50,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def slow(session: nox.Session) -> None:
-    """The tests that are marked slow: every form of every kernel compiled, and the longest others."""
+    """The tests that are marked slow: all forms of the kernels compiled, and the longest others."""
     session.run("pytest", "-n", "auto", "--slow", "-m", "slow", *session.posargs)
 
 
