@@ -75,10 +75,12 @@ class Build:
         with tempfile.TemporaryDirectory() as folder:
             record = Path(folder) / "record.json"
             options = ["-q", "-p", "no:cacheprovider", "-k", select, f"--benchmark-json={record}"]
+            # Under pytest-xdist, whose variables a child inherits, nothing would be timed.
+            hidden = ("PYTHONPATH", "PYTEST_")
             subprocess.run(
-                [self.python, "-m", "pytest", *options, *files],
+                [self.python, "-P", "-m", "pytest", *options, *files],
                 cwd=self.source,
-                env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+                env={k: v for k, v in os.environ.items() if not k.startswith(hidden)},
                 stdout=subprocess.DEVNULL,
                 check=True,
             )
