@@ -87,8 +87,20 @@ class Attached:
             proxies=proxies,
         )
 
+    @property
+    def rated(self) -> bool:
+        """Whether explanations have a confidence: calibrated, with an exact search for one row."""
+        fitted = self.calibration is not None and self.calibration.right is not None
+        return fitted and isinstance(self.transfer, ExactTransfer) and self.transfer.k == 1
+
     def explain(
-        self, images: Tensor, finish: Finish, *, waits: bool | None = None, finer: bool = True
+        self,
+        images: Tensor,
+        finish: Finish,
+        *,
+        waits: bool | None = None,
+        finer: bool = True,
+        rates: bool = False,
     ) -> Explained:
         """Run the forward pass, the search and the maps.
 
@@ -98,20 +110,24 @@ class Attached:
             waits: whether values may be looked at; None for not on a CUDA device, where looking
                 would wait for the device.
             finer: refine the maps, where the network says by what.
+            rates: give the log-ratios that a confidence rests on; needs ``second``.
         """
         waits = not images.is_cuda if waits is None else waits
         captured = self.network.embed(images, finer=finer)
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer(embeddings)
-            return self._finished(captured, images, embeddings, found, finish, waits)
+            return self._finished(captured, images, embeddings, found, finish, rates, waits)
 
-    def begin(self, images: Tensor, finish: Finish) -> Callable[[], Explained]:
+    def begin(
+        self, images: Tensor, finish: Finish, *, rates: bool = False
+    ) -> Callable[[], Explained]:
         """Run the forward pass and start the transfer; what is returned waits for it.
 
         Args:
             images: [B, 3, h, w], checked.
             finish: how the maps are finished.
+            rates: as for :meth:`explain`.
         """
         waits = not images.is_cuda
         captured = self.network.embed(images, finer=True)
@@ -121,7 +137,7 @@ class Attached:
 
         def finished() -> Explained:
             with torch.no_grad(), full_precision(embeddings.device):
-                return self._finished(captured, images, embeddings, found(), finish, waits)
+                return self._finished(captured, images, embeddings, found(), finish, rates, waits)
 
         return finished
 
@@ -158,17 +174,33 @@ class Attached:
         embeddings: Tensor,
         found: Transferred,
         finish: Finish,
+        rates: bool,
         waits: bool,
     ) -> Explained:
         """Make the maps of what was found, after a second look where one is wanted."""
-        ratios = None
-        if self.second is not None:
-            coarse = self._coarse(captured, embeddings, found, finish, waits)
-            found, ratios = self.second.again(
-                found, coarse, captured.activations, images, embeddings, waits=waits
-            )
+        found, ratios = self._looked_again(
+            captured, images, embeddings, found, finish, rates, waits
+        )
         out = self._maps(captured, embeddings, found, finish, waits)
         return out._replace(ratios=ratios)
+
+    def _looked_again(
+        self,
+        captured: Captured,
+        images: Tensor,
+        embeddings: Tensor,
+        found: Transferred,
+        finish: Finish,
+        rates: bool,
+        waits: bool,
+    ) -> tuple[Transferred, Tensor | None]:
+        """Return what is found after a second look, and its log-ratios; see :class:`SecondLook`."""
+        if self.second is None or not (self.second.requery or rates):
+            return found, None
+        coarse = self._coarse(captured, embeddings, found, finish, waits)
+        return self.second.again(
+            found, coarse, captured.activations, images, embeddings, rates=rates, waits=waits
+        )
 
     def _coarse(
         self,
@@ -196,11 +228,9 @@ class Attached:
                 if number:
                     embeddings = of_the_rest(tail, seen, captured.activations, images)
                 found = self.transfer(embeddings)
-                if self.second is not None:
-                    coarse = self._coarse(captured, embeddings, found, finish, waits)
-                    found, _ = self.second.again(
-                        found, coarse, captured.activations, images, embeddings, waits=waits
-                    )
+                found, _ = self._looked_again(
+                    captured, images, embeddings, found, finish, False, waits
+                )
                 seen.append(self._coarse(captured, embeddings, found, finish, waits))
                 parts.append(self._maps(captured, embeddings, found, finish, waits))
         return ObjectMaps(

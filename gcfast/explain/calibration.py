@@ -296,7 +296,7 @@ def transfer_fidelity(
             attached = explainer.attach(images=images, rates=unrated is None)
         except ValueError as error:  # the rest of the model takes no pooled activations
             unrated, attached = str(error), explainer.attach()
-        out = attached.explain(images, Finish.checked(images))
+        out = attached.explain(images, Finish.checked(images), rates=unrated is None)
         why = out.explanation(attached.transfer.labels, None)
         if out.ratios is not None:
             assert database is not None

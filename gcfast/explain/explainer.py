@@ -462,15 +462,16 @@ class Explainer:
         attached = self.attach(finish, images=images)
         if len(images) == 0:
             return attached.result(attached.empty(finish.size), details)
+        rates = details and attached.rated
         if not self._replays(images):
-            return attached.result(attached.explain(images, finish), details)
+            return attached.result(attached.explain(images, finish, rates=rates), details)
         assert self._graphs is not None
         return self._graphs.run(
             self.network.prepared(images),
-            lambda images: attached.explain(images, finish),
+            lambda images: attached.explain(images, finish, rates=rates),
             lambda out: attached.result(out.copied() if details else out.copied_maps(), details),
             owner=attached,
-            key=finish,
+            key=(finish, rates),
         )
 
     @overload
@@ -520,7 +521,7 @@ class Explainer:
                 return lambda: explained
             finish = self._finish(images, options)
             attached = self.attach(finish, images=images)
-            finished = attached.begin(images, finish)
+            finished = attached.begin(images, finish, rates=details and attached.rated)
             return lambda: attached.result(finished(), details)
 
         return overlapped(batches, begin, STREAM_DEPTH)  # type: ignore[return-value]
@@ -763,7 +764,7 @@ class Explainer:
             finish: how maps are to be finished, to be checked.
             images: [B, 3, h, w]; where a second look is wanted, the first ones are the probe of the
                 model's head.
-            rates: want log-ratios, which a calibration that has a confidence also does.
+            rates: make a second look ready, as a calibration that has a confidence also does.
 
         Raises:
             NoDatabaseError, DamagedDatabaseError, MissingExtraError, TypeError, ValueError: as
@@ -786,17 +787,12 @@ class Explainer:
                     ids=self.ids,
                 )
             attached = self._attached
-            calibration = attached.calibration
-            rates = rates or (calibration is not None and calibration.right is not None)
-            rates = rates and self.unrated is None
-            second = attached.second
-            if images is not None and len(images) and (rates or self.requery):
+            look = self.requery or rates or attached.rated
+            if look and attached.second is None and images is not None and len(images):
                 transfer = attached.transfer
                 assert isinstance(transfer, ExactTransfer)
-                if second is None or second.rates != rates:
-                    tail = self._tail(images) if second is None else second.tail
-                    second = SecondLook(tail, transfer, self.requery, rates)
-                    self._attached = attached = replace(attached, second=second)
+                second = SecondLook(self._tail(images), transfer, self.requery)
+                self._attached = attached = replace(attached, second=second)
         if finish is not None and finish.center != 0 and attached.proxies is not None:
             raise ValueError(
                 "`center` must be left out with method='proxy', whose classes are contrasted "

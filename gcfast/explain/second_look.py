@@ -31,13 +31,11 @@ class SecondLook:
         tail: the model from the layer on.
         transfer: the rows, on the model's device.
         requery: whether a class that is nearer to the hot pixels replaces the map's.
-        rates: whether the log-ratio that a confidence rests on is wanted.
     """
 
     tail: Tail
     transfer: ExactTransfer
     requery: bool
-    rates: bool
 
     def again(
         self,
@@ -47,6 +45,7 @@ class SecondLook:
         images: Tensor,
         embeddings: Tensor,
         *,
+        rates: bool,
         waits: bool,
     ) -> tuple[Transferred, Tensor | None]:
         """Compare the hot pixels with the map's class and with all others.
@@ -57,6 +56,7 @@ class SecondLook:
             activations: [B, C, H, W].
             images: [B, 3, h, w].
             embeddings: [B, D] of the whole images.
+            rates: give the log-ratios that a confidence rests on.
             waits: whether values may be looked at.
 
         Returns:
@@ -74,9 +74,9 @@ class SecondLook:
             beyond = (embeddings - table[rows.clamp(min=0)].float()).square().sum(1)
             distances = torch.where(switched, beyond, found.distances[:, 0])
             found = from_tables(distances[:, None], rows[:, None], self.transfer.tables, 1.0)
-            if self.rates and not (waits and not bool(switched.any())):
+            if rates and not (waits and not bool(switched.any())):
                 near = nearest_by_class(hot, table, labels, labels[rows.clamp(min=0)])
-        return found, near.log_ratio if self.rates else None
+        return found, near.log_ratio if rates else None
 
 
 def of_the_rest(tail: Tail, maps: list[Tensor], activations: Tensor, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gcfast
 from gcfast.database.shards import FIELDS
-from gcfast.explain import attached
+from gcfast.explain import attached, second_look
 from gcfast.explain.calibration import Calibration, Fidelity, calibrated, transfer_fidelity
 from gcfast.explain.confidence import Confidence
 from gcfast.metrics import cosine, spearman
@@ -156,6 +156,16 @@ def test_what_cannot_calibrate_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 10 images of the database's classes, got 4"):
         calibrated(few)
     assert one.explain_batch(images, details=True).confidence is None
+
+
+def test_maps_alone_take_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, images, labels = built()
+    one.calibrate(loader(images, labels))
+    wanted = one.explain_batch(images, details=True).maps
+    monkeypatch.setattr(second_look, "nearest_by_class", None)
+    assert torch.equal(one.explain_batch(images), wanted)
+    (streamed,) = one.explain_stream([images])
+    assert torch.equal(streamed, wanted)
 
 
 @pytest.mark.parametrize("storage", ["float32", "float16"])

@@ -82,7 +82,7 @@ def test_the_log_ratio_is_of_the_class_that_is_shown() -> None:
     database = one.database
     assert database is not None
     attached = one.attach(images=images, rates=True)
-    out = attached.explain(images, Finish.checked(images))
+    out = attached.explain(images, Finish.checked(images), rates=True)
     plain = gcfast.Explainer(one.network.model, database=database, channels=6)
     first = plain.explain_batch(images, details=True).neighbors[:, 0]
     assert out.ratios is not None
