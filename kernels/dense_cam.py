@@ -32,6 +32,8 @@ from gcfast.kernels.sparse_cam import (
     _resize_kernel,
     _smallest,
     _write_rows,
+    is_near,
+    laid_out,
 )
 
 BLOCK_S = 16  # sums of one image that are added at once
@@ -137,19 +139,11 @@ def launch_dense_cam(
     config: DenseCamConfig | None = None,
 ) -> Tensor:
     """See :func:`gcfast.ops.dense_cam`, which checks the arguments."""
-    if activations.ndim == 3:  # tokens [B, P, C]
-        assert grid is not None
-        B, _, C = activations.shape
-        H, W = grid
-        stride_b, stride_p, stride_c = activations.stride()
-        strides: tuple[int, ...] = (stride_b, stride_c, W * stride_p, stride_p)
-    else:
-        B, C, H, W = activations.shape
-        strides = activations.stride()
+    (B, C, H, W), strides = laid_out(activations, grid)
     OH, OW = size
     if 0 in (B, C):
         return torch.zeros((B, OH, OW), dtype=dtype, device=activations.device)
-    _, stride_c, stride_h, stride_w = strides
+    stride_h, stride_w = strides[2:]
     is_flat = H == 1 or stride_h == W * stride_w
     if W == 1 and H > 1:
         strides = (*strides[:3], stride_h)  # of a column, whose own stride says nothing
@@ -175,7 +169,7 @@ def launch_dense_cam(
             sums, extremes, activations, weights, *strides, *weights.stride(),
             C, H, W, slices, config.channels, int(relu),
             IS_FLAT=is_flat,
-            IS_NEAR=(C - 1) * stride_c + (H - 1) * stride_h + (W - 1) * stride_w < 2**31,
+            IS_NEAR=is_near((C, H, W), strides),
             IS_WHOLE=is_whole,
             BLOCK_C=config.block_c,
             BLOCK_P=config.block_p,

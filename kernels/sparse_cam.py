@@ -272,6 +272,25 @@ def _resize_kernel(
     )  # fmt: skip
 
 
+def laid_out(
+    activations: Tensor, grid: tuple[int, int] | None
+) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
+    """B, C, H, W of maps, or of tokens [B, P, C] on a grid, and the strides of each."""
+    if activations.ndim == 4:
+        B, C, H, W = activations.shape
+        return (B, C, H, W), activations.stride()
+    assert grid is not None
+    B, _, C = activations.shape
+    H, W = grid
+    stride_b, stride_p, stride_c = activations.stride()
+    return (B, C, H, W), (stride_b, stride_c, W * stride_p, stride_p)
+
+
+def is_near(sizes: tuple[int, int, int], strides: tuple[int, ...]) -> bool:
+    """Whether 32 bits hold the distance of any two of an image's activations, C, H, W of them."""
+    return sum((n - 1) * step for n, step in zip(sizes, strides[1:], strict=True)) < 2**31
+
+
 def launch_sparse_cam(
     activations: Tensor,
     neighbors: Tensor,
@@ -289,15 +308,7 @@ def launch_sparse_cam(
     config: SparseCamConfig | None = None,
 ) -> Tensor:
     """See :func:`gcfast.ops.sparse_cam`, which checks the arguments."""
-    if activations.ndim == 3:  # tokens [B, P, C]
-        assert grid is not None
-        B, _, C = activations.shape
-        H, W = grid
-        stride_b, stride_p, stride_c = activations.stride()
-        strides: tuple[int, ...] = (stride_b, stride_c, W * stride_p, stride_p)
-    else:
-        B, C, H, W = activations.shape
-        strides = activations.stride()
+    (B, C, H, W), strides = laid_out(activations, grid)
     K, (N, M), (OH, OW) = neighbors.shape[1], channels.shape, size
     if 0 in (B, K, N, M):
         return torch.zeros((B, OH, OW), dtype=dtype, device=activations.device)
@@ -313,10 +324,9 @@ def launch_sparse_cam(
         *given_mixing.stride(), given_offsets.stride(0), C, H, W, N, K, M,
     )  # fmt: skip
     choices = (0.0 if offsets is None else float(center), int(relu), NORMALIZE[normalize])
-    _, stride_c, stride_h, stride_w = strides
     low = {
         "HAS_MIXING": mixing is not None,
-        "IS_NEAR": (C - 1) * stride_c + (H - 1) * stride_h + (W - 1) * stride_w < 2**31,
+        "IS_NEAR": is_near((C, H, W), strides),
         "BLOCK_M": config.block_m,
         "BLOCK_P": config.block_p,
         "num_warps": config.num_warps,
