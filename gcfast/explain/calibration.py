@@ -33,8 +33,8 @@ from gcfast.builder.loader import batches, on_device
 from gcfast.database.manifest import CALIBRATION
 from gcfast.errors import DamagedDatabaseError
 from gcfast.explain.confidence import Confidence
+from gcfast.explain.direct.own_maps import proxy_maps
 from gcfast.explain.maps import on_images, proxies_of
-from gcfast.explain.own_maps import proxy_maps
 from gcfast.explain.result import Finish
 from gcfast.method.labels import numbers_like
 from gcfast.metrics import auroc, cosine, flat_maps, spearman

@@ -1,0 +1,1 @@
+"""An explainer without hooks, for compilers and for runtimes without Python."""
