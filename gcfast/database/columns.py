@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcfast.database.manifest import RELATIVE
 from gcfast.database.shards import MappedFile, Shard
 
 VERIFY_THREADS = 4
@@ -61,6 +62,14 @@ class Columns:
     def weight_scale(self) -> float:
         """The power of two that weights and offsets of ``shards`` are multiplied by; 1 mostly."""
         return float(self.manifest.get("weight_scale", 1.0))
+
+    @property
+    def relative(self) -> bool:
+        """Whether each row's weights are known but for a positive factor.
+
+        So are those of embeddings without their norms: a normalized map does not depend on it.
+        """
+        return bool(self.manifest.get(RELATIVE, False))
 
     @property
     def shards(self) -> list[Shard]:

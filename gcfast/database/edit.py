@@ -17,7 +17,7 @@ from torch import Tensor
 from gcfast._checks import listed
 from gcfast.database.float16 import in_storage
 from gcfast.database.ids import repeated
-from gcfast.database.manifest import CALIBRATION, require_same_rows
+from gcfast.database.manifest import CALIBRATION, RELATIVE, require_same_rows
 from gcfast.database.shards import Shard
 from gcfast.database.write import (
     CLASSES,
@@ -336,6 +336,7 @@ def _check_mergeable(one: Database, two: Database, number: int) -> None:
             ("layer", a["layer"], b["layer"]),
             *((k, v, b["settings"].get(k)) for k, v in a["settings"].items()),
             ("storage", one.storage, two.storage),
+            (RELATIVE, one.relative, two.relative),
             ("channels kept", one.m, two.m),
             ("preprocessing", *(_without_images(m.get("preprocessing")) for m in (a, b))),
             ("kind of labels", *("names" if m["class_names"] else "numbers" for m in (a, b))),

@@ -16,11 +16,14 @@ FORMAT = "gcfast-database"
 # 2: embeddings and weights may be float16; a compressed database and a stored index are described.
 # 3: the ids of a compressed database's members are packed.
 # 4: rows may keep no channels, where a file of class sums has the weights (class proxies).
+# 5: rows may have no scale of their own, and say so (embeddings without their norms).
 # A database of an older format opens as it is.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 STATE = "build.json"  # of an unfinished build
 CALIBRATION = "calibration"  # the manifest's entry for what gcfast.explain.calibration measured
+# The manifest's entry that rows are known but for a positive factor each.
+RELATIVE = "relative"
 STORAGES = ("float32", "float16")
 MANIFEST_KEYS: dict[str, type] = {
     "fingerprint": dict,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -231,6 +232,13 @@ class ExplainerBase:
                     index=self.index,
                     ids=self.ids,
                 )
+                if self._database.relative and self.k > 1:
+                    warnings.warn(
+                        f"the rows of this database have no scale of their own: with k={self.k} "
+                        "they are mixed as if all embeddings had been equally long before they "
+                        "were normalized (`norms` or `pooled` of build_from_embeddings tell)",
+                        stacklevel=3,
+                    )
             attached = self._attached
             look = self.requery or rates or attached.rated
             if look and attached.second is None and images is not None and len(images):
@@ -242,5 +250,12 @@ class ExplainerBase:
             raise ValueError(
                 "`center` must be left out with method='proxy', whose classes are contrasted "
                 f"already, got {finish.center}"
+            )
+        unscaled = finish is not None and finish.normalize is None and self.network.refine is None
+        if unscaled and attached.database.relative:
+            raise ValueError(
+                "`normalize` must be 'max' or 'minmax' with this database, whose rows were made of "
+                "embeddings without their norms and have no scale, got None: give `norms` or "
+                "`pooled` to build_from_embeddings"
             )
         return attached

@@ -9,6 +9,8 @@ from typing import Any
 
 from gcfast.builder.append import append, check_appendable
 from gcfast.builder.build import build
+from gcfast.builder.given.build import Given, build_from_embeddings
+from gcfast.builder.given.sample import MIN_COSINE
 from gcfast.builder.reread import reread
 from gcfast.database.database import Database
 from gcfast.database.manifest import CALIBRATION
@@ -80,6 +82,81 @@ class DatabaseCalls(ExplainerBase):
             resume=resume,
             overwrite=overwrite,
             storage=storage,
+        )
+        self._set_database(database)
+        return database
+
+    def build_from_embeddings(
+        self,
+        embeddings: Any,
+        labels: Any = None,
+        *,
+        sample: Any,
+        check: Any,
+        ids: Any = None,
+        norms: Any = None,
+        pooled: Any = None,
+        min_cosine: float = MIN_COSINE,
+        progress: bool = False,
+        preprocessing: dict[str, Any] | None = None,
+        out: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+        storage: str = "float32",
+    ) -> Database:
+        """Build the database from embeddings that exist already; no image of theirs is run.
+
+        For a model whose head is an affine map of the spatially averaged activations (with or
+        without L2 norm), rows follow from the embeddings, but for a positive factor each, which is
+        1 / |u|, the length of the embedding before it was normalized. Channels, their order and
+        normalized maps of one neighbor are those of :meth:`build`. Without ``norms`` and ``pooled``
+        (and where the embeddings are of unit length, so that they do not tell) the database says
+        that its rows are ``relative``: ``normalize=None`` is then refused, and k > 1 warned of.
+
+        Args:
+            embeddings: [N, D] floating point, as the model gives them or normalized; or a
+                ``faiss.Index`` of any kind that gives its vectors back, which stays as it is. What
+                it compresses is taken as it decodes it.
+            labels: [N], as the labels of a loader; or a mapping, from the index's ids where an
+                index has ids other than 0 to N - 1 (its rows are then in the order of these), from
+                ``ids`` elsewhere.
+            sample: a few hundred images [n, 3, h, w] or batches of them, of the same kind: the
+                head is found with the first, offsets are made with the mean activation of all.
+            check: (images [n, 3, h, w], rows [n]), at least two of the embedded images and their
+                rows, by number (an index's id) or by id. They are embedded and compared: nothing
+                else shows that the embeddings are this model's.
+            ids: [N] strings; None takes an index's ids, or the rows' numbers.
+            norms: [N], |u| of each image, or a multiple of it.
+            pooled: [N, C], each image's activations averaged over their places: ``norms`` and the
+                mean activation are then computed from it. ``method="gradcam++"`` and "proxy" need
+                it; the latter takes any head.
+            min_cosine: of an image of ``check`` and its row, at least. Below SAME_COSINE of
+                :mod:`gcfast.builder.given.sample` there is a warning.
+            progress: as for :meth:`build`.
+            preprocessing: as for :meth:`build`.
+            out: the folder to write the database to; None keeps it in memory.
+            overwrite: replace a gcfast database at ``out``.
+            storage: as for :meth:`build`.
+
+        Returns:
+            The database.
+
+        Raises:
+            TypeError, ValueError: columns of another kind or length; embeddings that the images of
+                ``check`` do not have, with the cosine found; another head; as :meth:`build`.
+            FileExistsError, GcfastError, OSError: as :meth:`gcfast.Database.save`.
+        """
+        database = build_from_embeddings(
+            self.network,
+            Given(embeddings, labels, ids, norms, pooled),
+            self.settings,
+            sample=sample,
+            check=check,
+            min_cosine=min_cosine,
+            preprocessing=preprocessing,
+            out=out,
+            overwrite=overwrite,
+            storage=storage,
+            progress=progress,
         )
         self._set_database(database)
         return database

@@ -1,0 +1,1 @@
+"""Build a database from embeddings that exist already, without their images."""

@@ -1,0 +1,254 @@
+"""A database from embeddings that exist already: only a few images go through the model.
+
+For the common head u = W mean(A) + b, f = u / |u|, a row's grad-weights are
+W^T (c - f <f, c>) / (|u| P), c being the mean gradient of the loss with respect to f. All of it but
+|u| and P follows from the embeddings, and these two are a positive factor of the row: its channels,
+their order and the normalized map of one neighbor do not depend on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gcfast._checks import listed, require_choice
+from gcfast.builder.build import in_memory
+from gcfast.builder.embed import Embedded
+from gcfast.builder.given.sample import Checked, Sample, checked_images, look_at
+from gcfast.builder.given.vectors import Vectors, floats, read_vectors
+from gcfast.builder.loader import listed_ids
+from gcfast.database.database import Database
+from gcfast.database.ids import repeated
+from gcfast.database.manifest import RELATIVE, STORAGES
+from gcfast.database.write import check_target
+from gcfast.method.head import AffineHead
+from gcfast.method.labels import Labels, Values, column
+from gcfast.method.proxies import directions
+from gcfast.method.settings import Settings
+from gcfast.model.network import Network
+
+UNIT_TOLERANCE = 1e-5  # of |f|: float32 is within 1e-6, float16 is not
+ROWS_AT_ONCE = 16_384
+
+
+class Given(NamedTuple):
+    """The columns of :meth:`gcfast.Explainer.build_from_embeddings`, as they came."""
+
+    embeddings: Any
+    labels: Any
+    ids: Any = None
+    norms: Any = None
+    pooled: Any = None
+
+
+def build_from_embeddings(
+    network: Network,
+    given: Given,
+    settings: Settings,
+    *,
+    sample: Any,
+    check: Any,
+    min_cosine: float,
+    preprocessing: dict[str, Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    storage: str = "float32",
+    progress: bool = False,
+) -> Database:
+    """Build a database; see :meth:`gcfast.Explainer.build_from_embeddings`."""
+    require_choice("storage", storage, STORAGES)
+    if out is not None:
+        check_target(Path(out).absolute(), overwrite=overwrite, resume=False, name="out")
+    elif overwrite:
+        raise ValueError("`overwrite` must be False without `out`, got True")
+    embedded, manifest = _embedded(network, given, settings, sample, check, min_cosine)
+    database, _ = in_memory(network, (), embedded, settings, preprocessing, progress=progress)
+    database.manifest = database.manifest | manifest
+    database = database.in_storage(storage)
+    if out is None:
+        return database
+    database.save(out, overwrite=overwrite)
+    return Database.open(out, verify=False)
+
+
+def _embedded(
+    network: Network, given: Given, settings: Settings, sample: Any, check: Any, min_cosine: float
+) -> tuple[Embedded, dict[str, Any]]:
+    """Return what stage 1 of a build gives, and what the manifest says of where it is from."""
+    if settings.method != "gradcam" and given.pooled is None:
+        raise ValueError(
+            f"`pooled` must be given for method={settings.method!r}, which needs each image's "
+            "activations averaged over space [N, C]: method='gradcam' does without"
+        )
+    vectors = read_vectors(given.embeddings)
+    ids = _ids(given.ids, vectors)
+    images, rows = _check_rows(check, ids, vectors)
+    numbers, names = _labels(given.labels, ids, vectors, settings)
+    seen = look_at(network, sample, settings)
+    N, D = vectors.table.shape
+    checked = checked_images(network, images, rows, settings, D)
+
+    lengths = vectors.table.norm(dim=1)
+    table = vectors.table
+    if settings.l2_normalize:
+        if not bool((lengths > 0).all()):
+            zero = int((lengths <= 0).nonzero()[0])
+            raise ValueError(f"`embeddings` must not be zero, got zeros in row {zero}")
+        far = (lengths - 1).abs() > UNIT_TOLERANCE
+        # Unit vectors keep their bits.
+        table = torch.where(far[:, None], torch.nn.functional.normalize(table, dim=1), table)
+    lowest = checked.compare(table, min_cosine, lengths=not settings.l2_normalize)
+
+    pooled = None if given.pooled is None else floats("pooled", given.pooled, "N C")
+    if pooled is not None:
+        _require_count("pooled", len(pooled), N)
+        checked.compare_pooled(pooled)
+    norms, absolute = _norms(given, settings, seen, checked, pooled, table, lengths)
+    mean = seen.mean_activation
+    if pooled is not None:
+        mean = (
+            torch.stack([p.double().sum(0) for p in torch.split(pooled, ROWS_AT_ONCE)]).sum(0) / N
+        )
+    embedded = Embedded(
+        embeddings=table,
+        labels=numbers,
+        ids=ids,
+        class_names=names,
+        norms=norms,
+        pixels=torch.full((N,), seen.pixels),
+        pooled=pooled if settings.method == "gradcam++" else None,
+        mean_activation=mean,
+        head=seen.head,
+        directions=directions(pooled) if settings.is_proxy and pooled is not None else None,
+    )
+    made_of = {"source": vectors.source, "checked": len(rows), "lowest_cosine": lowest}
+    manifest: dict[str, Any] = {"from_embeddings": made_of}
+    return embedded, manifest if absolute else manifest | {RELATIVE: True}
+
+
+def _norms(
+    given: Given,
+    settings: Settings,
+    seen: Sample,
+    checked: Checked,
+    pooled: Tensor | None,
+    table: Tensor,
+    lengths: Tensor,
+) -> tuple[Tensor | None, bool]:
+    """Return |u| [N] of the rows, ones where it is unknown; and whether rows have their scale."""
+    if settings.is_proxy:
+        return None, True
+    head = seen.head
+    assert head is not None
+    if pooled is not None:
+        return _of_pooled(head, pooled, table, seen.precision), seen.one_size
+    ones = torch.ones(len(table))
+    if given.norms is not None:
+        norms = floats("norms", given.norms, "N")
+        _require_count("norms", len(norms), len(table))
+        if not bool((torch.isfinite(norms) & (norms > 0)).all()):
+            raise ValueError("`norms` must be finite and positive, the length |u| of each image")
+        scale = checked.scale_of(norms, head) if head.unit else 1.0
+        if scale is None:
+            raise ValueError(
+                "`norms` must be the lengths |u| of the embeddings before they were normalized, "
+                "and those of the images of `check` are not, nor a multiple: leave them out"
+            )
+        return (norms * scale if scale != 1 else norms) if head.unit else ones, seen.one_size
+    if not head.unit:
+        return ones, seen.one_size
+    # Vectors that nobody has normalized say it themselves.
+    if bool(((lengths - 1).abs() > UNIT_TOLERANCE).any()):
+        scale = checked.scale_of(lengths, head)
+        if scale is not None:
+            return (lengths * scale if scale != 1 else lengths), seen.one_size
+    return ones, False
+
+
+def _of_pooled(head: AffineHead, pooled: Tensor, table: Tensor, precision: torch.dtype) -> Tensor:
+    """Return |u| [N] of pooled activations; ValueError where the embeddings are not theirs."""
+    norms, first = [], 0
+    for part in torch.split(pooled, ROWS_AT_ONCE):
+        rows = table[first : first + len(part)].to(head.weight.device)
+        found, agreed = head.norms_and_agreement(part.to(rows.device), rows, precision)
+        if not bool(agreed):
+            raise ValueError(
+                "`pooled` must be the activations that the embeddings were made of, and the "
+                f"model's head makes others of them in rows {first} to {first + len(part) - 1}"
+            )
+        norms.append(found.cpu())
+        first += len(part)
+    return torch.cat(norms)
+
+
+def _ids(ids: Any, vectors: Vectors) -> Sequence[str]:
+    """Return the rows' ids: those given, or an index's own, or the rows' numbers."""
+    N = len(vectors.table)
+    if ids is None:
+        numbers = range(N) if vectors.numbers is None else vectors.numbers.tolist()
+        return [str(number) for number in numbers]
+    names = ids.tolist() if hasattr(ids, "tolist") else ids
+    listed_names = listed_ids(names, len(names) if hasattr(names, "__len__") else N)
+    _require_count("ids", len(listed_names), N)
+    twice = repeated(listed_names)
+    if twice is not None:
+        raise ValueError(f"`ids` must be unique, got {twice[0]!r} twice")
+    return listed_names
+
+
+def _check_rows(check: Any, ids: Sequence[str], vectors: Vectors) -> tuple[Any, Tensor]:
+    """Return the images of ``check`` and the numbers of their rows [n]."""
+    if not isinstance(check, tuple | list) or len(check) != 2:
+        raise TypeError(
+            "`check` must be (images, rows): some images [n, 3, h, w] and which row each has, "
+            f"got {type(check).__name__}"
+        )
+    images, rows = check
+    rows = rows.tolist() if hasattr(rows, "tolist") else list(rows)
+    if rows and all(isinstance(row, str) for row in rows):
+        places = {name: place for place, name in enumerate(ids)}
+    elif all(isinstance(row, int) and not isinstance(row, bool) for row in rows):
+        known = range(len(ids)) if vectors.numbers is None else vectors.numbers.tolist()
+        places = {number: place for place, number in enumerate(known)}
+    else:
+        raise TypeError(f"`check` must name rows by number, or all by id, got {rows[:3]!r}")
+    missing = [row for row in rows if row not in places]
+    if missing:
+        raise ValueError(f"`check` must name rows that there are, got {listed(missing)}")
+    return images, torch.tensor([places[row] for row in rows], dtype=torch.int64)
+
+
+def _labels(
+    labels: Any, ids: Sequence[str], vectors: Vectors, settings: Settings
+) -> tuple[Tensor, list[str]]:
+    """Return the rows' labels [N] and the names of the classes."""
+    real = settings.objective.real_labels
+    if labels is None:
+        raise ValueError("`labels` must be given, one a row: triplets are drawn by them")
+    if isinstance(labels, Mapping):
+        keys = ids if vectors.numbers is None else vectors.numbers.tolist()
+        missing = [key for key in keys if key not in labels]
+        if missing:
+            raise ValueError(f"`labels` must have every row, and lacks {listed(missing)}")
+        labels = [labels[key] for key in keys]
+    elif vectors.numbers is not None:
+        raise ValueError(
+            "`labels` must be a mapping from the index's ids to labels for an index whose ids are "
+            "not 0 to N - 1 (a list could be in any order)"
+        )
+    listed_labels = (Values if real else Labels).listed(np.asarray(labels), len(ids))
+    known = column(real)
+    numbers = known.add(listed_labels)  # type: ignore[arg-type]
+    known.require_two()
+    return numbers, known.names
+
+
+def _require_count(name: str, got: int, wanted: int) -> None:
+    if got != wanted:
+        raise ValueError(f"`{name}` must have one for each of the {wanted} embeddings, got {got}")
