@@ -16,6 +16,7 @@ from gcfast.errors import (
     UnsupportedModelError,
 )
 from gcfast.explain.default import explain_batch, load
+from gcfast.explain.direct.gradcam import ClassMaps, GradCAM
 from gcfast.explain.explainer import Explainer
 from gcfast.explain.result import Explanation, ObjectMaps, TripletMaps
 from gcfast.method.layer_table import LayerTable, layers
@@ -35,12 +36,14 @@ __version__ = version("gcfast")
 __all__ = [
     "BEST",
     "PAPER",
+    "ClassMaps",
     "DamagedDatabaseError",
     "Database",
     "DistanceDifference",
     "Explainer",
     "Explanation",
     "GcfastError",
+    "GradCAM",
     "LayerTable",
     "MissingExtraError",
     "ModelMismatchError",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from gcfast.errors import MissingExtraError
@@ -21,3 +23,22 @@ def import_faiss(what: str) -> Any:
             "(or 'gcfast[gpu]')"
         ) from error
     return faiss
+
+
+@contextmanager
+def needs_extra(extra: str, module: str) -> Iterator[None]:
+    """Import a library inside the block that an optional module of gcfast is for.
+
+    Args:
+        extra: what installs the library.
+        module: the module of gcfast.
+
+    Raises:
+        MissingExtraError: the library is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"`{module}` needs {error.name}, which is not installed: pip install 'gcfast[{extra}]'"
+        ) from error

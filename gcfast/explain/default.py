@@ -45,12 +45,25 @@ def load(
     """
     global _default
     database = Database.open(path, verify=verify)
+    _default = stored_explainer(database, model, reshape=reshape, **settings)
+    return _default
+
+
+def stored_explainer(database: Database, model: nn.Module, **settings: Any) -> Explainer:
+    """Make the Explainer of a database, with the settings that are stored in it.
+
+    Args:
+        database: an open one.
+        model: the network that it was built with.
+        **settings: of :class:`Explainer`, instead of the stored ones.
+
+    Raises:
+        ModelMismatchError, TypeError, ValueError: as :func:`load`.
+    """
     stored = dict(database.manifest["settings"])
     if "objective" in stored:  # class proxies have none
         stored["objective"] = objective_from(stored["objective"])
-    explainer = Explainer(model, database=database, reshape=reshape, **{**stored, **settings})
-    _default = explainer
-    return explainer
+    return Explainer(model, database=database, **{**stored, **settings})
 
 
 @overload

@@ -468,10 +468,10 @@ def _vjp(network: Network, captured: Captured, output: Tensor, cotangent: Tensor
 def _half_vjp(leaf: Tensor, output: Tensor, cotangent: Tensor) -> Tensor:
     """The gradient in float32, each row scaled through float16 so that it keeps its digits."""
     cotangent = cotangent.float()
-    peaks = cotangent.abs().amax(1)
+    peaks = cotangent.abs().flatten(1).amax(1)
     scales = torch.where(peaks > 0, HALF_SCALE / peaks, 1.0)
     while True:
-        scaled = (cotangent * scales[:, None]).to(output.dtype)
+        scaled = (cotangent * scales.view(-1, *[1] * (cotangent.ndim - 1))).to(output.dtype)
         (gradient,) = torch.autograd.grad(output, leaf, scaled, retain_graph=True)
         bad = ~torch.isfinite(gradient).flatten(1).all(1)
         if not bool((bad & (scales * peaks > 1)).any()):

@@ -35,6 +35,7 @@ class Captured(NamedTuple):
     share: tuple[float, float]
     # [B, C', H', W'] of the layers that refine maps, coarse to fine, where they were asked for.
     finer: tuple[Tensor, ...] = ()
+    also: tuple[Captured, ...] = ()  # of the same pass, by other networks of the model
 
 
 class Capture:
@@ -53,11 +54,17 @@ class Capture:
         self.differentiable = differentiable
         self.replace = replace
         self.finer = finer  # of the same pass, of layers before this one
+        self.also: tuple[Capture, ...] = ()  # of the same pass, of layers anywhere
+        self.joins = False  # whether the graph may have begun at another layer
         self.clones = network.clone if clones is None else clones
         self.late: str | None = None  # one of those that had not run before this one
         self.tensor: Tensor | None = None
         self.version: int | None = None
         self.calls = 0
+
+    def all(self) -> tuple[Capture, ...]:
+        """This one and those of the same pass."""
+        return (self, *self.finer, *self.also)
 
     def take(self, output: Any) -> Any:
         """Keep the layer's output; returns what the model goes on with, None for the same."""
@@ -74,7 +81,7 @@ class Capture:
                 f"`layer` must give floating point, got {self.network.layer_name!r} with {got}"
             )
         if self.differentiable or self.replace is not None:
-            leaf = tensor.detach()
+            leaf = tensor if self.joins and tensor.requires_grad else tensor.detach()
             if self.replace is not None:
                 leaf = self.replace(leaf)
             if self.differentiable:

@@ -87,6 +87,9 @@ class Network:
         self.image_shape: tuple[int, ...] | None = None  # of the first images that came
         self.names_run = False  # whether the layer's name says so; else there may be only one
         self.argument = "layer"  # what messages call it
+        self.min_places = 2  # H W of the layer's output
+        # Whether the model gives scores, [B, D] or one for each pixel as well, not embeddings.
+        self.scores = False
         self.refine = refine
         # A network each, of the same model; None until the first pass that asks for them.
         self.finer: tuple[Network, ...] | None = () if refine is None else None
@@ -202,23 +205,25 @@ class Network:
         *,
         replace: Callable[[Tensor], Tensor] | None = None,
         finer: bool = False,
+        also: tuple[Network, ...] = (),
     ) -> Iterator[Captured]:
         """A forward pass whose graph begins at the layer, so that no gradient enters the backbone.
 
         ``replace`` may put another activation in the place of the layer's output; ``finer`` is as
-        for :meth:`embed`.
+        for :meth:`embed`. ``also`` are networks of the same model whose layers are captured too;
+        the graph then begins at the first of the layers to run.
         """
         if finer and self.finer is None:
             self._find_finer(images[:1])
         with torch.inference_mode(False):
             images = images.clone() if images.is_inference() else images
             with torch.set_grad_enabled(self.switches_grad):
-                capture, output = self._run(images, True, replace, finer)
+                capture, output = self._run(images, True, replace, finer, also)
             if not output.requires_grad and not self.switches_grad:
                 # A no_grad block in the model that ended behind the layer has set the mode back to
                 # ours. Under enable_grad it works; the layers before are in a graph for nothing.
                 with torch.enable_grad():
-                    capture, output = self._run(images, True, replace, finer)
+                    capture, output = self._run(images, True, replace, finer, also)
                 self.switches_grad = output.requires_grad
             with torch.enable_grad():
                 captured = self._captured(capture, output, images)
@@ -249,6 +254,7 @@ class Network:
         differentiable: bool,
         replace: Callable[[Tensor], Tensor] | None = None,
         finer: bool = False,
+        also: tuple[Network, ...] = (),
     ) -> tuple[Capture, Tensor]:
         with evaluating(self.model):
             if self.image_shape is None:
@@ -257,15 +263,16 @@ class Network:
                 self._resolve(images)
             layers = (self.finer or ()) if finer else ()
             with ExitStack() as hooks:
-                for network in (self, *layers):
+                for network in (self, *layers, *also):
                     hooks.enter_context(network._hooked())
+                options = differentiable, replace, layers, also
                 try:
-                    return self._forward(self.prepared(images), differentiable, replace, layers)
+                    return self._forward(self.prepared(images), *options)
                 except RuntimeError as error:
                     words = str(error)
                     if not self.channels_last or not any(w in words for w in LAYOUT_WORDS):
                         raise
-                result = self._forward(images.contiguous(), differentiable, replace, layers)
+                result = self._forward(images.contiguous(), *options)
                 self.channels_last = False  # remembered only now that the other layout has worked
                 return result
 
@@ -306,6 +313,7 @@ class Network:
         differentiable: bool,
         replace: Callable[[Tensor], Tensor] | None,
         layers: tuple[Network, ...],
+        also: tuple[Network, ...],
     ) -> tuple[Capture, Tensor]:
         finer = tuple(
             # A pass with a graph does not learn whether it is overwritten.
@@ -313,6 +321,9 @@ class Network:
             for network in layers
         )
         capture = Capture(self, differentiable=differentiable, replace=replace, finer=finer)
+        capture.also = tuple(Capture(network, differentiable=True) for network in also)
+        for one in (capture, *capture.also):
+            one.joins = bool(also)
         token = current_capture.set(capture)
         grad_enabled = torch.is_grad_enabled()
         try:
@@ -320,7 +331,7 @@ class Network:
         finally:
             torch.set_grad_enabled(grad_enabled)
             current_capture.reset(token)
-        for one in (capture, *finer):
+        for one in (capture, *finer, *capture.also):
             one.network.check_runs(one.calls)
         if capture.late is not None:
             raise ValueError(
@@ -370,7 +381,11 @@ class Network:
                         f"`reshape` must return a tensor [B, C, H, W], got {type(tensor).__name__}"
                     )
                 got = f"{list(tensor.shape)} after `reshape`"
-        if tensor is None or tensor.ndim != 4 or tensor.shape[2] * tensor.shape[3] <= 1:
+        if (
+            tensor is None
+            or tensor.ndim != 4
+            or tensor.shape[2] * tensor.shape[3] < self.min_places
+        ):
             raise ValueError(
                 f"`{self.argument}` must have a spatial output [B, C, H, W] with H*W > 1, got "
                 f"{self.layer_name!r} with {got}; tokens need `reshape` (see gcfast.TokenGrid), "
@@ -382,7 +397,8 @@ class Network:
             one.network._captured(one, output, images).activations for one in capture.finer
         )
         check_finer(self, tensor, share, [one.network for one in capture.finer], finer, size)
-        return Captured(output, tensor, leaf, size, share, finer)
+        also = tuple(one.network._captured(one, output, images) for one in capture.also)
+        return Captured(output, tensor, leaf, size, share, finer, also)
 
     def _lay_out(self, tensor: Tensor, images: Tensor) -> None:
         """Find the layout of the layer's output, by a pass of one image where tokens need it."""
@@ -430,7 +446,10 @@ class Network:
         return shapes[min(self.layer_run, len(shapes)) - 1], strides
 
     def embedding(self, output: Any, count: int) -> Tensor:
-        """The [B, D] embedding in what the model returned; [B, D, 1, 1] is flattened."""
+        """The [B, D] embedding in what the model returned; [B, D, 1, 1] is flattened.
+
+        Of a model that gives ``scores`` they may have further dimensions.
+        """
         if self.output_key is not None:
             output = _part(output, self.output_key, count)
         if not isinstance(output, Tensor):
@@ -438,14 +457,17 @@ class Network:
                 f"`model` must return a tensor [B, D], got {type(output).__name__}; choose one of "
                 f"its parts with `output_key`: {_keys(output, count)}"
             )
-        if not _is_embedding(output, count):
+        one_each = _is_embedding(output, count)
+        dense = self.scores and output.ndim > 2 and output.shape[0] == count and not one_each
+        if not one_each and not dense:
+            what = "scores" if self.scores else "embeddings"
             raise ValueError(
-                f"`model` must return embeddings of shape [B, D] with B = {count}, "
+                f"`model` must return {what} of shape [B, D] with B = {count}, "
                 f"got {list(output.shape)}"
             )
         if not output.is_floating_point():
             raise TypeError(f"`model` must return floating point, got {output.dtype}")
-        if output.ndim == 2:
+        if output.ndim == 2 or dense:
             return output
         # The graph of a differentiable pass goes on through the view, though its block has ended.
         with torch.set_grad_enabled(output.requires_grad):
@@ -473,7 +495,7 @@ class Network:
         capture = current_capture.get()
         if capture is None:
             return None  # another thread's own use of the model
-        own = next((one for one in (capture, *capture.finer) if one.network is self), None)
+        own = next((one for one in capture.all() if one.network is self), None)
         return None if own is None else own.take(output)
 
     def _resolve(self, images: Tensor) -> None:

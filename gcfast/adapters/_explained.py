@@ -1,0 +1,71 @@
+"""What the front ends for embeddings share: an Explainer, and maps at the layer's resolution."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gcfast import Database, Explainer, ops
+from gcfast.explain.default import stored_explainer
+from gcfast.explain.maps import Explained, explained
+from gcfast.explain.result import Finish
+from gcfast.method.head import normalized
+from gcfast.ops.precision import full_precision
+
+
+def explainer_of(
+    database: Database | str | os.PathLike[str], model: nn.Module, **settings: Any
+) -> Explainer:
+    """Return the Explainer of an open database or of its path, with the stored settings.
+
+    Raises:
+        TypeError, ValueError, GcfastError: as :func:`gcfast.load`.
+    """
+    if isinstance(database, str | os.PathLike):
+        database = Database.open(database)
+    if not isinstance(database, Database):
+        raise TypeError(
+            f"`database` must be a gcfast.Database or a path, got {type(database).__name__}"
+        )
+    return stored_explainer(database, model, **settings)
+
+
+def layer_maps(
+    explainer: Explainer, activations: Tensor, output: Tensor, *, relu: bool, center: float = 0.0
+) -> Explained:
+    """Make maps at the layer's own resolution from what a forward pass gave, not normalized.
+
+    The weights of an image are scaled so that the largest is 1: they are as small as the gradients
+    of the loss, and an epsilon of the peers would show. Class proxies are as they are.
+
+    Args:
+        explainer: with a database.
+        activations: [B, C, H, W].
+        output: [B, D], the model's own.
+        relu: keep what is positive.
+        center: as in :class:`gcfast.explain.result.MapOptions`.
+    """
+    size = (activations.shape[2], activations.shape[3])
+    finish = Finish(size, None, relu, center)
+    attached = explainer.attach(finish)
+    with torch.no_grad(), full_precision(activations.device):
+        embeddings = normalized(output, explainer.settings.l2_normalize)
+        found = attached.transfer(embeddings)
+        cam: Any = ops.sparse_cam if attached.proxies is None else ops.dense_cam
+        out = explained(
+            activations,
+            embeddings,
+            found,
+            finish,
+            cam=cam,
+            marks=False,
+            proxies=attached.proxies,
+        )
+        if attached.proxies is None:
+            largest = found.weights[found.rows.clamp(min=0)].float().abs().amax((1, 2))
+            scale = torch.where(largest > 0, largest, 1.0)
+            out = out._replace(maps=out.maps / scale[:, None, None])
+        return out
