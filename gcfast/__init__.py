@@ -18,7 +18,7 @@ from gcfast.errors import (
 from gcfast.explain.default import explain_batch, load
 from gcfast.explain.direct.gradcam import ClassMaps, GradCAM
 from gcfast.explain.explainer import Explainer
-from gcfast.explain.result import Explanation, ObjectMaps, TripletMaps
+from gcfast.explain.result import Explanation, ObjectMaps, PairMaps, TripletMaps
 from gcfast.method.layer_table import LayerTable, layers
 from gcfast.method.objectives import (
     DistanceDifference,
@@ -51,6 +51,7 @@ __all__ = [
     "ObjectMaps",
     "Objective",
     "PairDistance",
+    "PairMaps",
     "Partners",
     "RankLoss",
     "TokenGrid",

@@ -13,17 +13,16 @@ from gcfast._checks import require_int
 from gcfast.database.manifest import CALIBRATION
 from gcfast.explain.builds import DatabaseCalls
 from gcfast.explain.calibration import Fidelity, calibrated, transfer_fidelity
-from gcfast.explain.direct.own_maps import labelled_maps, proxy_maps, triplet_maps
+from gcfast.explain.direct.calls import DirectCalls
 from gcfast.explain.exported.module import ExportedExplainer
-from gcfast.explain.result import Explanation, MapOptions, ObjectMaps, TripletMaps
+from gcfast.explain.result import Explanation, MapOptions, ObjectMaps
 from gcfast.explain.stream import overlapped
-from gcfast.method.labels import numbers_like
 from gcfast.search.transfer import ExactTransfer
 
 STREAM_DEPTH = 1  # batches that wait for their transfer while the next one is in the model
 
 
-class Explainer(DatabaseCalls):
+class Explainer(DatabaseCalls, DirectCalls):
     """Explain the embeddings of one network.
 
     Args:
@@ -227,76 +226,6 @@ class Explainer(DatabaseCalls):
         second = attached.second
         tail = self._tail(images) if second is None else second.tail
         return attached.objects(images, finish, count, tail)
-
-    def explain_labelled(
-        self, images: Tensor, labels: Any, **options: Unpack[MapOptions]
-    ) -> Tensor:
-        """Return maps from the images' own triplets against the database, which transfer estimates.
-
-        With ``method="proxy"`` the proxies of the given labels make them, whatever is nearest.
-
-        Args:
-            images: as for :meth:`explain_batch`.
-            labels: [B] whole numbers or names, of the database's classes; real numbers for a
-                ``RankLoss``.
-            **options: as for :meth:`explain_batch`.
-
-        Returns:
-            [B, OH, OW] float32; zeros for a label that no row of the database has.
-
-        Raises:
-            NoDatabaseError, TypeError, ValueError: as :meth:`explain_batch`, and for labels that
-                the database does not know; an objective over the other kind of labels than the
-                database has.
-
-        Source: paper, section 3.2 and its Figure 3.
-        """
-        images = self.network.checked("images", images)
-        finish = self._finish(images, options)
-        attached = self.attach(finish)
-        database = attached.database
-        if attached.proxies is not None:
-            names, rows = database.class_names, database.labels
-            numbers = numbers_like(rows, names, labels, len(images), real_labels=False)
-            return proxy_maps(self.network, attached.proxies, images, numbers, finish)
-        return labelled_maps(self.network, self.settings, database, images, labels, finish)
-
-    def explain_triplet(
-        self, anchor: Tensor, positive: Tensor, negative: Tensor, **options: Unpack[MapOptions]
-    ) -> TripletMaps:
-        """Return maps of given triplets: Grad-CAM on the objective itself, no database needed.
-
-        The hinge of a triplet that is solved already has no gradient; it is ignored with
-        ``on_no_triplet="hardest"``, and with "skip" the maps of such a triplet are zeros.
-
-        Args:
-            anchor: [B, 3, h, w], as for :meth:`explain_batch`.
-            positive: [B, 3, h, w], of the anchors' labels.
-            negative: [B, 3, h, w], of other labels.
-            **options: as for :meth:`explain_batch`; ``center`` other than 0 needs a database.
-
-        Returns:
-            Maps of the anchors, positives and negatives, [B, OH, OW] float32 each.
-
-        Raises:
-            NoDatabaseError: ``center`` without a database.
-            TypeError, ValueError: as :meth:`explain_batch`; ``method="proxy"``.
-
-        Source: paper, section 3.1.
-        """
-        if self.settings.is_proxy:
-            raise ValueError(
-                "`method` must be 'gradcam' or 'gradcam++' to explain a triplet, got 'proxy', "
-                "which has no gradient: explain_labelled shows what speaks for a class"
-            )
-        self._finish(torch.empty(0, 3, 1, 1), options)
-        return triplet_maps(
-            self.network,
-            self.settings,
-            (anchor, positive, negative),
-            lambda: self.attach().database.mean_activation,
-            options,
-        )
 
     def export(self, *, details: bool = False, **options: Unpack[MapOptions]) -> ExportedExplainer:
         """Return the explainer as one module without hooks, for torch.compile and torch.export.

@@ -61,6 +61,37 @@ class ObjectMaps(NamedTuple):
     labels: Tensor  # [B, objects] int64, of those rows
 
 
+class PairMaps(NamedTuple):
+    """What makes pairs of images close, on either one; all on the images' device, in float32.
+
+    ``similarity`` is the cosine s = f_query · f_match of two unit vectors. Each of ``query_parts``
+    and ``match_parts`` splits it over the places of one image, and sums to it; with ``unlike``,
+    to the cosine less the product of the image with that.
+
+    ``query_rest`` and ``match_rest`` are what cannot be attributed to a place. It is spread evenly
+    over the places, and contained in the parts:
+
+    - 0 for a head that is linear but for its norms, pooling of any power included;
+    - the share of the bias for an affine one, which each place has anyway: then a part is exactly
+      the share of the place's own embedding;
+    - for any other (a hidden nonlinearity, attention, a class token, which is no place) whatever a
+      linear model of the head at this image, its norms held fast, leaves out. Where it is most of
+      the similarity, the parts say little: look at it.
+    """
+
+    query: Tensor  # [B, OH, OW]
+    match: Tensor  # [B, OH, OW]
+    similarity: Tensor  # [B], the cosine of the two embeddings
+    query_parts: Tensor  # [B, H, W], at the layer's resolution, signed
+    match_parts: Tensor  # [B, H', W']
+    query_rest: Tensor  # [B]
+    match_rest: Tensor  # [B]
+    # [B, H, W, H', W'], where it was asked for: the share of each place of the one with each place
+    # of the other. It sums to the similarity; over the places of the match, to its parts at the
+    # query, without `unlike`.
+    correspondence: Tensor | None = None
+
+
 class MapOptions(TypedDict, total=False):
     """How maps are made: keywords of :meth:`gcfast.Explainer.explain_batch` and its siblings.
 

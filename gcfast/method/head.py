@@ -147,7 +147,7 @@ def vjp_grad_weights(
     def triplet_weights(part: Cotangents) -> Tensor:
         total = torch.zeros(activations.shape[:2], device=activations.device)
         for t in range(part.values.shape[1]):
-            gradient = _vjp(network, captured, embeddings, part.values[:, t])
+            gradient = vjp(network, captured, embeddings, part.values[:, t])
             weights = ops.grad_weights(
                 gradient[:, None], part.valid[:, t : t + 1], activations=activations, method=method
             )
@@ -176,7 +176,7 @@ def probe(network: Network, images: Tensor, l2_normalize: bool) -> AffineHead | 
         precision = captured.output.dtype
         embeddings = normalized(captured.output, l2_normalize)
         cotangent = torch.randn(embeddings.shape, generator=generator).to(embeddings)
-        gradient = _vjp(network, captured, embeddings, cotangent).float()
+        gradient = vjp(network, captured, embeddings, cotangent).float()
         embeddings = embeddings.detach()
         pooled = captured.activations.detach().float().mean((2, 3))
     tolerance = TOLERANCES[precision]
@@ -343,7 +343,7 @@ def _from_jacobian(twin: Network, images: Tensor) -> AffineHead | None:
             t = along * (v @ v) / across
             cotangent = torch.zeros_like(at)
             cotangent[1] = v / along - across * first / along.square()
-            slope = _vjp(twin, captured, output, cotangent)[1].sum((1, 2))
+            slope = vjp(twin, captured, output, cotangent)[1].sum((1, 2))
             r = (t * (v @ jacobian) - t.square() * slope) / (v @ v)
             jacobian = jacobian + first[:, None] * r
         bias = at[0] - jacobian @ pooled[0]
@@ -399,7 +399,7 @@ def _jacobian(twin: Network, captured: Captured, output: Tensor) -> Tensor:
                 )
             first = twin.arranged(gradients[:, 0], captured.image_size)
         except RuntimeError:  # an operation that takes no batch of gradients
-            first = torch.stack([_vjp(twin, captured, output, c)[0] for c in cotangents])
+            first = torch.stack([vjp(twin, captured, output, c)[0] for c in cotangents])
         parts.append(first.sum((2, 3)))
     return torch.cat(parts)
 
@@ -447,7 +447,7 @@ def _double_behind_the_layer(twin: Network, image: Tensor) -> None:
             return
 
 
-def _vjp(network: Network, captured: Captured, output: Tensor, cotangent: Tensor) -> Tensor:
+def vjp(network: Network, captured: Captured, output: Tensor, cotangent: Tensor) -> Tensor:
     """The cotangent [B, D] pulled back to the layer, [B, C, H, W]."""
     assert captured.leaf is not None
     if captured.leaf.dtype == torch.float16:

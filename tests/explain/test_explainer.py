@@ -395,6 +395,8 @@ def test_the_model_is_untouched(head: str, training: bool) -> None:
     one.explain_batch(images)
     one.explain_labelled(images, labels)
     one.explain_triplet(images[:2], images[2:4], images[4:])
+    one.explain_toward(images, torch.ones(DIM))
+    one.explain_pair(images[:3], images[3:], correspondence=True)
     with pytest.raises(RuntimeError):
         one.explain_batch(torch.randn(2, 5, 8, 8))
     assert set(vars(model)) == names
@@ -423,6 +425,8 @@ def test_everything_works_under_inference_mode(make: Any) -> None:
             explainer.explain_batch(x),
             explainer.explain_labelled(x, labels),
             *explainer.explain_triplet(x[:2], x[2:4], x[4:]),
+            explainer.explain_toward(x, torch.ones(DIM)),
+            *explainer.explain_pair(x[:3], x[3:], correspondence=True),
         ]
 
     wanted = run(plain)

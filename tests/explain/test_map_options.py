@@ -8,7 +8,7 @@ from typing import Any, get_overloads
 
 import pytest
 import torch
-from networks import common, loader, pictures
+from networks import DIM, common, loader, pictures
 
 import gcfast
 from gcfast.explain.result import Finish, MapOptions
@@ -26,6 +26,8 @@ ARGUMENTS: dict[str, Callable[[torch.Tensor], tuple[Any, ...]]] = {
     "explain_stream": lambda images: ([images],),
     "explain_labelled": lambda images: (images, [0, 1]),
     "explain_triplet": lambda images: (images, images, images),
+    "explain_toward": lambda images: (images, torch.ones(DIM)),
+    "explain_pair": lambda images: (images, images),
     "export": lambda _: (),
 }
 

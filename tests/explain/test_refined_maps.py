@@ -21,6 +21,14 @@ METHODS = {
     "triplet": lambda one, images, options: one.explain_triplet(
         images, images.roll(1, 0), images.roll(2, 0), **options
     ).positive.roll(-1, 0),
+    "toward": lambda one, images, options: one.explain_toward(
+        images, torch.linspace(-1, 1, DIM), **options
+    ),
+    "pair": lambda one, images, options: (
+        one.explain_pair(
+            images.roll(1, 0), images, unlike=images.roll(2, 0), spread_rest=True, **options
+        ).match
+    ),
 }
 
 

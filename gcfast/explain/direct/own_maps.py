@@ -80,7 +80,7 @@ def labelled_maps(
             for part in signed_parts(source, anchors, settings)
         )
         weights = vjp_grad_weights(captured, embeddings, parts, settings.method, network)
-    return _maps(
+    return weighted_maps(
         captured, weights, settings, finish, database.mean_activation if finish.center else None
     )
 
@@ -168,14 +168,19 @@ def triplet_maps(
         for one, own, cotangent, finish in zip(
             captured, embeddings, cotangents, finishes, strict=True
         ):
-            valid = cotangent.new_ones((len(cotangent), 1), dtype=torch.bool)
-            part = Cotangents(settings.sign * cotangent[:, None], valid, valid[:, 0].long())
-            weights = vjp_grad_weights(one, own, [part], settings.method, network)
-            maps.append(_maps(one, weights, settings, finish, mean))
+            parts = [one_each(settings.sign * cotangent)]
+            weights = vjp_grad_weights(one, own, parts, settings.method, network)
+            maps.append(weighted_maps(one, weights, settings, finish, mean))
     return TripletMaps(*maps)
 
 
-def _maps(
+def one_each(cotangents: Tensor) -> Cotangents:
+    """One cotangent [B, D] for each image, with its sign, as the grad-weights take it."""
+    valid = cotangents.new_ones((len(cotangents), 1), dtype=torch.bool)
+    return Cotangents(cotangents[:, None], valid, valid[:, 0].long())
+
+
+def weighted_maps(
     captured: Captured,
     weights: Tensor,
     settings: Settings,
@@ -184,7 +189,7 @@ def _maps(
 ) -> Tensor:
     """Maps from weights [B, C] of the images themselves."""
     B, C = weights.shape
-    m = C if settings.channels == "all" else settings.channels
+    m = C if settings.channels == "all" or settings.is_proxy else settings.channels
     if m > C:
         raise ValueError(f"`channels` must be at most the layer's C = {C}, got {m}")
     channels, kept = ops.top_m(weights, m)
