@@ -210,25 +210,44 @@ class Rows:
         if table.filled:
             yield table.take(self.embedded)
 
-    def anchors(self, start: int, stop: int) -> Anchors:
-        """Return the images start to stop as anchors."""
+    def anchors(self, images: slice | Tensor) -> Anchors:
+        """Return images, by a range or by their numbers [n], as anchors."""
         where = self.source.embeddings.device
+        numbers = images if isinstance(images, Tensor) else torch.arange(images.start, images.stop)
         return Anchors(
-            self.embedded.embeddings[start:stop].to(where),
-            self.embedded.labels[start:stop].to(where),
-            torch.arange(self.first + start, self.first + stop, device=where),
+            self.embedded.embeddings[images].to(where),
+            self.embedded.labels[images].to(where),
+            (self.first + numbers).to(where),
         )
+
+    def of(self, images: Tensor) -> Columns:
+        """Return rows of any images, by the closed form.
+
+        They are those that :meth:`made` gives, but for the rounding of matrix products of another
+        size.
+
+        Args:
+            images: [n] int64, numbers of images.
+
+        Returns:
+            On the CPU: found, finite, exact [n] bool, counts [n] int64, channels [n, M] int64,
+            values [n, M] float32.
+        """
+        parts = list(signed_parts(self.source, self.anchors(images), self.settings))
+        weights = self._weights(iter(part.to(self.device) for part in parts), images)
+        return {name: column.cpu() for name, column in self._columns(weights, parts[0]).items()}
 
     def parts(
         self, start: int, stop: int, device: torch.device, seen: list[Cotangents]
     ) -> Iterator[Cotangents]:
         """Yield the signed cotangents of these images; the first part is also put in ``seen``."""
         drawn = None if self.settings.triplets == "all" else self.drawn(start, stop)
-        for part in signed_parts(self.source, self.anchors(start, stop), self.settings, drawn):
+        anchors = self.anchors(slice(start, stop))
+        for part in signed_parts(self.source, anchors, self.settings, drawn):
             # It tells which rows have a triplet: later ones only add to rows that have some.
             if not seen:
                 seen.append(part)
-            yield part._replace(values=part.values.to(device), valid=part.valid.to(device))
+            yield part.to(device)
 
     def drawn(self, start: int, stop: int) -> Triplets:
         """Return the triplets of these images, drawn together with those of images to come."""
@@ -237,7 +256,7 @@ class Rows:
         if self._drawn is None or not self._drawn[0] <= start <= stop <= self._drawn[1]:
             end = max(stop, start + self.source.anchors_at_once(triplets))
             end = min(end, len(self.embedded.ids))
-            anchors = self.anchors(start, end)
+            anchors = self.anchors(slice(start, end))
             drawn = self.source.drawn(anchors, triplets, self.settings.seed)
             self._drawn = (start, end, drawn)
         first, _, drawn = self._drawn
@@ -245,23 +264,28 @@ class Rows:
 
     def _closed_form(self) -> Iterator[tuple[int, int, Tensor, Cotangents]]:
         """Yield (first image, image after the last, weights [B, C], first part of cotangents)."""
+        N = len(self.embedded.ids)
+        for start in range(self.start - self.start % ROWS_AT_ONCE, N, ROWS_AT_ONCE):
+            stop = min(N, start + ROWS_AT_ONCE)
+            seen: list[Cotangents] = []
+            parts = self.parts(start, stop, self.device, seen)
+            weights = self._weights(parts, slice(start, stop))
+            yield start, stop, weights, seen[0]
+
+    def _weights(self, parts: Iterator[Cotangents], images: slice | Tensor) -> Tensor:
+        """Return the grad-weights [n, C] of images by the closed form, from their cotangents."""
         embedded, device = self.embedded, self.device
         assert embedded.head is not None
         assert embedded.norms is not None
         assert embedded.pixels is not None
-        N = len(embedded.ids)
-        for start in range(self.start - self.start % ROWS_AT_ONCE, N, ROWS_AT_ONCE):
-            stop = min(N, start + ROWS_AT_ONCE)
-            seen: list[Cotangents] = []
-            weights = embedded.head.grad_weights(
-                self.parts(start, stop, device, seen),
-                self.settings.method,
-                embeddings=embedded.embeddings[start:stop].to(device),
-                norms=embedded.norms[start:stop].to(device),
-                pixels=embedded.pixels[start:stop].to(device),
-                pooled=None if embedded.pooled is None else embedded.pooled[start:stop].to(device),
-            )
-            yield start, stop, weights, seen[0]
+        return embedded.head.grad_weights(
+            parts,
+            self.settings.method,
+            embeddings=embedded.embeddings[images].to(device),
+            norms=embedded.norms[images].to(device),
+            pixels=embedded.pixels[images].to(device),
+            pooled=None if embedded.pooled is None else embedded.pooled[images].to(device),
+        )
 
     def _second_pass(self, loader: Iterable[Any]) -> Iterator[tuple[int, int, Tensor, Cotangents]]:
         """Yield the same by autograd: the loader once more, checked to give the same images."""
@@ -309,7 +333,7 @@ class Rows:
                 "there; take another layer (gcfast.layers lists them) or the model in float32"
             ) from None
         channels, values = columns["channels"][found], columns["values"][found]
-        offsets = (values * self.embedded.mean_activation[channels]).sum(1).float()
+        offsets = self.offsets(channels, values)
         images = found.nonzero().flatten() + start
         # Rows that exist are computed once more with their neighbours and dropped: a matrix product
         # of other sizes may round otherwise.
@@ -318,6 +342,10 @@ class Rows:
         yield from self._put(
             table, [c[skip:] for c in (images, channels, values, offsets, *counted)]
         )
+
+    def offsets(self, channels: Tensor, values: Tensor) -> Tensor:
+        """Return the mean responses [n] float32 of rows' channels and weights [n, M]."""
+        return (values * self.embedded.mean_activation[channels]).sum(1).float()
 
     def _put(self, table: RowTable, columns: list[Tensor]) -> Iterator[Made]:
         """Put rows into the table, and yield it when it is full."""
@@ -331,7 +359,7 @@ class Rows:
         """Refuse to list more pairs than anyone would wait for."""
         N, D = self.embedded.embeddings.shape
         pairs = sum(
-            int(self.source.count(self.anchors(start, min(N, start + ROWS_AT_ONCE))).sum())
+            int(self.source.count(self.anchors(slice(start, min(N, start + ROWS_AT_ONCE)))).sum())
             for start in range(0, N, ROWS_AT_ONCE)
         )
         cost = pairs * D * len(self.embedded.mean_activation)

@@ -150,7 +150,7 @@ class Attached:
             embeddings=maps.new_zeros((0, self.database.dim)),
             neighbors=ids,
             distances=maps.new_zeros(ids.shape),
-            labels=ids.to(self.database.shards[0].labels.dtype),
+            labels=ids.to(self.database.labels.dtype),
             ratios=maps.new_zeros(0) if isinstance(self.transfer, ExactTransfer) else None,
         )
 

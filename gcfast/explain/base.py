@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gcfast._checks import require_int
+from gcfast.builder.given.on_demand import OnDemandDatabase
 from gcfast.database.database import Database
 from gcfast.errors import NoDatabaseError
 from gcfast.explain.attached import Attached, check_database
@@ -177,6 +178,12 @@ class ExplainerBase:
 
     def _replays(self, images: Tensor) -> bool:
         """Whether a CUDA graph may stand for the forward pass and the maps."""
+        if self._graphs is not None and isinstance(self._database, OnDemandDatabase):
+            if self._graphs.auto:
+                return False
+            raise ValueError(
+                "`cuda_graphs` must not be True for rows on demand, which the host makes, got True"
+            )
         if self._graphs is None or images.is_cuda:
             return self._graphs is not None
         if self._graphs.auto:

@@ -97,6 +97,7 @@ class DatabaseCalls(ExplainerBase):
         norms: Any = None,
         pooled: Any = None,
         min_cosine: float = MIN_COSINE,
+        rows: str = "all",
         progress: bool = False,
         preprocessing: dict[str, Any] | None = None,
         out: str | os.PathLike[str] | None = None,
@@ -131,6 +132,10 @@ class DatabaseCalls(ExplainerBase):
                 it; the latter takes any head.
             min_cosine: of an image of ``check`` and its row, at least. Below SAME_COSINE of
                 :mod:`gcfast.builder.given.sample` there is a warning.
+            rows: "all" makes every row now. "on-demand" makes none: a row is made when an image's
+                search first finds it, and kept; it is the one that "all" makes, but for rounding.
+                Whatever needs all rows makes them (``save``, ``compress``, a column of the
+                database). In memory alone, without CUDA graphs and export.
             progress: as for :meth:`build`.
             preprocessing: as for :meth:`build`.
             out: the folder to write the database to; None keeps it in memory.
@@ -156,6 +161,7 @@ class DatabaseCalls(ExplainerBase):
             out=out,
             overwrite=overwrite,
             storage=storage,
+            rows=rows,
             progress=progress,
         )
         self._set_database(database)

@@ -255,6 +255,11 @@ class Explainer(DatabaseCalls, DirectCalls):
         attached = self.attach(finish)
         transfer = attached.transfer
         assert isinstance(transfer, ExactTransfer)
+        if transfer.on_demand is not None:
+            raise ValueError(
+                "`rows` of the database must be 'all' to be exported, got 'on-demand': save it, "
+                "which makes all, and open it"
+            )
         finer = self.network.finer
         if finer is None or any(network.clone is None for network in finer):
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from gcfast.method.tail import Tail, pooled_by
 from gcfast.search.classes import nearest_by_class
 from gcfast.search.transfer import ExactTransfer
-from gcfast.search.transferred import Transferred, from_tables
+from gcfast.search.transferred import Transferred
 
 HOT = 2  # the power of a map that pixels are weighed by
 COLD = 4  # the power of 1 - map, for what else there is
@@ -73,7 +73,7 @@ class SecondLook:
             rows = torch.where(switched, near.other_row, rows)
             beyond = (embeddings - table[rows.clamp(min=0)].float()).square().sum(1)
             distances = torch.where(switched, beyond, found.distances[:, 0])
-            found = from_tables(distances[:, None], rows[:, None], self.transfer.tables, 1.0)
+            found = self.transfer.lent(distances[:, None], rows[:, None])
             if rates and not (waits and not bool(switched.any())):
                 near = nearest_by_class(hot, table, labels, labels[rows.clamp(min=0)])
         return found, near.log_ratio if rates else None

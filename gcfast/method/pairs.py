@@ -33,6 +33,10 @@ class Cotangents(NamedTuple):
     counts: Tensor  # [B] int64: valid pairs found, all of them
     exact: Tensor | None = None  # [B] bool: the count is no estimate; None where none is
 
+    def to(self, device: torch.device) -> Cotangents:
+        """Return the gradients on a device; the counts stay where they are."""
+        return self._replace(values=self.values.to(device), valid=self.valid.to(device))
+
 
 class PairSource:
     """The valid pairs of any anchor: how many, T drawn from them, or all in order.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gcfast._extras import import_faiss
+from gcfast.builder.given.on_demand import OnDemandDatabase
 from gcfast.database.database import Database
 from gcfast.database.shards import Shard
 from gcfast.errors import GcfastError
@@ -71,11 +72,13 @@ class ExactTransfer:
 
     def __init__(self, database: Database, device: torch.device, k: int) -> None:
         self.k = k
+        self.on_demand = database if isinstance(database, OnDemandDatabase) else None
+        rows = database if self.on_demand is None else self.on_demand.so_far
         self.tables = Tables(
-            channels=database.channels.to(device),
-            weights=database.weights.to(device),
-            offsets=database.offsets.to(device),
-            labels=database.labels.to(device),
+            channels=rows.channels.to(device),
+            weights=rows.weights.to(device),
+            offsets=rows.offsets.to(device),
+            labels=rows.labels.to(device),
         )
         self.labels: Tensor | None = self.tables.labels
         table = database.embeddings.to(device)
@@ -85,6 +88,15 @@ class ExactTransfer:
     def __call__(self, embeddings: Tensor) -> Transferred:
         """See :class:`Transfer`."""
         distances, neighbors = self.search(embeddings, self.k)
+        return self.lent(distances, neighbors)
+
+    def lent(self, distances: Tensor, neighbors: Tensor) -> Transferred:
+        """Return what neighbors [B, K] at ``distances`` lend; makes rows that are on demand."""
+        if self.on_demand is not None:
+            rows = self.on_demand.make(neighbors)
+            if neighbors.device.type != "cpu":  # whose tables are not the database's own
+                for kept, own in zip(self.tables, self.on_demand.so_far[1:], strict=False):
+                    kept[rows.to(kept.device)] = own[rows].to(kept.device)
         return from_tables(distances, neighbors, self.tables, self.temperature)
 
     def start(self, embeddings: Tensor) -> Callable[[], Transferred]:
@@ -116,7 +128,8 @@ class IndexTransfer:
         self, database: Database, device: torch.device, k: int, index: Any, ids: Any = None
     ) -> None:
         faiss = import_faiss("index")
-        shards = database.shards
+        self.on_demand = database if isinstance(database, OnDemandDatabase) else None
+        shards = database.shards if self.on_demand is None else [self.on_demand.so_far]
         self.k = k
         self.labels: Tensor | None = None
         # What float16 weights were multiplied by to keep their digits.
@@ -204,6 +217,9 @@ class IndexTransfer:
         if copied is not None:
             copied.synchronize()
         check_count(self.index, self.count)
+        if self.on_demand is not None:
+            _, rows = self.engine.search(queries, k=self.k)
+            self.on_demand.make(torch.from_numpy(rows))
         return self.engine.transfer(
             queries,
             k=self.k,

@@ -20,6 +20,7 @@ from torch import Tensor
 from gcfast._checks import listed, require_choice
 from gcfast.builder.build import in_memory
 from gcfast.builder.embed import Embedded
+from gcfast.builder.given.on_demand import on_demand
 from gcfast.builder.given.sample import Checked, Sample, checked_images, look_at
 from gcfast.builder.given.vectors import Vectors, floats, read_vectors
 from gcfast.builder.loader import listed_ids
@@ -59,15 +60,26 @@ def build_from_embeddings(
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     storage: str = "float32",
+    rows: str = "all",
     progress: bool = False,
 ) -> Database:
     """Build a database; see :meth:`gcfast.Explainer.build_from_embeddings`."""
     require_choice("storage", storage, STORAGES)
+    require_choice("rows", rows, ("all", "on-demand"))
+    if rows == "on-demand" and (out is not None or storage != "float32"):
+        raise ValueError(
+            "`rows` must be 'all' with `out` or storage='float16', got 'on-demand': such a "
+            "database is in memory, and its save() makes all rows"
+        )
     if out is not None:
         check_target(Path(out).absolute(), overwrite=overwrite, resume=False, name="out")
     elif overwrite:
         raise ValueError("`overwrite` must be False without `out`, got True")
     embedded, manifest = _embedded(network, given, settings, sample, check, min_cosine)
+    if rows == "on-demand":
+        lazy = on_demand(network, embedded, settings, preprocessing)
+        lazy.manifest = lazy.manifest | manifest
+        return lazy
     database, _ = in_memory(network, (), embedded, settings, preprocessing, progress=progress)
     database.manifest = database.manifest | manifest
     database = database.in_storage(storage)
