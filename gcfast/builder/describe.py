@@ -12,7 +12,7 @@ from torch import Tensor
 from gcfast.builder.embed import Embedded
 from gcfast.database.manifest import FORMAT, FORMAT_VERSION
 from gcfast.method.pairs import DRAWS
-from gcfast.method.settings import Settings
+from gcfast.method.settings import ELEMENTWISE, Settings
 from gcfast.model.fingerprint import fingerprint, with_outputs
 from gcfast.model.network import Network
 
@@ -152,6 +152,8 @@ def describe(
         f"{why.format(repr(network.layer_name))}; "
         "take another one (gcfast.layers(model, images) lists them), or check `reshape`"
     )
+    if same["settings"].get("method") == ELEMENTWISE:
+        what, what_to_do = "cotangents", "the objective has no gradient at their triplets"
     if zero == rows:
         raise ValueError(f"the {what} of all {rows} rows are zero: {what_to_do}")
     if zero > rows / 2:

@@ -17,6 +17,7 @@ from gcfast.builder.offload import Columns, Offload, resident
 from gcfast.builder.spool import Spool
 from gcfast.database.ids import Ids, IdTable, repeated
 from gcfast.method import labels
+from gcfast.method.elementwise import check_reached
 from gcfast.method.head import AffineHead, normalized, probe
 from gcfast.method.labels import Labels, Values
 from gcfast.method.pairs import PairSource
@@ -206,7 +207,7 @@ class _Stage:
 
         def take(columns: Columns, launched: _Launched) -> None:
             self._take(columns, launched)
-            one_pass = totals.head is not None or self.settings.is_proxy
+            one_pass = totals.head is not None or self.settings.without_channels
             if not one_pass and isinstance(loader, Iterator):
                 raise ValueError(
                     "`loader` must be one that can be gone through twice, got a one-shot iterator "
@@ -223,7 +224,9 @@ class _Stage:
                     images = on_device(batch.images, self.network)
                     if offload is None:
                         offload = Offload(images.device)
-                        if not done and not self.settings.is_proxy:
+                        if self.settings.is_elementwise:
+                            check_reached(self.network, images, l2_normalize)
+                        elif not done and not self.settings.is_proxy:
                             totals.head = probe(self.network, images, l2_normalize)
                     for taken in offload.put(*self._launch(batch, images)):
                         take(*taken)
@@ -252,8 +255,7 @@ class _Stage:
         captured = self.network.embed(images)
         embeddings = normalized(captured.output, self.settings.l2_normalize)
         C, channels, head = captured.activations.shape[1], self.settings.channels, self.totals.head
-        is_proxy = self.settings.is_proxy
-        if not is_proxy and channels != "all" and channels > C:
+        if not self.settings.without_channels and channels != "all" and channels > C:
             raise ValueError(f"`channels` must be at most the layer's C = {C}, got {channels}")
         pooled = captured.activations.float().mean((2, 3))  # [B, C]
         columns = {"embeddings": embeddings, "sums": pooled.sum(0, dtype=torch.float64)}
@@ -263,7 +265,7 @@ class _Stage:
             )
             if self.settings.method == "gradcam++":
                 columns["pooled"] = pooled
-        elif is_proxy:
+        elif self.settings.is_proxy:
             columns["directions"] = directions(pooled)
         pixels = math.prod(captured.activations.shape[2:])
         return columns, _Launched(batch, images, pixels)

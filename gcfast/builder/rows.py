@@ -14,7 +14,7 @@ from gcfast._progress import Progress
 from gcfast.builder.embed import Embedded, other_images
 from gcfast.builder.loader import batches, on_device
 from gcfast.builder.offload import Columns, Offload
-from gcfast.database.shards import Shard
+from gcfast.database.shards import Shard, offsets_of
 from gcfast.method.head import normalized, vjp_grad_weights
 from gcfast.method.pairs import Cotangents, PairSource
 from gcfast.method.partners import Anchors
@@ -44,13 +44,13 @@ def signed_parts(
         if drawn is None:
             drawn = source.drawn(anchors, settings.triplets, settings.seed)
         part = source.cotangents(anchors, drawn)
-        parts = iter([averaged(part) if settings.method == "gradcam" else part])
+        parts = iter([part if settings.method == "gradcam++" else averaged(part)])
     for part in parts:
         yield part._replace(values=settings.sign * part.values)
 
 
 def averaged(part: Cotangents) -> Cotangents:
-    """The mean of the valid cotangents as one triplet: Grad-CAM is linear in them."""
+    """The mean of the valid cotangents as one triplet: all but Grad-CAM++ is linear in them."""
     kept = torch.where(part.valid[..., None], part.values, 0.0)
     mean = kept.sum(1, dtype=torch.float64) / part.valid.sum(1).clamp(min=1)[:, None]
     return part._replace(values=mean.float()[:, None], valid=part.valid.any(1)[:, None])
@@ -72,10 +72,10 @@ class RowTable:
     nothing fits in: 440 MiB for 20,000 rows of Grad-CAM++ where these columns take 12.
     """
 
-    def __init__(self, capacity: int, m: int) -> None:
+    def __init__(self, capacity: int, m: int, width: int) -> None:
         self.images = torch.empty(capacity, dtype=torch.int64)
         self.channels = torch.empty((capacity, m), dtype=torch.int64)
-        self.weights = torch.empty((capacity, m))
+        self.weights = torch.empty((capacity, width))
         self.offsets = torch.empty(capacity)
         self.counts = torch.empty(capacity, dtype=torch.int64)
         self.exact = torch.empty(capacity, dtype=torch.bool)  # counts that are no estimates
@@ -158,8 +158,9 @@ class Rows:
         self.start = start
         C = len(embedded.mean_activation)
         self.m = C if settings.channels == "all" else settings.channels
-        if settings.is_proxy:
-            self.m = 0  # its weights belong to its class
+        if settings.without_channels:
+            self.m = 0  # its weights belong to its class, or are a cotangent
+        self.width = embedded.embeddings.shape[1] if settings.is_elementwise else self.m
 
     def made(
         self, loader: Iterable[Any], *, capacity: int | None = None, progress: bool = False
@@ -179,7 +180,7 @@ class Rows:
         if self.settings.triplets == "all" and self.settings.method == "gradcam++":
             self._check_enumeration()
         N = len(self.embedded.ids)
-        table = RowTable(N if capacity is None else capacity, self.m)
+        table = RowTable(N if capacity is None else capacity, self.m, self.width)
         if self.settings.is_proxy:
             yield from self._without_weights(table)
             return
@@ -187,7 +188,7 @@ class Rows:
         # valid pair (its hardest is then put in), how many pairs there are when all are listed, and
         # in a second pass whether these are the images of the first, before the backward pass.
         offload: Offload[int] = Offload(self.device)
-        closed = self.embedded.head is not None
+        closed = self.settings.is_elementwise or self.embedded.head is not None
         batches = self._closed_form() if closed else self._second_pass(loader)
         with Progress("making rows", "rows", total=N, show=progress) as shown:
             for start, stop, weights, first in batches:
@@ -273,8 +274,14 @@ class Rows:
             yield start, stop, weights, seen[0]
 
     def _weights(self, parts: Iterator[Cotangents], images: slice | Tensor) -> Tensor:
-        """Return the grad-weights [n, C] of images by the closed form, from their cotangents."""
+        """Return the grad-weights [n, C] of images by the closed form, from their cotangents.
+
+        With ``method="elementwise"`` the mean cotangents [n, D] themselves.
+        """
         embedded, device = self.embedded, self.device
+        if self.settings.is_elementwise:
+            (part,) = parts
+            return part.values[:, 0]
         assert embedded.head is not None
         assert embedded.norms is not None
         assert embedded.pixels is not None
@@ -311,7 +318,9 @@ class Rows:
             raise other_images(f"it gave {len(embedded.ids)} images first and {start} now")
 
     def _columns(self, weights: Tensor, first: Cotangents) -> Columns:
-        channels, values = ops.top_m(weights, self.m)
+        channels, values = first.counts.new_zeros((len(weights), 0)), weights
+        if self.m:
+            channels, values = ops.top_m(weights, self.m)
         return {
             "found": first.valid.any(1),
             "finite": torch.isfinite(weights).all(1),
@@ -328,10 +337,13 @@ class Rows:
             finite = torch.where(columns["finite"], 0.0, torch.nan)[:, None]
             require_finite_rows("grad-weights", finite, first=start)
         except ValueError as error:
-            raise ValueError(
-                f"{error}: the gradient at the layer {self.network.layer_name!r} is not finite "
-                "there; take another layer (gcfast.layers lists them) or the model in float32"
-            ) from None
+            what = (
+                "objective's gradient is not finite there"
+                if self.settings.is_elementwise
+                else f"gradient at the layer {self.network.layer_name!r} is not finite there; take "
+                "another layer (gcfast.layers lists them) or the model in float32"
+            )
+            raise ValueError(f"{error}: the {what}") from None
         channels, values = columns["channels"][found], columns["values"][found]
         offsets = self.offsets(channels, values)
         images = found.nonzero().flatten() + start
@@ -345,7 +357,7 @@ class Rows:
 
     def offsets(self, channels: Tensor, values: Tensor) -> Tensor:
         """Return the mean responses [n] float32 of rows' channels and weights [n, M]."""
-        return (values * self.embedded.mean_activation[channels]).sum(1).float()
+        return offsets_of(channels, values, self.embedded.mean_activation)
 
     def _put(self, table: RowTable, columns: list[Tensor]) -> Iterator[Made]:
         """Put rows into the table, and yield it when it is full."""

@@ -150,9 +150,10 @@ def _add_build(commands: Any) -> None:
     )
     method.add_argument(
         "--method",
-        choices=["gradcam", "gradcam++", "proxy"],
+        choices=["gradcam", "gradcam++", "proxy", "elementwise"],
         default="gradcam",
-        help="how gradients become channel weights; proxy: contrasted class proxies, no gradients",
+        help="how gradients become channel weights; proxy: contrasted class proxies, no gradients; "
+        "elementwise: gradient times activation, for transformers",
     )
     method.add_argument(
         "--objective",

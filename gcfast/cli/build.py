@@ -24,6 +24,7 @@ _COUNTS = {
     "estimated_counts": "with an estimate for the number of their triplets",
     "zero_rows": "whose weights are all zero, so that their maps are empty",
     "zero_rows, proxy": "whose activations are all zero, which count for no class",
+    "zero_rows, elementwise": "whose cotangents are all zero, so that their maps are empty",
 }
 
 

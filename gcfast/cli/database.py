@@ -159,6 +159,8 @@ def describe_database(options: argparse.Namespace) -> None:
         "embedding": database.dim,
         **(
             {"channels kept": database.m}
+            if database.m
+            else {}
             if database.classes is None
             else {"class proxies": len(database.classes.labels)}
         ),

@@ -33,6 +33,7 @@ from gcfast.images.html import Panel, ReportRow, write_report
 from gcfast.images.overlay import overlay
 from gcfast.images.placed import overlay_whole
 from gcfast.images.preprocessing import Preprocessing
+from gcfast.method.settings import ELEMENTWISE, PROXY
 
 # What the command writes into its folder.
 _OUTPUTS = ("maps.npy", "transforms.json", "results.csv", "index.html", "overlays")
@@ -128,11 +129,16 @@ def explain_files(options: argparse.Namespace) -> None:
         ("unreadable pictures", f"{len(loader.unreadable):,}"),
         ("pictures a second, files to files", f"{done / seconds:.3g}"),
     ]
-    lender = "its nearest picture" if database.classes is None else "its nearest picture's class"
+    method = database.manifest["settings"].get("method")
+    lender, lent = "its nearest picture", "the weights of its channels"
+    if method == PROXY:
+        lender += "'s class"
+    if method == ELEMENTWISE:
+        lent = "the direction in which its embedding should move"
     lead = (
-        f"Each picture went through the network once, and {lender} in the database lent the "
-        "weights of its channels. "
-    ) + _MEANING[database.manifest["settings"].get("evidence")]
+        f"Each picture went through the network once, and {lender} in the database lent {lent}. "
+        + _MEANING[database.manifest["settings"].get("evidence")]
+    )
     if refined:
         lead += f" Maps are refined by {listed(refined)} of the same picture (--refine)."
     if done > len(on_page):

@@ -110,7 +110,7 @@ class Columns:
 
     @property
     def weights(self) -> Tensor:
-        """[N, M] float32, raw."""
+        """[N, M] float32, raw; [N, D] where they are cotangents."""
         return self._column("weights")
 
     @property

@@ -14,7 +14,7 @@ from gcfast._checks import require_int
 from gcfast._extras import import_faiss
 from gcfast.database.manifest import CALIBRATION
 from gcfast.database.members import Members
-from gcfast.database.shards import Shard
+from gcfast.database.shards import Shard, offsets_of
 
 SAMPLE_EACH = 256  # rows for each center that k-means is trained on; FAISS's own limit
 ROWS_AT_ONCE = 16_384
@@ -63,17 +63,19 @@ def compressed(
     counts = torch.bincount(assignment)
     mean = torch.tensor(manifest["mean_activation"], dtype=torch.float64)
     m = shards[0].channels.shape[1]
-    channels, kept = torch.zeros((len(counts), 0), dtype=torch.int64), torch.zeros(len(counts), 0)
-    if m:  # rows of class proxies have no weights
-        weights = _mean_weights(shards, len(mean), assignment, counts)
-        weights /= float(manifest.get("weight_scale", 1.0))
+    # Rows of class proxies have no weights, and those of cotangents no channels.
+    C = len(mean) if m else shards[0].weights.shape[1]
+    weights = _mean_weights(shards, C, assignment, counts)
+    weights /= float(manifest.get("weight_scale", 1.0))
+    channels, kept = torch.zeros((len(counts), 0), dtype=torch.int64), weights.float()
+    if m:
         channels, kept = _strongest(weights, m)
     triplets = torch.cat([shard.triplet_counts for shard in shards])
     rows = Shard(
         embeddings=centroids[full],
         channels=channels,
         weights=kept,
-        offsets=(kept * mean[channels]).sum(1).float(),
+        offsets=offsets_of(channels, kept, mean),
         labels=_labels(assignment, counts, torch.cat([shard.labels for shard in shards])),
         triplet_counts=torch.zeros_like(counts).index_add_(0, assignment, triplets),
     )
@@ -143,13 +145,17 @@ def _assigned(shards: list[Shard], centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_weights(shards: list[Shard], C: int, assignment: Tensor, counts: Tensor) -> Tensor:
-    """Return [centers, C] float64: each cluster's mean, 0 for a channel that a row did not keep."""
+    """Return [centers, C] float64: each cluster's mean, 0 for a channel that a row did not keep.
+
+    Weights of rows without channels are C numbers each, in their order.
+    """
     sums = torch.zeros(len(counts) * C, dtype=torch.float64)
     for first, piece in _pieces(shards):
         centers = assignment[first : first + len(piece.labels), None]
-        where = (centers * C + piece.channels).flatten()
+        channels = piece.channels if piece.channels.shape[1] else torch.arange(C)
+        where = (centers * C + channels).flatten()
         sums.index_add_(0, where, piece.weights.double().flatten())
-    return sums.view(-1, C).div_(counts[:, None])
+    return sums.view(len(counts), C).div_(counts[:, None])
 
 
 def _strongest(weights: Tensor, m: int) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from gcfast.database.write import write_database
 from gcfast.errors import GcfastError, NoDatabaseError
 from gcfast.method.labels import label_name
 from gcfast.method.proxies import Classes
+from gcfast.method.settings import ELEMENTWISE
 
 VERIFY_BYTES = 256 * 2**20  # up to which `open` compares checksums: a fifth of a second to read
 
@@ -44,7 +45,8 @@ class Database(Columns):
         embeddings: [N, D] float32, or float16 where it is stored so.
         channels: [N, M] int64, by falling weight.
         weights: [N, M] float32, raw (the scale of the paper's Eq. 6), of the signed gradient, so
-            that larger is kept for either evidence.
+            that larger is kept for either evidence. For ``method="elementwise"``, whose rows have
+            M = 0 channels, [N, D]: see ``cotangents``.
         offsets: [N] float32: sum over m of w_m times channel m's mean activation over the training
             images and pixels.
         labels: [N] int64; with names where those were strings (see :meth:`label_name`). float64
@@ -133,6 +135,21 @@ class Database(Columns):
             )
         return self.classes.proxies()
 
+    @property
+    def cotangents(self) -> Tensor:
+        """What rows lend with method="elementwise", [N, D] float32, see there.
+
+        Raises:
+            GcfastError: a database of another method.
+            DamagedDatabaseError: as ``shards``.
+        """
+        if self.manifest["settings"].get("method") != ELEMENTWISE:
+            raise GcfastError(
+                "a database of another method has no cotangents: build one with "
+                "method='elementwise'"
+            )
+        return self.weights
+
     def label_name(self, label: float) -> str:
         """Return the class name of a label, or the number where labels have no names; "" for -1."""
         return label_name(label, self.manifest["class_names"])
@@ -198,7 +215,8 @@ class Database(Columns):
         A center's grad-weights are the M highest of the mean over its rows, where a channel that a
         row did not keep counts as 0; its offset is computed from them. Its label is the most
         frequent one (ties to the smaller; the mean of real-valued labels), its id that of the row
-        nearest to it. ``members_of`` gives the ids of all its rows, and the manifest counts them.
+        nearest to it. A center's cotangent is the mean of its rows'. ``members_of`` gives the ids
+        of all its rows, and the manifest counts them.
         Centers are not normalized; they are searched by L2 like any rows. A calibration is dropped,
         because a distance to a center means something else: calibrate an explainer of the centers
         again. Memory: [centers, C] float64 and 256 embeddings per center.

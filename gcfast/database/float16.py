@@ -12,7 +12,7 @@ from torch import Tensor
 from gcfast._checks import require_choice
 from gcfast.database import shards
 from gcfast.database.manifest import STORAGES
-from gcfast.database.shards import Shard
+from gcfast.database.shards import Shard, offsets_of
 
 # What the largest weight of a database's first rows is scaled to in float16: that leaves a factor
 # of 2^8 above it before infinity, and of 2^22 below it before digits are lost.
@@ -101,7 +101,7 @@ def in_storage(rows: Shard, storage: str, scale: float, mean: Tensor, *, first: 
                 f"`storage` must be 'float32' for these rows, got 'float16', which cannot hold "
                 f"row {first + row}: {why}"
             )
-    offsets = (weights.double() * mean.double()[rows.channels]).sum(1).float()
+    offsets = offsets_of(rows.channels, weights, mean)
     return rows._replace(embeddings=embeddings, weights=weights, offsets=offsets)
 
 

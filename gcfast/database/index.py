@@ -164,13 +164,16 @@ def spread(shards: list[Shard], most: int) -> Tensor:
     return rows_at(shards, spread_rows(sum(len(shard.labels) for shard in shards), most).numpy())
 
 
-def rows_at(shards: list[Shard], numbers: np.ndarray[Any, Any]) -> Tensor:
-    """Return the embeddings [n, D] of the rows of these numbers, as they are stored."""
+def rows_at(
+    shards: list[Shard], numbers: np.ndarray[Any, Any], column: str = "embeddings"
+) -> Tensor:
+    """Return a column [n, D] of the rows of these numbers, as it is stored."""
     where, first = torch.from_numpy(numbers), 0
-    out = shards[0].embeddings.new_empty((len(where), shards[0].embeddings.shape[1]))
+    one: Tensor = getattr(shards[0], column)
+    out = one.new_empty((len(where), one.shape[1]))
     for shard in shards:
         inside = (where >= first) & (where < first + len(shard.labels))
-        out[inside] = shard.embeddings[where[inside] - first]
+        out[inside] = getattr(shard, column)[where[inside] - first]
         first += len(shard.labels)
     return out
 

@@ -17,8 +17,9 @@ FORMAT = "gcfast-database"
 # 3: the ids of a compressed database's members are packed.
 # 4: rows may keep no channels, where a file of class sums has the weights (class proxies).
 # 5: rows may have no scale of their own, and say so (embeddings without their norms).
+# 6: rows that keep no channels may have a cotangent for weights.
 # A database of an older format opens as it is.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST = "manifest.json"
 STATE = "build.json"  # of an unfinished build
 CALIBRATION = "calibration"  # the manifest's entry for what gcfast.explain.calibration measured

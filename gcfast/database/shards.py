@@ -23,6 +23,8 @@ class Shard(NamedTuple):
     With float16 storage ``weights`` and ``offsets`` are multiplied by the database's
     ``weight_scale``, so that small weights keep their digits: maps that are normalized come out
     the same, raw ones are divided by it.
+
+    Rows of ``method="elementwise"`` keep no channels: their weights are a cotangent, [n, D].
     """
 
     embeddings: Tensor  # [n, D] float32 or float16
@@ -34,6 +36,21 @@ class Shard(NamedTuple):
 
 
 FIELDS = Shard._fields
+
+
+def offsets_of(channels: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
+    """Return the offsets [n] float32 of rows; 0 of those that keep no channels.
+
+    Args:
+        channels: [n, M] int64.
+        weights: [n, M].
+        mean: [C], the mean activation.
+    """
+    if not channels.shape[1]:
+        return torch.zeros(len(channels))
+    return (weights.double() * mean.double()[channels]).sum(1).float()
+
+
 SHARD_ROWS = 16_384  # about 18 MB with D = 128 and M = 50, and what a killed build loses at most
 DTYPES = {
     "F64": torch.float64,

@@ -88,8 +88,8 @@ class Trained:
 
     Raises:
         UnsupportedModelError: the head does not average the activations and map them affinely.
-        ValueError: an objective over real numbers, which has no classes to compare; class proxies,
-            which the table does not vary; as
+        ValueError: an objective over real numbers, which has no classes to compare; class proxies
+            or cotangents, which the table does not vary; as
             :meth:`gcfast.Explainer.build`; fewer than 50 channels.
     """
 
@@ -109,10 +109,11 @@ class Trained:
                 "`explainer` must have an objective over classes to be evaluated, got "
                 f"{self.settings.objective!r}"
             )
-        if self.settings.is_proxy:
+        if self.settings.without_channels:
             raise ValueError(
-                "`explainer` must be one of gradients to be evaluated, got method='proxy': build a "
-                "database of the same pictures with method='gradcam'"
+                "`explainer` must be one of grad-weights to be evaluated, got method="
+                f"{self.settings.method!r}: build a database of the same pictures with "
+                "method='gradcam'"
             )
         # Grad-CAM++, which the table has too, keeps the pooled activations.
         stage = replace(self.settings, method="gradcam++", channels=CONTROL_CHANNELS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from gcfast.explain.calibration import Calibration
 from gcfast.explain.maps import CHECKED, TRUSTED, Explained, explained, on_images, proxies_of
 from gcfast.explain.result import Explanation, Finish, ObjectMaps
 from gcfast.explain.second_look import SecondLook, of_the_rest
+from gcfast.method.elementwise import gradients_at_layer
 from gcfast.method.head import normalized
 from gcfast.method.proxies import Proxies
-from gcfast.method.settings import Settings
+from gcfast.method.settings import ELEMENTWISE, Settings
 from gcfast.method.tail import Tail
 from gcfast.model.capture import Captured
 from gcfast.model.fingerprint import check_model
@@ -88,6 +89,11 @@ class Attached:
         )
 
     @property
+    def elementwise(self) -> bool:
+        """Whether rows lend cotangents."""
+        return bool(self.database.manifest["settings"].get("method") == ELEMENTWISE)
+
+    @property
     def rated(self) -> bool:
         """Whether explanations have a confidence: calibrated, with an exact search for one row."""
         fitted = self.calibration is not None and self.calibration.right is not None
@@ -113,7 +119,7 @@ class Attached:
             rates: give the log-ratios that a confidence rests on; needs ``second``.
         """
         waits = not images.is_cuda if waits is None else waits
-        captured = self.network.embed(images, finer=finer)
+        captured = self._captured(images, finer)
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer(embeddings)
@@ -130,7 +136,7 @@ class Attached:
             rates: as for :meth:`explain`.
         """
         waits = not images.is_cuda
-        captured = self.network.embed(images, finer=True)
+        captured = self._captured(images)
         with torch.no_grad(), full_precision(images.device):
             embeddings = self._embeddings(captured, images, waits)
             found = self.transfer.start(embeddings)
@@ -160,6 +166,13 @@ class Attached:
             return out.maps
         names = self.database.manifest["class_names"]
         return out.explanation(self.transfer.labels, self.calibration, names)
+
+    def _captured(self, images: Tensor, finer: bool = True) -> Captured:
+        """Run the forward pass; with a graph from the layer on, where cotangents go back on it."""
+        if not self.elementwise:
+            return self.network.embed(images, finer=finer)
+        with self.network.differentiable(images, finer=finer) as captured:
+            return captured
 
     def _embeddings(self, captured: Captured, images: Tensor, waits: bool) -> Tensor:
         embeddings = normalized(captured.output, self.l2_normalize)
@@ -219,7 +232,7 @@ class Attached:
     def objects(self, images: Tensor, finish: Finish, count: int, tail: Tail) -> ObjectMaps:
         """See :meth:`gcfast.Explainer.explain_objects`; images checked and not none."""
         waits = not images.is_cuda
-        captured = self.network.embed(images, finer=True)
+        captured = self._captured(images)
         seen: list[Tensor] = []
         parts: list[Explained] = []
         with torch.no_grad(), full_precision(images.device):
@@ -248,7 +261,12 @@ class Attached:
         finish: Finish,
         waits: bool,
     ) -> Explained:
-        cam: Any = ops.sparse_cam if self.proxies is None else ops.dense_cam
+        dense = self.elementwise or self.proxies is not None
+        cam: Any = ops.dense_cam if dense else ops.sparse_cam
+
+        def pull_back(cotangents: Tensor) -> Tensor:
+            return gradients_at_layer(self.network, captured, cotangents, self.l2_normalize)
+
         return explained(
             captured.activations,
             embeddings,
@@ -262,6 +280,7 @@ class Attached:
             ),
             marks=not waits,
             proxies=self.proxies,
+            pull_back=pull_back if self.elementwise else None,
         )
 
 
@@ -270,8 +289,8 @@ def check_database(database: Database, network: Network, settings: Settings) -> 
 
     Raises:
         TypeError: not a database.
-        ModelMismatchError: built with another model, other weights, layer or normalization; with
-            class proxies and without.
+        ModelMismatchError: built with another model, other weights, layer or normalization, or by
+            a method whose rows lend something else.
     """
     if not isinstance(database, Database):
         raise TypeError(
@@ -294,8 +313,9 @@ def check_database(database: Database, network: Network, settings: Settings) -> 
         raise ModelMismatchError(
             f"the database was built with l2_normalize={not l2_normalize}, not with {l2_normalize}"
         )
-    if (database.classes is not None) != settings.is_proxy:
+    method = manifest["settings"]["method"]
+    if settings.kind != replace(settings, method=method).kind:
         raise ModelMismatchError(
-            f"the database was built with method={manifest['settings'].get('method')!r}, not with "
-            f"{settings.method!r}: give the Explainer that method, or open it by gcfast.load"
+            f"the database was built with method={method!r}, not with {settings.method!r}: give "
+            "the Explainer that method, or open it by gcfast.load"
         )

@@ -75,6 +75,12 @@ class ExplainerBase:
             raise TypeError(f"`cuda_graphs` must be True, False or 'auto', got {cuda_graphs!r}")
         if cuda_graphs is True and not self._exact:
             raise ValueError("`index` must be 'exact' with `cuda_graphs`, which FAISS cannot be in")
+        elementwise = self.settings.is_elementwise
+        if cuda_graphs is True and elementwise:
+            raise ValueError(
+                "`cuda_graphs` must be 'auto' or False with method='elementwise', whose backward "
+                "pass is not captured, got True"
+            )
         if not isinstance(requery, bool):
             raise TypeError(f"`requery` must be a bool, got {requery!r}")
         self.requery = requery
@@ -82,7 +88,7 @@ class ExplainerBase:
             raise ValueError(f"`requery` must be False: {why}")
         self.network = Network(model, layer, output_key=output_key, reshape=reshape, refine=refine)
         self._graphs: Graphs | None = None
-        if cuda_graphs is not False and self._exact:
+        if cuda_graphs is not False and self._exact and not elementwise:
             self._graphs = Graphs(self.network.model, auto=cuda_graphs == "auto")
         self._lock = threading.Lock()
         self._database: Database | None = None
@@ -253,10 +259,13 @@ class ExplainerBase:
                 assert isinstance(transfer, ExactTransfer)
                 second = SecondLook(self._tail(images), transfer, self.requery)
                 self._attached = attached = replace(attached, second=second)
-        if finish is not None and finish.center != 0 and attached.proxies is not None:
+        if finish is not None and finish.center != 0 and self.settings.without_channels:
+            why = "classes are contrasted already"
+            if self.settings.is_elementwise:
+                why = "rows have no channels to center"
             raise ValueError(
-                "`center` must be left out with method='proxy', whose classes are contrasted "
-                f"already, got {finish.center}"
+                f"`center` must be left out with method={self.settings.method!r}, whose {why}, "
+                f"got {finish.center}"
             )
         unscaled = finish is not None and finish.normalize is None and self.network.refine is None
         if unscaled and attached.database.relative:

@@ -33,10 +33,11 @@ from gcfast.builder.loader import batches, on_device
 from gcfast.database.manifest import CALIBRATION
 from gcfast.errors import DamagedDatabaseError
 from gcfast.explain.confidence import Confidence
-from gcfast.explain.direct.own_maps import proxy_maps
+from gcfast.explain.direct.own_maps import cotangent_maps, proxy_maps
 from gcfast.explain.maps import on_images, proxies_of
 from gcfast.explain.result import Finish
 from gcfast.method.labels import numbers_like
+from gcfast.method.settings import ELEMENTWISE
 from gcfast.metrics import auroc, cosine, flat_maps, spearman
 from gcfast.metrics.controls import random_rows
 
@@ -341,12 +342,18 @@ def _maps_of(rows: Tensor, images: Tensor, network: Network, database: Database)
     if proxies is not None:
         labels = torch.cat([row.labels for row in taken])
         return proxy_maps(network, proxies, images, labels, Finish.checked(images))
+    weights = torch.cat([row.weights for row in taken]).float().to(images.device)
+    settings = database.manifest["settings"]
+    if settings.get("method") == ELEMENTWISE:
+        with network.differentiable(images, finer=True) as captured:
+            finish = Finish.checked(images)
+            return cotangent_maps(network, captured, weights, settings["l2_normalize"], finish)
     captured = network.embed(images, finer=True)
     return on_images(ops.sparse_cam, captured.share, captured.finer)(
         captured.activations,
         torch.arange(len(rows), device=images.device)[:, None],
         torch.cat([row.channels for row in taken]).to(images.device),
-        torch.cat([row.weights for row in taken]).float().to(images.device),
+        weights,
         size=(images.shape[2], images.shape[3]),
     )
 

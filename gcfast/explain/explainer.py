@@ -36,8 +36,10 @@ class Explainer(DatabaseCalls, DirectCalls):
         objective: ``TripletLoss``, ``DistanceDifference``, ``PairDistance``, ``RankLoss`` (labels
             are then real numbers), or a function of (anchor, positive, negative), [T, D] each →
             loss [T].
-        method: "gradcam" or "gradcam++"; or "proxy", which goes beyond the paper: the contrasted
-            proxy of the nearest row's class weighs the channels (:mod:`gcfast.method.proxies`).
+        method: "gradcam" or "gradcam++"; or, beyond the paper, "proxy": the contrasted proxy of
+            the nearest row's class weighs the channels (:mod:`gcfast.method.proxies`); or
+            "elementwise": the nearest row lends its cotangent on the embedding, which is pulled
+            back at the image itself (:mod:`gcfast.method.elementwise`).
             It needs classes, and takes no ``objective``, ``triplets``, ``channels``, ``evidence``
             or ``on_no_triplet``.
         triplets: how many are drawn for a row, uniformly over its valid ones; "all" for every one.
@@ -252,6 +254,11 @@ class Explainer(DatabaseCalls, DirectCalls):
             raise ValueError(f"`index` must be 'exact' to be exported, got {self.index!r}")
         if self.requery:
             raise ValueError("`requery` must be False to be exported, got True")
+        if self.settings.is_elementwise:
+            raise ValueError(
+                "`method` must not be 'elementwise' to be exported: its maps need a backward pass, "
+                "which an exported graph has not"
+            )
         attached = self.attach(finish)
         transfer = attached.transfer
         assert isinstance(transfer, ExactTransfer)

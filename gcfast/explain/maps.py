@@ -16,6 +16,7 @@ from torch import Tensor
 from gcfast import ops
 from gcfast.database.database import Database
 from gcfast.explain.result import Explanation, Finish
+from gcfast.method.elementwise import summed
 from gcfast.method.proxies import Proxies, proxy_weights
 from gcfast.search.transferred import Transferred
 
@@ -148,6 +149,14 @@ def _refined(
     return maps
 
 
+def elementwise_maps(
+    activations: Tensor, gradients: Tensor, finish: Finish, cam: Callable[..., Tensor]
+) -> Tensor:
+    """Maps [B, OH, OW] of gradient times activation, both [B, C, H, W], by ``dense_cam``."""
+    sums = summed(activations, gradients)
+    return cam(sums, sums.new_ones((sums.shape[0], 1)), **finish.of_dense())
+
+
 def explained(
     activations: Tensor,
     embeddings: Tensor,
@@ -157,6 +166,7 @@ def explained(
     cam: Callable[..., Tensor],
     marks: bool,
     proxies: Proxies | None = None,
+    pull_back: Callable[[Tensor], Tensor] | None = None,
 ) -> Explained:
     """Maps from what the nearest rows lend, or from the proxies of their classes.
 
@@ -165,9 +175,12 @@ def explained(
         embeddings: [B, D] float32.
         found: what the embeddings' neighbours lend.
         finish: how.
-        cam: the operation ``dense_cam`` with proxies, ``sparse_cam`` without, in one of its forms.
+        cam: the operation ``sparse_cam`` where rows lend channels, else ``dense_cam``, in one of
+            its forms.
         marks: give an embedding that is not finite a map of NaN, rather than rely on a check.
         proxies: of the database, if it has them; with its rows, where ``found`` has no labels.
+        pull_back: where rows lend cotangents: from those of the embeddings [B, D] to gradients
+            [B, C, H, W] at the layer.
     """
     if proxies is not None:
         if found.labels is None:
@@ -179,6 +192,11 @@ def explained(
         if marks:
             weights = torch.add(weights, embeddings.sum(1, keepdim=True), alpha=0)  # as `marked`
         maps = cam(activations, weights, **finish.of_dense())
+    elif pull_back is not None:
+        cotangents = found.mixed
+        if marks:
+            cotangents = torch.add(cotangents, embeddings.sum(1, keepdim=True), alpha=0)
+        maps = elementwise_maps(activations, pull_back(cotangents), finish, cam)
     else:
         rows, mixing = marked(embeddings, found) if marks else (found.rows, found.mixing)
         maps = cam(

@@ -448,7 +448,7 @@ def _double_behind_the_layer(twin: Network, image: Tensor) -> None:
 
 
 def vjp(network: Network, captured: Captured, output: Tensor, cotangent: Tensor) -> Tensor:
-    """The cotangent [B, D] pulled back to the layer, [B, C, H, W]."""
+    """The cotangent [B, D] of the output pulled back to the layer, [B, C, H, W]."""
     assert captured.leaf is not None
     if captured.leaf.dtype == torch.float16:
         gradient = _half_vjp(captured.leaf, output, cotangent)

@@ -31,12 +31,16 @@ PAPER: dict[str, Any] = {
 # class proxies, and maps refined by earlier layers. It needs classes; each piece stands alone.
 BEST: dict[str, Any] = {"method": "proxy", "refine": "auto"}
 PROXY = "proxy"  # the method of class proxies, which goes beyond the paper
-# What class proxies do not take: its default in gcfast.Explainer, and why.
-_NOT_OF_PROXIES: dict[str, tuple[Any, str]] = {
-    "triplets": (50, "draws no triplets"),
-    "channels": (50, "weighs every channel"),
-    "evidence": ("for", "has weights of either sign"),
-    "on_no_triplet": ("hardest", "draws no triplets"),
+ELEMENTWISE = "elementwise"  # that of transferred cotangents, which does too
+# What a method does not take: its default in gcfast.Explainer, and why.
+_LEFT_OUT: dict[str, dict[str, tuple[Any, str]]] = {
+    PROXY: {
+        "triplets": (50, "draws no triplets"),
+        "channels": (50, "weighs every channel"),
+        "evidence": ("for", "has weights of either sign"),
+        "on_no_triplet": ("hardest", "draws no triplets"),
+    },
+    ELEMENTWISE: {"channels": (50, "takes every channel")},
 }
 
 
@@ -67,7 +71,7 @@ class Settings:
         seed: int,
     ) -> Settings:
         """The settings, or TypeError or ValueError with the argument's name."""
-        require_choice("method", method, (*METHODS, PROXY))
+        require_choice("method", method, (*METHODS, PROXY, ELEMENTWISE))
         require_choice("evidence", evidence, ("for", "against"))
         require_choice("on_no_triplet", on_no_triplet, ("hardest", "skip"))
         if not isinstance(l2_normalize, bool):
@@ -84,6 +88,12 @@ class Settings:
         )
         if one.is_proxy:
             one._check_proxy()
+        for name, (default, why) in _LEFT_OUT.get(method, {}).items():
+            value = getattr(one, name)
+            if value != default:
+                raise ValueError(
+                    f"`{name}` must be left out with method={method!r}, which {why}, got {value!r}"
+                )
         return one
 
     def _check_proxy(self) -> None:
@@ -99,17 +109,26 @@ class Settings:
                 "`objective` must be left out with method='proxy', which differentiates nothing, "
                 f"got {self.objective!r}"
             )
-        for name, (default, why) in _NOT_OF_PROXIES.items():
-            value = getattr(self, name)
-            if value != default:
-                raise ValueError(
-                    f"`{name}` must be left out with method='proxy', which {why}, got {value!r}"
-                )
 
     @property
     def is_proxy(self) -> bool:
         """Whether class proxies explain, rather than gradients."""
         return self.method == PROXY
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether rows lend cotangents, which are pulled back at the explained image."""
+        return self.method == ELEMENTWISE
+
+    @property
+    def without_channels(self) -> bool:
+        """Whether rows keep no channels, and a build takes one pass over any head."""
+        return self.method in _LEFT_OUT
+
+    @property
+    def kind(self) -> str:
+        """What rows lend, in a word that differs where a database cannot stand for another."""
+        return self.method if self.without_channels else METHODS[0]
 
     @property
     def sign(self) -> int:
@@ -124,7 +143,7 @@ class Settings:
             "objective": self.objective.describe(),
             "method": self.method,
             "triplets": self.triplets,
-            "channels": self.channels,
+            **({} if self.is_elementwise else {"channels": self.channels}),
             "evidence": self.evidence,
             "l2_normalize": self.l2_normalize,
             "on_no_triplet": self.on_no_triplet,

@@ -1,9 +1,10 @@
 """The specification of every operation in plain PyTorch, and the CPU path of all but one.
 
 Each function has the name and the signature of its twin in :mod:`gcfast.ops`, where the arguments
-are checked and documented; here they are trusted. Whatever another backend computes is right when
-it agrees with this package and wrong when it does not. ``sample_triplets`` and ``mean_cotangents``
-are in :mod:`gcfast.reference.triplets`, ``refine`` in :mod:`gcfast.reference.refining`.
+are checked and documented (``elementwise_cam`` has none); here they are trusted. Whatever another
+backend computes is right when it agrees with this package and wrong when it does not.
+``sample_triplets`` and ``mean_cotangents`` are in :mod:`gcfast.reference.triplets`, ``refine`` in
+:mod:`gcfast.reference.refining`.
 
 Sources: the paper is Chen et al., *Adapting Grad-CAM for Embedding Networks*, WACV 2020; Grad-CAM++
 is Chattopadhay et al., arXiv:1710.11063.
@@ -40,6 +41,7 @@ __all__ = [
     "accumulator",
     "default_tries",
     "dense_cam",
+    "elementwise_cam",
     "filled_neighbors",
     "grad_weights",
     "head_grad_weights",
@@ -215,6 +217,27 @@ def dense_cam(
     summed = accumulator(activations, weights)
     # A row times a matrix: the column of its transpose took a hundred times as long on a CPU.
     cam = torch.bmm(weights.to(summed)[:, None], places.to(summed)).view(B, H, W)
+    return _finished(cam, size, relu, normalize, dtype)
+
+
+def elementwise_cam(
+    activations: Tensor,
+    gradients: Tensor,
+    *,
+    size: tuple[int, int],
+    relu: bool = True,
+    normalize: str | None = "max",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Heat maps of gradient times activation, both [B, C, H, W].
+
+    ``map[b] = relu(sum_c G[b,c] A[b,c])``, place by place, finished as by :func:`sparse_cam`.
+    The path makes it by a product, a sum and ``dense_cam`` of one channel.
+    """
+    if 0 in activations.shape[:2]:
+        return activations.new_zeros((len(activations), *size), dtype=dtype)
+    summed = accumulator(activations, gradients)
+    cam = torch.einsum("bchw,bchw->bhw", activations.to(summed), gradients.to(summed))
     return _finished(cam, size, relu, normalize, dtype)
 
 

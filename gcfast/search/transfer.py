@@ -15,6 +15,7 @@ from torch import Tensor
 from gcfast._extras import import_faiss
 from gcfast.builder.given.on_demand import OnDemandDatabase
 from gcfast.database.database import Database
+from gcfast.database.index import rows_at
 from gcfast.database.shards import Shard
 from gcfast.errors import GcfastError
 from gcfast.ops.precision import full_precision
@@ -138,6 +139,8 @@ class IndexTransfer:
         self.index = open_index(index, shards, device, ids)
         self.count = len(database)
         self.width = shards[0].channels.shape[1]
+        # Rows of cotangents, if they are: gathered here.
+        self.lent = shards if not self.width and shards[0].weights.shape[1] else None
         self.real_labels = shards[0].labels.is_floating_point()
         self.engine = make_engine(self.index, shards, threads=torch.get_num_threads())
         self._process = os.getpid()
@@ -229,6 +232,12 @@ class IndexTransfer:
 
     def _transferred(self, arrays: _Arrays, pinned: _Buffers | None = None) -> Transferred:
         tensors = [torch.from_numpy(array) for array in arrays]
+        if self.lent is not None:
+            neighbors = tensors[0]
+            tensors[3] = torch.arange(neighbors.numel()).view(neighbors.shape)
+            tensors[3] = torch.where(neighbors >= 0, tensors[3], -1)
+            numbers = neighbors.flatten().clamp(min=0).numpy()
+            tensors[5] = rows_at(self.lent, numbers, "weights").float()
         if pinned is not None:
             # The pinned tensors themselves: PyTorch must know when their copy is over.
             for i, buffer in zip(range(4, 7), pinned, strict=True):
@@ -278,6 +287,8 @@ def make_engine(
 
     parts = []
     for shard in shards:
+        if not shard.channels.shape[1]:  # cotangents, which it does not gather
+            shard = shard._replace(weights=shard.weights[:, :0])
         tensors = [getattr(shard, name).detach().contiguous() for name in COLUMNS]
         if tensors[-1].is_floating_point():
             # The engine copies eight bytes per label, whatever they mean; its -1 for "none" is

@@ -23,7 +23,9 @@ class Transferred(NamedTuple):
     ``rows``, ``channels``, ``weights``, ``offsets`` and ``mixing`` are as ``ops.sparse_cam`` takes
     them: the whole table with each neighbour's row and share, or, through an index, a small table
     of one row an image. Such a row is the neighbour's own for K = 1; for K > 1 it is the mixture of
-    all: each of their channels once, with the sum of its weights times the neighbours' shares.
+    all: each of their channels once, with the sum of its weights times the neighbours' shares. Rows
+    of cotangents, which have no channels, are never mixed here: the small table is one of all B K
+    neighbours.
     """
 
     neighbors: Tensor  # [B, K] int64, rows of the database; -1: none
@@ -34,6 +36,14 @@ class Transferred(NamedTuple):
     offsets: Tensor  # [N or B] float32
     mixing: Tensor | None  # [B, K]; None: one row, or those found equally
     labels: Tensor | None  # [B, K] of the neighbours, where no table of them is at hand
+
+    @property
+    def mixed(self) -> Tensor:
+        """What rows of cotangents lend, [B, D] float32: each times its share; 0 where none is."""
+        shares = (self.rows >= 0).float()
+        if self.mixing is not None:
+            shares = torch.where(self.rows >= 0, self.mixing.float(), 0.0)
+        return (self.weights[self.rows.clamp(min=0)].float() * shares[..., None]).sum(1)
 
 
 def mixing_weights(distances: Tensor, temperature: float) -> Tensor:

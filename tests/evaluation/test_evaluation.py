@@ -238,7 +238,7 @@ def test_regions_and_whole_maps_score_alike() -> None:
 
 def test_class_proxies_are_not_taken_for_gradients() -> None:
     one = gcfast.Explainer(common(CHANNELS), "backbone", method="proxy")
-    with pytest.raises(ValueError, match="one of gradients to be evaluated, got method='proxy'"):
+    with pytest.raises(ValueError, match="of grad-weights to be evaluated, got method='proxy'"):
         Trained(one, loader(*pictures(20)), False)
 
 

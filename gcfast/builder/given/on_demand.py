@@ -37,12 +37,12 @@ class OnDemandDatabase(Database):
     def __init__(
         self, rows: Rows, images: Tensor, ids: Sequence[str], manifest: dict[str, Any]
     ) -> None:
-        N, m, embedded = len(images), rows.m, rows.embedded
+        N, embedded = len(images), rows.embedded
         everything = len(embedded.ids) == N
         table = Shard(
             embeddings=embedded.embeddings if everything else embedded.embeddings[images],
-            channels=_untouched((N, m), np.int64),
-            weights=_untouched((N, m), np.float32),
+            channels=_untouched((N, rows.m), np.int64),
+            weights=_untouched((N, rows.width), np.float32),
             offsets=_untouched((N,), np.float32),
             labels=embedded.labels if everything else embedded.labels[images],
             triplet_counts=_untouched((N,), np.int64),

@@ -13,8 +13,9 @@ from gcfast import ops
 from gcfast.builder.loader import check_embeddings
 from gcfast.builder.rows import signed_parts
 from gcfast.database.database import Database
-from gcfast.explain.maps import on_images
+from gcfast.explain.maps import elementwise_maps, on_images
 from gcfast.explain.result import Finish, MapOptions, TripletMaps
+from gcfast.method.elementwise import gradients_at_layer
 from gcfast.method.head import normalized, vjp_grad_weights
 from gcfast.method.labels import numbers_like
 from gcfast.method.objectives import gradients_of
@@ -79,10 +80,35 @@ def labelled_maps(
             part._replace(values=part.values.to(images.device), valid=part.valid.to(images.device))
             for part in signed_parts(source, anchors, settings)
         )
+        if settings.is_elementwise:
+            (part,) = parts
+            lent = torch.where(part.valid, part.values[:, 0], 0.0)
+            return cotangent_maps(network, captured, lent, settings.l2_normalize, finish)
         weights = vjp_grad_weights(captured, embeddings, parts, settings.method, network)
     return weighted_maps(
         captured, weights, settings, finish, database.mean_activation if finish.center else None
     )
+
+
+def cotangent_maps(
+    network: Network, captured: Captured, cotangents: Tensor, l2_normalize: bool, finish: Finish
+) -> Tensor:
+    """Make maps of gradient times activation.
+
+    Args:
+        network: the model.
+        captured: of :meth:`Network.differentiable`.
+        cotangents: [B, D] on the embeddings.
+        l2_normalize: whether the embedding is normalized after the model.
+        finish: how the maps are finished.
+
+    Returns:
+        [B, OH, OW] float32.
+    """
+    gradients = gradients_at_layer(network, captured, cotangents, l2_normalize)
+    cam = on_images(ops.dense_cam, captured.share, captured.finer)
+    with torch.no_grad():
+        return elementwise_maps(captured.activations, gradients, finish, cam)
 
 
 def proxy_maps(
@@ -168,7 +194,11 @@ def triplet_maps(
         for one, own, cotangent, finish in zip(
             captured, embeddings, cotangents, finishes, strict=True
         ):
-            parts = [one_each(settings.sign * cotangent)]
+            cotangent = settings.sign * cotangent
+            if settings.is_elementwise:
+                maps.append(cotangent_maps(network, one, cotangent, settings.l2_normalize, finish))
+                continue
+            parts = [one_each(cotangent)]
             weights = vjp_grad_weights(one, own, parts, settings.method, network)
             maps.append(weighted_maps(one, weights, settings, finish, mean))
     return TripletMaps(*maps)
