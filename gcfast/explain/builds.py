@@ -36,9 +36,9 @@ class DatabaseCalls(ExplainerBase):
 
         This takes one forward pass over the images if the head is an affine map of the spatially
         averaged activations (with or without L2 norm), otherwise two, the second with
-        vector-Jacobian products from the layer on; class proxies take one in any case. Memory is
-        O(N D), for Grad-CAM++ and class proxies O(N (D + C)), spilled to temporary files above
-        gcfast.builder.spool.SPOOL_MEMORY_BYTES.
+        vector-Jacobian products from the layer on; class proxies and ``method="elementwise"`` take
+        one in any case. Memory is O(N D), for Grad-CAM++ and class proxies O(N (D + C)), spilled
+        to temporary files above gcfast.builder.spool.SPOOL_MEMORY_BYTES.
 
         With ``out`` the embeddings and the rows are written there as they are made, and are a
         database once the manifest is written at the end. If the build is killed, ``resume``
@@ -112,6 +112,8 @@ class DatabaseCalls(ExplainerBase):
         normalized maps of one neighbor are those of :meth:`build`. Without ``norms`` and ``pooled``
         (and where the embeddings are of unit length, so that they do not tell) the database says
         that its rows are ``relative``: ``normalize=None`` is then refused, and k > 1 warned of.
+        With ``method="elementwise"`` any head will do, rows are those of :meth:`build`, and nothing
+        beyond embeddings and labels is needed.
 
         Args:
             embeddings: [N, D] floating point, as the model gives them or normalized; or a

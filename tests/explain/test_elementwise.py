@@ -284,6 +284,25 @@ def test_a_build_takes_one_pass_and_appends_merges_and_cuts(tmp_path: Path) -> N
     assert len(opened.explain_batch(images)) == IMAGES
 
 
+def test_embeddings_and_labels_alone_are_enough() -> None:
+    model = other()
+    images, labels = pictures(IMAGES, CLASSES)
+    one = gcfast.Explainer(model, "backbone", method="elementwise")
+    wanted = one.build([(images, labels)])
+    maps = one.explain_batch(images, normalize=None)
+    embeddings = wanted.embeddings
+    got = one.build_from_embeddings(
+        embeddings, labels, sample=images[:5], check=(images, range(IMAGES))
+    )
+    assert torch.equal(got.cotangents, wanted.cotangents)
+    assert not got.relative
+    assert torch.equal(one.explain_batch(images, normalize=None), maps)
+    with pytest.raises(ValueError, match="method='gradcam' and 'elementwise' do without"):
+        gcfast.Explainer(model, "backbone", method="proxy").build_from_embeddings(
+            embeddings, labels, sample=images[:5], check=(images, range(IMAGES))
+        )
+
+
 def test_centers_lend_the_mean_of_their_rows(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     one, *_ = built(common())

@@ -3,7 +3,8 @@
 For the common head u = W mean(A) + b, f = u / |u|, a row's grad-weights are
 W^T (c - f <f, c>) / (|u| P), c being the mean gradient of the loss with respect to f. All of it but
 |u| and P follows from the embeddings, and these two are a positive factor of the row: its channels,
-their order and the normalized map of one neighbor do not depend on it.
+their order and the normalized map of one neighbor do not depend on it. With method="elementwise"
+a row is c itself, whatever the head.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from gcfast.database.write import check_target
 from gcfast.method.head import AffineHead
 from gcfast.method.labels import Labels, Values, column
 from gcfast.method.proxies import directions
-from gcfast.method.settings import Settings
+from gcfast.method.settings import ELEMENTWISE, Settings
 from gcfast.model.network import Network
 
 UNIT_TOLERANCE = 1e-5  # of |f|: float32 is within 1e-6, float16 is not
@@ -93,10 +94,10 @@ def _embedded(
     network: Network, given: Given, settings: Settings, sample: Any, check: Any, min_cosine: float
 ) -> tuple[Embedded, dict[str, Any]]:
     """Return what stage 1 of a build gives, and what the manifest says of where it is from."""
-    if settings.method != "gradcam" and given.pooled is None:
+    if settings.method not in ("gradcam", ELEMENTWISE) and given.pooled is None:
         raise ValueError(
             f"`pooled` must be given for method={settings.method!r}, which needs each image's "
-            "activations averaged over space [N, C]: method='gradcam' does without"
+            "activations averaged over space [N, C]: method='gradcam' and 'elementwise' do without"
         )
     vectors = read_vectors(given.embeddings)
     ids = _ids(given.ids, vectors)
@@ -154,7 +155,7 @@ def _norms(
     lengths: Tensor,
 ) -> tuple[Tensor | None, bool]:
     """Return |u| [N] of the rows, ones where it is unknown; and whether rows have their scale."""
-    if settings.is_proxy:
+    if settings.without_channels:
         return None, True
     head = seen.head
     assert head is not None

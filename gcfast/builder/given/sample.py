@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gcfast._checks import require_images
 from gcfast.builder.loader import check_embeddings, on_device
+from gcfast.method.elementwise import check_reached
 from gcfast.method.head import AffineHead, normalized, probe
 from gcfast.method.settings import Settings
 from gcfast.model.network import Network
@@ -54,7 +55,9 @@ def look_at(network: Network, sample: Any, settings: Settings) -> Sample:
     precision = torch.float32
     for batch in _batches(sample):
         images = on_device(batch, network)
-        if not count and not settings.is_proxy:
+        if not count and settings.is_elementwise:
+            check_reached(network, images, settings.l2_normalize)
+        elif not count and not settings.is_proxy:
             head = probe(network, images, settings.l2_normalize)
         captured = network.embed(images)
         embeddings = normalized(captured.output, settings.l2_normalize)
@@ -63,12 +66,12 @@ def look_at(network: Network, sample: Any, settings: Settings) -> Sample:
         pooled = captured.activations.float().mean((2, 3))
         if head is not None and not head.agrees(pooled, embeddings, precision):
             head = None  # affine as far as the probe saw
-        if not settings.is_proxy and head is None:
+        if not settings.without_channels and head is None:
             raise ValueError(
                 "`model` must end in global average pooling and an affine map for rows to follow "
                 f"from embeddings alone, and what is behind its layer {network.layer_name!r} is "
                 "something else: call build(loader), which runs the images, or take "
-                "method='proxy', which needs `pooled` activations"
+                "method='elementwise', or 'proxy', which needs `pooled` activations"
             )
         P = captured.activations[0, 0].numel()
         sums = pooled.sum(0, dtype=torch.float64).cpu() * P
@@ -78,7 +81,7 @@ def look_at(network: Network, sample: Any, settings: Settings) -> Sample:
     if not count:
         raise ValueError("`sample` must give images, got none")
     channels = settings.channels
-    if not settings.is_proxy and channels != "all" and channels > len(total):
+    if not settings.without_channels and channels != "all" and channels > len(total):
         raise ValueError(f"`channels` must be at most the layer's C = {len(total)}, got {channels}")
     return Sample(head, total / places, sizes[0], len(set(sizes)) == 1, precision)
 
