@@ -178,6 +178,17 @@ class ExplainerBase:
             )
         return finish
 
+    def _check_center(self, finish: Finish) -> None:
+        """Refuse to center maps that are made of no channels' offsets."""
+        if finish.center != 0 and self.settings.without_channels:
+            why = "classes are contrasted already"
+            if self.settings.is_elementwise:
+                why = "rows have no channels to center"
+            raise ValueError(
+                f"`center` must be left out with method={self.settings.method!r}, whose {why}, "
+                f"got {finish.center}"
+            )
+
     @property
     def _exact(self) -> bool:
         return isinstance(self.index, str) and self.index == "exact"
@@ -259,14 +270,8 @@ class ExplainerBase:
                 assert isinstance(transfer, ExactTransfer)
                 second = SecondLook(self._tail(images), transfer, self.requery)
                 self._attached = attached = replace(attached, second=second)
-        if finish is not None and finish.center != 0 and self.settings.without_channels:
-            why = "classes are contrasted already"
-            if self.settings.is_elementwise:
-                why = "rows have no channels to center"
-            raise ValueError(
-                f"`center` must be left out with method={self.settings.method!r}, whose {why}, "
-                f"got {finish.center}"
-            )
+        if finish is not None:
+            self._check_center(finish)
         unscaled = finish is not None and finish.normalize is None and self.network.refine is None
         if unscaled and attached.database.relative:
             raise ValueError(

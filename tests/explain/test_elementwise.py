@@ -243,6 +243,7 @@ def test_triplets_and_calibration() -> None:
     close(maps.anchor, by_hand(one.network.model, a, 2 * (f[1] - f[2])))
     close(maps.positive, by_hand(one.network.model, p, 2 * (f[0] - f[1])))
     close(maps.negative, by_hand(one.network.model, n, 2 * (f[2] - f[0])))
+    torch.testing.assert_close(one.explain_toward(a, 2 * (f[1] - f[2])), maps.anchor)
     fidelity = one.calibrate(loader(*pictures(30, CLASSES)))
     assert fidelity.control is not None
     assert fidelity.control.mean() < fidelity.cosine.mean()
@@ -297,6 +298,12 @@ def test_embeddings_and_labels_alone_are_enough() -> None:
     assert torch.equal(got.cotangents, wanted.cotangents)
     assert not got.relative
     assert torch.equal(one.explain_batch(images, normalize=None), maps)
+    lazy = one.build_from_embeddings(
+        embeddings, labels, sample=images[:5], check=(images, range(IMAGES)), rows="on-demand"
+    )
+    torch.testing.assert_close(one.explain_batch(images[:3], normalize=None), maps[:3])
+    assert lazy.made == 3
+    torch.testing.assert_close(lazy.cotangents, wanted.cotangents)
     with pytest.raises(ValueError, match="method='gradcam' and 'elementwise' do without"):
         gcfast.Explainer(model, "backbone", method="proxy").build_from_embeddings(
             embeddings, labels, sample=images[:5], check=(images, range(IMAGES))
@@ -343,6 +350,7 @@ def test_what_has_no_meaning_is_refused() -> None:
         lambda x, **o: next(one.explain_stream([x], **o)),
         lambda x, **o: one.explain_labelled(x, labels, **o),
         lambda x, **o: one.explain_triplet(x, x, x, **o),
+        lambda x, **o: one.explain_toward(x, torch.ones(DIM), **o),
     ):
         with pytest.raises(ValueError, match=message):
             call(images, center=0.5)

@@ -79,7 +79,7 @@ class DirectCalls(ExplainerBase):
                 "`method` must be 'gradcam' or 'gradcam++' to explain a triplet, got 'proxy', "
                 "which has no gradient: explain_labelled shows what speaks for a class"
             )
-        self._finish(torch.empty(0, 3, 1, 1), options)
+        self._check_center(self._finish(torch.empty(0, 3, 1, 1), options))
         return triplet_maps(
             self.network,
             self.settings,
@@ -97,7 +97,8 @@ class DirectCalls(ExplainerBase):
         space to channel weights: Grad-CAM towards a text, a prototype, another image, a query. The
         setting ``evidence`` has no say: −c shows what keeps an image away. Subtract what all
         vectors of the kind have in common, the mean of a few neutral texts or of all prototypes,
-        or the map shows that. One forward pass and one product from the layer on.
+        or the map shows that. One forward pass and one product from the layer on. With
+        ``method="elementwise"`` it is gradient times activation, place by place.
 
         Args:
             images: as for :meth:`explain_batch`.
@@ -115,6 +116,8 @@ class DirectCalls(ExplainerBase):
         """
         images = self.network.checked("images", images)
         finish = self._finish(images, options)
+        if self.settings.is_elementwise:
+            self._check_center(finish)
         return toward_maps(
             self.network, self.settings, images, cotangents, self._mean_activation, finish
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gcfast._checks import require_tensor
 from gcfast.builder.loader import check_embeddings
-from gcfast.explain.direct.own_maps import one_each, weighted_maps
+from gcfast.explain.direct.own_maps import cotangent_maps, one_each, weighted_maps
 from gcfast.explain.result import Finish
 from gcfast.method.head import normalized, vjp_grad_weights
 from gcfast.method.settings import Settings
@@ -53,7 +53,10 @@ def toward_maps(
         check_embeddings(embeddings.detach(), images)
         require_width("cotangents", cotangents, embeddings)
         method = "gradcam" if settings.is_proxy else settings.method
-        parts = [one_each(cotangents.expand(embeddings.shape))]
+        cotangents = cotangents.expand(embeddings.shape)
+        if settings.is_elementwise:
+            return cotangent_maps(network, captured, cotangents, settings.l2_normalize, finish)
+        parts = [one_each(cotangents)]
         weights = vjp_grad_weights(captured, embeddings, parts, method, network)
     return weighted_maps(captured, weights, settings, finish, mean)
 
