@@ -14,15 +14,14 @@ from gcfast.database.manifest import CALIBRATION
 from gcfast.explain.builds import DatabaseCalls
 from gcfast.explain.calibration import Fidelity, calibrated, transfer_fidelity
 from gcfast.explain.direct.calls import DirectCalls
-from gcfast.explain.exported.module import ExportedExplainer
+from gcfast.explain.exported.calls import ExportCalls
 from gcfast.explain.result import Explanation, MapOptions, ObjectMaps
 from gcfast.explain.stream import overlapped
-from gcfast.search.transfer import ExactTransfer
 
 STREAM_DEPTH = 1  # batches that wait for their transfer while the next one is in the model
 
 
-class Explainer(DatabaseCalls, DirectCalls):
+class Explainer(DatabaseCalls, DirectCalls, ExportCalls):
     """Explain the embeddings of one network.
 
     Args:
@@ -228,59 +227,6 @@ class Explainer(DatabaseCalls, DirectCalls):
         second = attached.second
         tail = self._tail(images) if second is None else second.tail
         return attached.objects(images, finish, count, tail)
-
-    def export(self, *, details: bool = False, **options: Unpack[MapOptions]) -> ExportedExplainer:
-        """Return the explainer as one module without hooks, for torch.compile and torch.export.
-
-        It maps images [B, 3, h, w] to what :meth:`explain_batch` maps them to, in one graph
-        (``fullgraph=True``). Its parameters are the model's own; the database's tables are buffers.
-        If a pass was made before (``build``, ``explain_batch``), what it showed is used:
-        channels-last input where the model takes it, and no copy of the activations where no later
-        layer writes over them.
-
-        Args:
-            details: give (maps, embeddings, neighbors, distances, labels) instead of the maps.
-            **options: as for :meth:`explain_batch`, and fixed from now on.
-
-        Raises:
-            NoDatabaseError: there is no database yet.
-            UnsupportedModelError: a model that cannot be copied.
-            TypeError, ValueError: an argument of the wrong kind or out of range; an ``index`` that
-                is not exact, since FAISS cannot be part of a graph; with ``refine``, no map made
-                before.
-        """
-        finish = self._finish(torch.empty(0, 3, 1, 1), options)
-        if not self._exact:
-            raise ValueError(f"`index` must be 'exact' to be exported, got {self.index!r}")
-        if self.requery:
-            raise ValueError("`requery` must be False to be exported, got True")
-        if self.settings.is_elementwise:
-            raise ValueError(
-                "`method` must not be 'elementwise' to be exported: its maps need a backward pass, "
-                "which an exported graph has not"
-            )
-        attached = self.attach(finish)
-        transfer = attached.transfer
-        assert isinstance(transfer, ExactTransfer)
-        if transfer.on_demand is not None:
-            raise ValueError(
-                "`rows` of the database must be 'all' to be exported, got 'on-demand': save it, "
-                "which makes all, and open it"
-            )
-        finer = self.network.finer
-        if finer is None or any(network.clone is None for network in finer):
-            raise ValueError(
-                "`refine` must be known from a pass before it is exported, which layers and how: "
-                "call explain_batch on an image first"
-            )
-        return ExportedExplainer(
-            self.network,
-            transfer,
-            finish._replace(size=(0, 0)) if options.get("size") is None else finish,
-            proxies=attached.proxies,
-            l2_normalize=self.settings.l2_normalize,
-            details=details,
-        )
 
     def calibrate(self, loader: Iterable[Any], *, progress: bool = False) -> Fidelity:
         """Learn from labelled held-out images what a distance says of a map; kept in the database.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,8 +27,15 @@ def refine(maps: Tensor, finer: Tensor) -> Tensor:
     is: so it does where the map, or the output, is the same everywhere. Without a positive value u
     is 0, and so is the result.
     """
-    dtype = torch.float64 if torch.float64 in (maps.dtype, finer.dtype) else torch.float32
     B, C, H, W = finer.shape
+    tile = max(1, TILE_BYTES // (4 * C * H * W)) if finer.is_cpu else max(B, 1)
+    return refined(maps, finer, [slice(at, at + tile) for at in range(0, max(B, 1), tile)])
+
+
+def refined(maps: Tensor, finer: Tensor, parts: Sequence[slice]) -> Tensor:
+    """:func:`refine`, worked on in these parts of the images, which cover all of them in order."""
+    dtype = torch.float64 if torch.float64 in (maps.dtype, finer.dtype) else torch.float32
+    B, _, H, W = finer.shape
     maps = maps.to(dtype).clamp(min=0)
     peak = maps.amax((1, 2), keepdim=True)
     u = torch.where(peak == 0, 0.0, maps / peak)  # NaN stays NaN
@@ -35,20 +44,21 @@ def refine(maps: Tensor, finer: Tensor) -> Tensor:
     total = cubes.sum(1, keepdim=True)
     same_map = total >= (1 - REFINE_SAME_MAP) * H * W
     hot = cubes / torch.where(total == 0, 1.0, total) - 1 / (H * W)  # weights of h - m
-    tile = max(1, TILE_BYTES // (4 * C * H * W))
-    f = torch.empty_like(u)
-    for start in range(0, B, tile if finer.is_cpu else max(B, 1)):
-        part = slice(start, start + tile if finer.is_cpu else B)
-        x = finer[part].flatten(2).to(dtype)  # [b, C, P]; both memory formats without a copy
-        mean = x.mean(2, keepdim=True)
-        x = x - mean
-        difference = torch.bmm(hot[part, None], x.mT)[:, 0]  # [b, C]
-        variance = x.square().mean(2)
-        floor = variance.mean(1, keepdim=True)
-        square = mean.square().mean((1, 2))[:, None] + floor
-        same = same_map[part] | (floor <= REFINE_SAME_OUTPUT * square)
-        v = torch.where(same, 0.0, difference / (variance + REFINE_EPS * floor))
-        f[part] = torch.bmm(v[:, None], x)[:, 0]
+    f = torch.cat([_likeness(finer[part].to(dtype), hot[part], same_map[part]) for part in parts])
     f = (f - f.mean(1, keepdim=True)).clamp(min=0)  # its mean is that of the means' rounding
     top = f.amax(1, keepdim=True)
     return (u * torch.where(top == 0, 1.0, f / top)).view(B, H, W)
+
+
+def _likeness(finer: Tensor, hot: Tensor, same_map: Tensor) -> Tensor:
+    """``sum_c v_c (x_c - m_c)`` of each place, [b, P]; ``hot`` [b, P], ``same_map`` [b, 1]."""
+    x = finer.flatten(2)  # [b, C, P]; both memory formats without a copy
+    mean = x.mean(2, keepdim=True)
+    x = x - mean
+    difference = torch.bmm(hot[:, None], x.mT)[:, 0]  # [b, C]
+    variance = x.square().mean(2)
+    floor = variance.mean(1, keepdim=True)
+    square = mean.square().mean((1, 2))[:, None] + floor
+    same = same_map | (floor <= REFINE_SAME_OUTPUT * square)
+    v = torch.where(same, 0.0, difference / (variance + REFINE_EPS * floor))
+    return torch.bmm(v[:, None], x)[:, 0]

@@ -46,18 +46,30 @@ class Transferred(NamedTuple):
         return (self.weights[self.rows.clamp(min=0)].float() * shares[..., None]).sum(1)
 
 
-def mixing_weights(distances: Tensor, temperature: float) -> Tensor:
+def mixing_weights(distances: Tensor, temperature: float | Tensor) -> Tensor:
     """softmax(-d / tau) over the K neighbours [B, K]; a neighbour at +inf weighs nothing."""
-    scale = max(temperature, torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    scale: float | Tensor
+    if isinstance(temperature, Tensor):
+        scale = temperature.clamp(min=tiny)
+    else:
+        scale = max(temperature, tiny)
     # From the nearest on, so that where tau is 0 (a table of twins) that one weighs 1.
     beyond = distances - distances[:, :1]
     return torch.softmax(-beyond / scale, dim=1)
 
 
 def from_tables(
-    distances: Tensor, neighbors: Tensor, tables: Tables, temperature: float
+    distances: Tensor, neighbors: Tensor, tables: Tables, temperature: float | Tensor | None
 ) -> Transferred:
-    """What the neighbours [B, K] at ``distances`` lend, tau being ``temperature``."""
+    """What the neighbours [B, K] at ``distances`` lend, tau being ``temperature``.
+
+    One neighbour needs no temperature.
+    """
+    mixing = None
+    if neighbors.shape[1] > 1:
+        assert temperature is not None
+        mixing = mixing_weights(distances, temperature)
     return Transferred(
         neighbors=neighbors,
         distances=distances,
@@ -65,6 +77,6 @@ def from_tables(
         channels=tables.channels,
         weights=tables.weights,
         offsets=tables.offsets,
-        mixing=mixing_weights(distances, temperature) if neighbors.shape[1] > 1 else None,
+        mixing=mixing,
         labels=None,
     )

@@ -29,16 +29,6 @@ class ExportedExplainer(nn.Module):
     One thread at a time may run it outside torch.compile: the layer's output passes through it.
     """
 
-    table: Tensor
-    squares: Tensor
-    channels: Tensor
-    weights: Tensor
-    offsets: Tensor
-    labels: Tensor
-    proxy_labels: Tensor | None
-    proxy_vectors: Tensor | None
-    proxy_rows: Tensor | None
-
     def __init__(
         self,
         network: Network,
@@ -54,12 +44,22 @@ class ExportedExplainer(nn.Module):
         self._kept = tuple(Kept() for _ in layers)
         self.model = recording_copy(layers, self._kept)
         self.model.eval()
-        self.register_buffer("table", transfer.search.table)
-        self.register_buffer("squares", transfer.search.squares)
-        for name, tensor in transfer.tables._asdict().items():
+        tables = {
+            "table": transfer.search.table,
+            "squares": transfer.search.squares,
+            "channels": transfer.tables.channels,
+            "weights": transfer.tables.weights,
+            "offsets": transfer.tables.offsets,
+            "row_labels": transfer.tables.labels,  # `labels` is an output of graphs
+        }
+        if transfer.k > 1:
+            tau = torch.tensor(transfer.temperature, device=transfer.search.table.device)
+            tables["temperature"] = tau
+        if proxies is not None:
+            tables |= {"proxy_vectors": proxies.vectors, "proxy_rows": proxies.rows}
+        for name, tensor in tables.items():
             self.register_buffer(name, tensor)
-        for name in Proxies._fields:
-            self.register_buffer(f"proxy_{name}", getattr(proxies, name, None))
+        self.tables = tuple(tables)  # the names of the buffers that are the database's
         # The parts of a Network that work on what a pass gave, without its hooks.
         self._share: Callable[[Tensor, tuple[int, int]], tuple[float, float]] = network.share
         self._layers = tuple((n.layer_run, n.check_runs, n.arranged) for n in layers)
@@ -67,10 +67,9 @@ class ExportedExplainer(nn.Module):
         # What no pass has shown is not assumed.
         self._channels_last = network.channels_last and network.clone is not None
         self._finish = finish  # of size (0, 0) where it is the images' own
-        self._k = transfer.k
-        self._temperature = transfer.temperature
+        self.k = transfer.k
         self._l2_normalize = l2_normalize
-        self._details = details
+        self.details = details
 
     def train(self, mode: bool = True) -> ExportedExplainer:
         """Stay in evaluation mode, in which the network is explained."""
@@ -85,6 +84,10 @@ class ExportedExplainer(nn.Module):
             [B, K], distances [B, K], labels [B, K]), as in :class:`gcfast.Explanation`. An image
             whose embedding is not finite gets a map of NaN.
         """
+        return self.explain(images, {name: getattr(self, name) for name in self.tables})
+
+    def explain(self, images: Tensor, tables: dict[str, Tensor]) -> Tensor | Parts:
+        """:meth:`forward` with these tables, by the names of the buffers that they stand for."""
         finish = self._finish
         if finish.size == (0, 0):
             finish = finish._replace(size=(images.shape[2], images.shape[3]))
@@ -97,26 +100,29 @@ class ExportedExplainer(nn.Module):
             share = self._share(activations, image_size)
             embeddings = normalized(output, self._l2_normalize)
             distances, neighbors = torch.ops.gcfast.knn(
-                embeddings, self.table, self._k, squares=self.squares
+                embeddings, tables["table"], self.k, squares=tables["squares"]
             )
-            tables = Tables(self.channels, self.weights, self.offsets, self.labels)
+            names = ("channels", "weights", "offsets", "row_labels")
+            lent = Tables(*(tables[name] for name in names))
             steps = Steps(torch.ops.gcfast.refine, torch.ops.gcfast.dense_cam)
             proxies, cam = None, cast("Callable[..., Tensor]", torch.ops.gcfast.sparse_cam)
-            if self.proxy_labels is not None and self.proxy_vectors is not None:
-                proxies = Proxies(self.proxy_labels, self.proxy_vectors, self.proxy_rows)
+            if "proxy_rows" in tables:
+                # Rows are looked up, and no labels.
+                none = lent.labels[:0]
+                proxies = Proxies(none, tables["proxy_vectors"], tables["proxy_rows"])
                 cam = steps.dense_cam
             out = explained(
                 activations,
                 embeddings,
-                from_tables(distances, neighbors, tables, self._temperature),
+                from_tables(distances, neighbors, lent, tables.get("temperature")),
                 finish,
                 cam=on_images(cam, share, tuple(finer), steps),
                 marks=True,
                 proxies=proxies,
             )
-            if not self._details:
+            if not self.details:
                 return out.maps
-            labels = out.labels_from(self.labels)
+            labels = out.labels_from(lent.labels)
             return out.maps, out.embeddings, out.neighbors, out.distances, labels
 
     def _outputs(self, image_size: tuple[int, int]) -> list[Tensor]:

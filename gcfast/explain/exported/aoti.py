@@ -1,0 +1,31 @@
+"""An explainer compiled ahead of time by AOTInductor, for C++ or Python without gcfast."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+from torch import Tensor
+
+from gcfast.explain.exported.module import ExportedExplainer
+from gcfast.explain.exported.program import decomposed, quiet
+
+SUFFIX = ".pt2"
+
+
+def export_aoti(
+    module: ExportedExplainer,
+    path: str | os.PathLike[str],
+    images: Tensor,
+    *,
+    dynamic: Collection[str],
+) -> None:
+    """See :meth:`gcfast.Explainer.export_aoti`."""
+    path = os.fspath(path)
+    if not path.endswith(SUFFIX):
+        raise ValueError(f"`path` must end with {SUFFIX}, as PyTorch asks for, got {path}")
+    program = decomposed(module, images, dynamic)
+    with quiet():
+        from torch._inductor import aoti_compile_and_package
+
+        aoti_compile_and_package(program, package_path=path)
