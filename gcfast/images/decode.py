@@ -12,6 +12,7 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,18 @@ _OTHER_ORDER = {
     "RGB;16L": "RGB;16B",
     "RGB;16N": "RGB;16B" if sys.byteorder == "little" else "RGB;16L",
 }
+
+
+class Limits(NamedTuple):
+    """What a picture that is not trusted may be.
+
+    Attributes:
+        formats: Pillow's names of the formats to try; those that are not installed are left out.
+        pixels: the most that are decoded.
+    """
+
+    formats: tuple[str, ...]
+    pixels: int
 
 
 class Decoded(NamedTuple):
@@ -88,23 +101,42 @@ def decode(
 
 
 def read_picture(
-    path: str | os.PathLike[str], *, at_least: int | None = None, depth: int | str = "auto"
+    path: str | os.PathLike[str] | IO[bytes],
+    *,
+    at_least: int | None = None,
+    depth: int | str = "auto",
+    limits: Limits | None = None,
 ) -> Decoded:
-    """Read a picture as :func:`decode` does, with its whole size and what was assumed."""
-    with warnings.catch_warnings(), open(path, "rb") as file:
+    """Read a picture as :func:`decode` does, with its whole size and what was assumed.
+
+    Args:
+        path: a picture file, or one that is open for reading.
+        at_least: as there.
+        depth: as there.
+        limits: of a picture that is not trusted; more pixels are a ``DecompressionBombError``,
+            raised before any is decoded.
+    """
+    with warnings.catch_warnings(), _opened(path) as file:
         # Pillow warns at half the number of pixels that it refuses; its refusal is our limit.
         # Damaged EXIF blocks and odd palettes warn too, and the picture is still good.
         warnings.simplefilter("ignore")
         # An open file, not its path: given a path, Pillow maps the pixels of an uncompressed TIFF
         # into memory as they are stored, which is wrong where its orientation turns them.
         try:
-            opened = Image.open(file, formats=_formats())
+            opened = Image.open(file, formats=_formats(limits))
         except UnidentifiedImageError:
+            if not isinstance(path, str | os.PathLike):
+                raise
             raise UnidentifiedImageError(
                 f"cannot identify image file {os.fspath(path)!r}{_hint(path)}"
             ) from None
         with opened as picture:
             whole = picture.size
+            if limits is not None and whole[0] * whole[1] > limits.pixels:
+                raise Image.DecompressionBombError(
+                    f"a picture must have at most {limits.pixels:,} pixels, got {whole[0]} x "
+                    f"{whole[1]}"
+                )
             if at_least is not None:
                 picture.draft(None, (at_least, at_least))
             small = picture.size != whole
@@ -158,11 +190,21 @@ def image_extensions() -> dict[str, str]:
     return {e: f for e, f in known.items() if f in Image.OPEN and f not in _LEFT_OUT}
 
 
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[IO[bytes]]:
+    if isinstance(path, str | os.PathLike):
+        with open(path, "rb") as file:
+            yield file
+    else:
+        yield path
+
+
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def _formats(limits: Limits | None = None) -> tuple[str, ...]:
     """Return the formats to try on a file, whatever its name says."""
     image_extensions()
-    return tuple(name for name in Image.OPEN if name not in _LEFT_OUT)
+    wanted = Image.OPEN if limits is None else limits.formats
+    return tuple(name for name in wanted if name in Image.OPEN and name not in _LEFT_OUT)
 
 
 def _hint(path: str | os.PathLike[str]) -> str:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from gcfast.images.decode import decode, image_extensions, read_picture
+from gcfast.images.decode import Limits, decode, image_extensions, read_picture
 from gcfast.images.named import named_function
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "View", "decode", "image_extensions"]
@@ -152,22 +152,29 @@ class Preprocessing:
             f"mean {mean}, std {std}"
         )
 
-    def load(self, path: str | os.PathLike[str]) -> View:
+    def load(
+        self, path: str | os.PathLike[str] | IO[bytes], *, limits: Limits | None = None
+    ) -> View:
         """Read a picture file and return what of it goes to the network.
 
         A cut is made in the picture's coordinates, so an extremely long picture costs no more than
         a square one.
 
+        Args:
+            path: a picture file, or one that is open for reading.
+            limits: of a picture that is not trusted.
+
         Raises:
+            PIL.Image.DecompressionBombError: more pixels than the limit.
             OSError: the file cannot be opened, or is no picture.
             TypeError, ValueError: the ``transform`` gives something else than [3, H, W].
             Exception: whatever Pillow raises on a damaged file, or the ``transform``.
         """
         if self.transform is not None:
-            decoded = read_picture(path, depth=self.depth)
+            decoded = read_picture(path, depth=self.depth, limits=limits)
             return View(self._transformed(decoded.picture), decoded.size, decoded.doubts)
         side = math.ceil(max(self.shape) / (self.crop_pct or 1))
-        decoded = read_picture(path, at_least=2 * side, depth=self.depth)
+        decoded = read_picture(path, at_least=2 * side, depth=self.depth, limits=limits)
         picture = self.render(decoded.picture, decoded.size)
         return View(np.asarray(picture), decoded.size, decoded.doubts)
 

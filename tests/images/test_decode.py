@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gcfast.images.decode import decode, image_extensions, is_picture, read_picture
+from gcfast.images.decode import Limits, decode, image_extensions, is_picture, read_picture
 from gcfast.images.folder import ImageFolder, ImageLoader, in_words, scan
 from gcfast.images.preprocessing import Preprocessing
 
@@ -274,3 +274,22 @@ def test_pillows_own_pictures_decode_right_or_are_refused_or_counted():
             np.testing.assert_array_equal(np.asarray(got), want, err_msg=str(path))
         right += 1
     assert right > 300, (right, refused, counted)
+
+
+def test_pictures_that_are_not_trusted(tmp_path):
+    limits = Limits(("PNG", "JPEG", "NOT INSTALLED"), 1200)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (40, 31), "red").save(tmp_path / "b.png")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "c.bmp")
+    with open(tmp_path / "a.png", "rb") as file:
+        assert read_picture(file, limits=limits).size == (40, 30)
+        assert not file.closed
+    assert read_picture(tmp_path / "a.png", limits=limits).size == (40, 30)
+    with pytest.raises(Image.DecompressionBombError, match="at most 1,200 pixels, got 40 x 31"):
+        read_picture(tmp_path / "b.png", limits=limits)
+    with (
+        open(tmp_path / "c.bmp", "rb") as file,
+        pytest.raises(UnidentifiedImageError, match="cannot identify"),
+    ):
+        read_picture(file, limits=limits)
+    assert read_picture(tmp_path / "c.bmp").size == (40, 30)
