@@ -16,6 +16,7 @@ ORDER = (
     "__main__",
     "cli",
     "adapters",
+    "serve",
     "demo",
     "evaluation",
     "images",

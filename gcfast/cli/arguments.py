@@ -23,6 +23,8 @@ class _Defaults(argparse.HelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; ``run`` in what it parses is a ``module:function`` of this package."""
+    from gcfast.cli.serve.arguments import add_serve  # made of the pieces of this module
+
     whole = argparse.ArgumentParser(
         prog="gcfast",
         description="Explain image embeddings in one forward pass.",
@@ -37,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         _add_calibrate,
         _add_explain,
         _add_evaluate,
+        add_serve,
         _add_compress,
         _add_index,
         _add_remove,

@@ -32,6 +32,9 @@ class Opened(NamedTuple):
     images: Path | None  # where the database's pictures are, if known
 
 
+Loaded = tuple[LoadedModel, torch.device, int | str | None]  # with the key of its output
+
+
 def open_database(options: argparse.Namespace, **settings: Any) -> Opened:
     """Open ``--database`` with ``--model``.
 
@@ -44,7 +47,12 @@ def open_database(options: argparse.Namespace, **settings: Any) -> Opened:
             :func:`load_network`.
         GcfastError: the model or the database cannot be used.
     """
-    network, device, output_key = load_network(options)
+    return open_on(load_network(options), options, **settings)
+
+
+def open_on(loaded: Loaded, options: argparse.Namespace, **settings: Any) -> Opened:
+    """Open ``--database`` on a network that is loaded; raises as :func:`open_database`."""
+    network, device, output_key = loaded
     kept = read_manifest(options.database).get("preprocessing")
     if not kept:
         raise ValueError(
@@ -67,7 +75,7 @@ def open_database(options: argparse.Namespace, **settings: Any) -> Opened:
     return Opened(explainer, explainer.database, device, preprocessing, root)
 
 
-def load_network(options: argparse.Namespace) -> tuple[LoadedModel, torch.device, int | str | None]:
+def load_network(options: argparse.Namespace) -> Loaded:
     """Return the network that the options name, on its device, the device, and the output's key.
 
     Raises:

@@ -1,0 +1,85 @@
+"""The application on a port, until a signal stops it."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import uvicorn
+
+from gcfast.serve.app import create_app
+from gcfast.serve.served import Served
+from gcfast.serve.settings import ServeSettings
+
+log = logging.getLogger("gcfast.serve")
+
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+def run(
+    source: Callable[[], Served],
+    settings: ServeSettings | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+) -> None:
+    """Serve until SIGINT or SIGTERM; requests that have come are answered first.
+
+    SIGHUP opens the database again. Bound to loopback, and without ``hosts`` in the settings, only
+    requests to a name of loopback are answered: a page from elsewhere that the user's browser shows
+    cannot reach the server under a name of its own.
+
+    Args:
+        source: as for :func:`gcfast.serve.app.create_app`.
+        settings: as there.
+        host: address or name to bind to.
+        port: 0 for one that is free.
+
+    Raises:
+        OSError: the address cannot be bound.
+        Exception: whatever ``source`` raises.
+    """
+    settings = ServeSettings() if settings is None else settings
+    with _listening(host, port) as listener:
+        address = listener.getsockname()[0]
+        name = f"[{address}]" if ":" in address else address
+        where = f"http://{name}:{listener.getsockname()[1]}"
+        if not ipaddress.ip_address(address).is_loopback:
+            log.warning(
+                "bound to %s: whoever reaches this machine can send pictures, and see those of the "
+                "database; there is no password and no encryption",
+                where,
+            )
+        elif not settings.hosts:
+            settings = replace(settings, hosts=tuple({*_LOOPBACK_NAMES, name, host}))
+        # Uvicorn waits for its requests, and then raises the signal again.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        app = create_app(source, settings)
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, lambda *_: app.state.service.watcher.wake())
+        served = app.state.service.served
+        log.info("serving rows=%d at %s", len(served.database), where)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(2 * settings.timeout) + 1,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Bind a socket here: uvicorn would end the process where it cannot."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise OSError(f"cannot serve at {host}, port {port}: {error}") from error
