@@ -186,6 +186,7 @@ def check_appendable(database: Database, network: Network, settings: Settings) -
         raise GcfastError(
             "a compressed database takes no further rows: append to the whole one, and compress it"
         )
+    database.require_labels("adding or replacing rows")
     now = identity(network, settings, None, database.storage)
     check_model(manifest["fingerprint"], network)
     changed = changed_settings(manifest["settings"], now["settings"])

@@ -113,7 +113,9 @@ def in_memory(
     classes = embedded.classes()
     if classes is not None:
         zero = rows - int(classes.counts.sum())
-    report = report_of(embedded.labels, rows, hardest, estimated, zero, settings)
+    report = report_of(
+        embedded.labels, rows, hardest, estimated, zero, settings, alone=embedded.alone
+    )
     (made,) = parts
     known = None if model is None else model.result()
     same = identity(network, settings, preprocessing, "float32", model=known)

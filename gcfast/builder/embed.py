@@ -20,6 +20,7 @@ from gcfast.method import labels
 from gcfast.method.elementwise import check_reached
 from gcfast.method.head import AffineHead, normalized, probe
 from gcfast.method.labels import Labels, Values
+from gcfast.method.neighbors import Neighbors, NeighborSource
 from gcfast.method.pairs import PairSource
 from gcfast.method.proxies import Classes, directions
 from gcfast.method.settings import Settings
@@ -42,16 +43,21 @@ class Embedded(NamedTuple):
     mean_activation: Tensor  # [C] float64
     head: AffineHead | None
     directions: Tensor | None = None  # [N, C] float32: class proxies only
+    neighbors: Neighbors | None = None  # what stands for labels, which are then row numbers
 
     def source(self, settings: Settings, device: torch.device) -> PairSource:
         """Return the valid pairs of any anchor among these rows, found on the device if it fits."""
-        table = resident(self.embeddings, device)
-        return PairSource(
-            settings.objective,
-            table,
-            self.labels.to(table.device),
-            hardest=settings.on_no_triplet == "hardest",
-        )
+        table, hardest = resident(self.embeddings, device), settings.on_no_triplet == "hardest"
+        if self.neighbors is not None:
+            return NeighborSource(
+                settings.objective, table, self.neighbors, seed=settings.seed, hardest=hardest
+            )
+        return PairSource(settings.objective, table, self.labels.to(table.device), hardest=hardest)
+
+    @property
+    def alone(self) -> Tensor | None:
+        """Which rows [N] are without a positive whatever their labels say; None: labels say it."""
+        return None if self.neighbors is None else torch.zeros(len(self.labels), dtype=torch.bool)
 
     def classes(self) -> Classes | None:
         """Return the sums that class proxies are made of; None for another method."""

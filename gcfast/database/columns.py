@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast.database.manifest import RELATIVE
+from gcfast.database.manifest import MADE_LABELS, RELATIVE
 from gcfast.database.shards import MappedFile, Shard
+from gcfast.errors import GcfastError
 
 VERIFY_THREADS = 4
 
@@ -70,6 +71,24 @@ class Columns:
         So are those of embeddings without their norms: a normalized map does not depend on it.
         """
         return bool(self.manifest.get(RELATIVE, False))
+
+    @property
+    def made_labels(self) -> str | None:
+        """What stands for labels that nobody gave ("neighbors:5", "kmeans:1000"), or None."""
+        made: str | None = self.manifest.get(MADE_LABELS)
+        return made
+
+    def require_labels(self, what: str) -> None:
+        """Raise GcfastError where labels are made, which no label of the caller's fits.
+
+        Args:
+            what: needs them, as the subject of a sentence.
+        """
+        if self.made_labels is not None:
+            raise GcfastError(
+                f"{what} needs labels, and those of this database are made of its embeddings "
+                f"({self.made_labels}): build it with labels"
+            )
 
     @property
     def shards(self) -> list[Shard]:

@@ -18,6 +18,7 @@ from gcfast.database.shards import Shard, offsets_of
 
 SAMPLE_EACH = 256  # rows for each center that k-means is trained on; FAISS's own limit
 ROWS_AT_ONCE = 16_384
+ITERATIONS = 25  # of k-means
 CENTERS_AT_ONCE = 1024
 
 
@@ -95,6 +96,18 @@ def compressed(
     nearest = _nearest_members(assignment, distances, len(counts))
     members = Members.of(assignment, len(counts), ids)
     return Compressed(rows, [ids[row] for row in nearest.tolist()], manifest, members)
+
+
+def clusters(table: Tensor, centers: int, *, seed: int) -> Tensor:
+    """Return the k-means cluster [N] int64 of each row of a table [N, D] float32.
+
+    Raises:
+        MissingExtraError: FAISS is not installed.
+    """
+    N = len(table)
+    none = torch.zeros((N, 0))
+    rows = [Shard(table, none.long(), none, none, none, none)]
+    return _assigned(rows, _centroids(rows, centers, seed, ITERATIONS))[0]
 
 
 def _pieces(shards: list[Shard]) -> Iterator[tuple[int, Shard]]:

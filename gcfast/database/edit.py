@@ -322,6 +322,7 @@ def _check_mergeable(one: Database, two: Database, number: int) -> None:
             raise GcfastError(
                 "a compressed database cannot be merged: merge the whole ones, and compress them"
             )
+        database.require_labels("merging databases")
     a, b = one.manifest, two.manifest
     differs = difference(a["fingerprint"], b["fingerprint"])
     if differs or outputs_differ(a["fingerprint"], b["fingerprint"]):

@@ -25,6 +25,7 @@ STATE = "build.json"  # of an unfinished build
 CALIBRATION = "calibration"  # the manifest's entry for what gcfast.explain.calibration measured
 # The manifest's entry that rows are known but for a positive factor each.
 RELATIVE = "relative"
+MADE_LABELS = "made_labels"  # its entry for what stands for labels that nobody gave
 STORAGES = ("float32", "float16")
 MANIFEST_KEYS: dict[str, type] = {
     "fingerprint": dict,

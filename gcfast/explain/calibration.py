@@ -268,6 +268,8 @@ def transfer_fidelity(
             loader without images of the database's classes.
     """
     database = explainer.database
+    if database is not None:
+        database.require_labels("calibrating")
     # Only classes that have rows: one that lost them, say to compression, gives no own map.
     numbers = set(database.labels.tolist()) if database is not None else set()
     names = (

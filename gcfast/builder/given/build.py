@@ -21,13 +21,14 @@ from torch import Tensor
 from gcfast._checks import listed, require_choice
 from gcfast.builder.build import in_memory
 from gcfast.builder.embed import Embedded
+from gcfast.builder.given.made_labels import MadeLabels, is_made, make_labels
 from gcfast.builder.given.on_demand import on_demand
 from gcfast.builder.given.sample import Checked, Sample, checked_images, look_at
 from gcfast.builder.given.vectors import Vectors, floats, read_vectors
 from gcfast.builder.loader import listed_ids
 from gcfast.database.database import Database
 from gcfast.database.ids import repeated
-from gcfast.database.manifest import RELATIVE, STORAGES
+from gcfast.database.manifest import MADE_LABELS, RELATIVE, STORAGES
 from gcfast.database.write import check_target
 from gcfast.method.head import AffineHead
 from gcfast.method.labels import Labels, Values, column
@@ -102,7 +103,9 @@ def _embedded(
     vectors = read_vectors(given.embeddings)
     ids = _ids(given.ids, vectors)
     images, rows = _check_rows(check, ids, vectors)
-    numbers, names = _labels(given.labels, ids, vectors, settings)
+    made: MadeLabels | None = None
+    if not is_made(given.labels):
+        numbers, names = _labels(given.labels, ids, vectors, settings)
     seen = look_at(network, sample, settings)
     N, D = vectors.table.shape
     checked = checked_images(network, images, rows, settings, D)
@@ -118,6 +121,9 @@ def _embedded(
         table = torch.where(far[:, None], torch.nn.functional.normalize(table, dim=1), table)
     lowest = checked.compare(table, min_cosine, lengths=not settings.l2_normalize)
 
+    if is_made(given.labels):
+        made = make_labels(given.labels, table, settings)
+        numbers, names = made.numbers, made.names
     pooled = None if given.pooled is None else floats("pooled", given.pooled, "N C")
     if pooled is not None:
         _require_count("pooled", len(pooled), N)
@@ -139,10 +145,15 @@ def _embedded(
         mean_activation=mean,
         head=seen.head,
         directions=directions(pooled) if settings.is_proxy and pooled is not None else None,
+        neighbors=None if made is None else made.neighbors,
     )
     made_of = {"source": vectors.source, "checked": len(rows), "lowest_cosine": lowest}
     manifest: dict[str, Any] = {"from_embeddings": made_of}
-    return embedded, manifest if absolute else manifest | {RELATIVE: True}
+    if made is not None:
+        manifest[MADE_LABELS] = made.described
+    if not absolute:
+        manifest[RELATIVE] = True
+    return embedded, manifest
 
 
 def _norms(
@@ -243,7 +254,10 @@ def _labels(
     """Return the rows' labels [N] and the names of the classes."""
     real = settings.objective.real_labels
     if labels is None:
-        raise ValueError("`labels` must be given, one a row: triplets are drawn by them")
+        raise ValueError(
+            "`labels` must be given, one a row, since triplets are drawn by them, or "
+            "'kmeans:1000' or 'neighbors' where there are none"
+        )
     if isinstance(labels, Mapping):
         keys = ids if vectors.numbers is None else vectors.numbers.tolist()
         missing = [key for key in keys if key not in labels]

@@ -148,10 +148,10 @@ def on_demand(
     if why is not None:
         raise ValueError(f"`rows` must be 'all' with {why}, got 'on-demand'")
     images = torch.arange(len(embedded.ids))
-    if objective.pairs in ("triplet", "positive"):
+    if objective.pairs in ("triplet", "positive") and embedded.neighbors is None:
         _, inverse, seen = torch.unique(embedded.labels, return_inverse=True, return_counts=True)
         images = images[seen[inverse] > 1]
-    report = report_of(embedded.labels, len(images), 0, 0, 0, settings)
+    report = report_of(embedded.labels, len(images), 0, 0, 0, settings, alone=embedded.alone)
     same = identity(network, settings, preprocessing, "float32")
     manifest = describe(network, embedded, same, report)
     ids = embedded.ids

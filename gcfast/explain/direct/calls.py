@@ -45,6 +45,7 @@ class DirectCalls(ExplainerBase):
         finish = self._finish(images, options)
         attached = self.attach(finish)
         database = attached.database
+        database.require_labels("explain_labelled")
         if attached.proxies is not None:
             names, rows = database.class_names, database.labels
             numbers = numbers_like(rows, names, labels, len(images), real_labels=False)
