@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gcfast.cli.given.arguments import add_embeddings
 from gcfast.images.preprocessing import INTERPOLATIONS
 
 
@@ -136,6 +137,7 @@ def _add_build(commands: Any) -> None:
         metavar="CSV",
         help="columns path and label, not class folders",
     )
+    add_embeddings(build)
     build.add_argument("--force", action="store_true", help="replace an existing database")
     build.add_argument("--resume", action="store_true", help="continue a build that was stopped")
     _add_storage(build)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 import gcfast
+from gcfast.cli.given.columns import GivenColumns, is_made, known_pictures, read_columns
 from gcfast.cli.inputs import labelled_pictures, load_network, reading
 from gcfast.cli.outputs import tell_doubts, tell_left_out
 from gcfast.database.write import check_target
+from gcfast.images.folder import ImageLoader
 from gcfast.images.preprocessing import Preprocessing
 
 # What the counts of a build mean.
@@ -49,10 +55,22 @@ def build_database(options: argparse.Namespace) -> None:
         remedies=("--force", "--resume"),
     )
 
-    images = labelled_pictures(options)
+    given, images = None, None
+    if options.embeddings is None:
+        _refuse_without_embeddings(options)
+        images = labelled_pictures(options)
+    else:
+        if options.resume:
+            raise ValueError("`--resume` must be left out with --embeddings, which takes minutes")
+        given = read_columns(options)
     loaded, _, output_key = load_network(options)
     preprocessing = _preprocessing(options, loaded.preprocessing)
-    loader = images.loader(preprocessing, **reading(options))
+    root = Path(options.images).absolute()
+    if images is not None:
+        loader = images.loader(preprocessing, **reading(options))
+    else:
+        assert given is not None
+        loader = known_pictures(root, given.paths, preprocessing, **reading(options))
     objectives: dict[str, Callable[[], gcfast.Objective]] = {
         "triplet": lambda: gcfast.TripletLoss(0.2 if options.margin is None else options.margin),
         "distance-difference": gcfast.DistanceDifference,
@@ -75,17 +93,19 @@ def build_database(options: argparse.Namespace) -> None:
     )
     # ``explain`` also needs the folder of the neighbors' pictures and how the layer's output is
     # read, which the database itself does not keep.
-    kept = preprocessing.to_dict() | {"images": os.fspath(images.root), "tokens": options.tokens}
+    kept = preprocessing.to_dict() | {"images": os.fspath(root), "tokens": options.tokens}
+    common: dict[str, Any] = {
+        "progress": True,
+        "preprocessing": kept,
+        "out": options.out,
+        "overwrite": options.force,
+        "storage": options.storage,
+    }
     try:
-        database = explainer.build(
-            loader,
-            progress=True,
-            preprocessing=kept,
-            out=options.out,
-            resume=options.resume,
-            overwrite=options.force,
-            storage=options.storage,
-        )
+        if given is None:
+            database = explainer.build(loader, resume=options.resume, **common)
+        else:
+            database = _from_embeddings(explainer, options, given, loader, common)
     finally:
         # Also when the build fails: what was skipped may be why (only one class remains, say).
         tell_left_out("unreadable pictures, skipped", loader.unreadable)
@@ -95,12 +115,62 @@ def build_database(options: argparse.Namespace) -> None:
             said = _COUNTS.get(f"{name}, {options.method}", _COUNTS.get(name, name))
             print(f"pictures {said}: {count}", file=sys.stderr)
     # A class of a single picture has no row.
-    classes, there = len(set(database.labels.tolist())), len(images.class_names)
+    classes = len(set(database.labels.tolist()))
+    there = classes if images is None else len(images.class_names)
     of_all = "" if classes == there else f" of {there}"
     print(
         f"{options.out}: {len(database)} rows, {classes}{of_all} classes, "
         f"layer {explainer.layer_name}"
     )
+
+
+def _refuse_without_embeddings(options: argparse.Namespace) -> None:
+    """Refuse what says nothing where all pictures are run."""
+    for name in ("paths", "norms", "pooled"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"`--{name}` must be left out without --embeddings, which it is of")
+    if is_made(options.labels):
+        raise ValueError(
+            f"`--labels` must be a CSV without --embeddings, got {options.labels}: save the "
+            "embeddings, and build from them"
+        )
+
+
+def _from_embeddings(
+    explainer: gcfast.Explainer,
+    options: argparse.Namespace,
+    given: GivenColumns,
+    loader: ImageLoader,
+    common: dict[str, Any],
+) -> gcfast.Database:
+    """Build from embeddings, with those of their pictures that are there."""
+    batches = list(loader)
+    images = torch.cat([batch[0] for batch in batches])
+    names = [name for batch in batches for name in batch[2]]
+    columns: dict[str, Any] = {
+        name: None if file is None else np.load(file, mmap_mode="r")
+        for name, file in (("norms", options.norms), ("pooled", options.pooled))
+    }
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        database = explainer.build_from_embeddings(
+            given.embeddings,
+            given.labels,
+            sample=images,
+            check=(images, names),
+            ids=given.paths,
+            min_cosine=options.min_cosine,
+            **columns,
+            **common,
+        )
+    for warning in told:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    lowest = database.manifest["from_embeddings"]["lowest_cosine"]
+    print(
+        f"pictures compared with their rows: {len(names)}, lowest cosine {lowest:.4f}",
+        file=sys.stderr,
+    )
+    return database
 
 
 def show_layers(options: argparse.Namespace) -> None:

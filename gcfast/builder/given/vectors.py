@@ -34,8 +34,8 @@ def read_vectors(embeddings: Any) -> Vectors:
         ValueError: another shape, no rows, NaN with the row, or an index that does not give its
             vectors back.
     """
-    faiss = sys.modules.get("faiss")  # where there is an index, its module is loaded
-    if faiss is not None and isinstance(embeddings, faiss.Index):
+    faiss = _faiss_of(embeddings)
+    if faiss is not None:
         table, numbers = _of_index(faiss, embeddings)
         source = type(faiss.downcast_index(embeddings)).__name__
         order = np.argsort(numbers, kind="stable")
@@ -53,6 +53,24 @@ def read_vectors(embeddings: Any) -> Vectors:
         raise ValueError("`embeddings` must hold at least one row, got none")
     require_finite_rows("embeddings", vectors.table)
     return vectors
+
+
+def own_ids(embeddings: Any) -> list[int] | None:
+    """Return an index's own ids, rising; None where they are 0, 1, … or there is no index.
+
+    Raises:
+        ValueError: as :func:`read_vectors`.
+    """
+    if _faiss_of(embeddings) is None:
+        return None
+    numbers = read_vectors(embeddings).numbers
+    return None if numbers is None else [int(number) for number in numbers]
+
+
+def _faiss_of(embeddings: Any) -> Any:
+    """Return the module faiss for an index of it, None for anything else."""
+    faiss = sys.modules.get("faiss")  # where there is an index, its module is loaded
+    return faiss if faiss is not None and isinstance(embeddings, faiss.Index) else None
 
 
 def floats(name: str, values: Any, letters: str) -> Tensor:

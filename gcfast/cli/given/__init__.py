@@ -1,0 +1,1 @@
+"""What ``gcfast build --embeddings`` takes instead of running every picture."""
