@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcfast import Database, Explainer, ops
+from gcfast import Database, Explainer, Explanation, ops
+from gcfast._checks import require_finite_rows
 from gcfast.explain.default import stored_explainer
-from gcfast.explain.maps import Explained, explained
+from gcfast.explain.maps import explained
 from gcfast.explain.result import Finish
 from gcfast.method.head import normalized
 from gcfast.ops.precision import full_precision
@@ -34,8 +35,8 @@ def explainer_of(
 
 
 def layer_maps(
-    explainer: Explainer, activations: Tensor, output: Tensor, *, relu: bool, center: float = 0.0
-) -> Explained:
+    explainer: Explainer, activations: Tensor, output: Tensor, *, relu: bool, center: float
+) -> Explanation:
     """Make maps at the layer's own resolution from what a forward pass gave, not normalized.
 
     The weights of an image are scaled so that the largest is 1: they are as small as the gradients
@@ -47,12 +48,18 @@ def layer_maps(
         output: [B, D], the model's own.
         relu: keep what is positive.
         center: as in :class:`gcfast.explain.result.MapOptions`.
+
+    Raises:
+        ValueError: NaN or infinity in the output, with the row (on a CUDA device the map is NaN).
     """
-    size = (activations.shape[2], activations.shape[3])
-    finish = Finish(size, None, relu, center)
+    finish = Finish.checked(
+        activations, size=None, normalize=None, relu=relu, center=center
+    )  # the size is that of the activations
     attached = explainer.attach(finish)
     with torch.no_grad(), full_precision(activations.device):
         embeddings = normalized(output, explainer.settings.l2_normalize)
+        if not embeddings.is_cuda:
+            require_finite_rows("output", embeddings)
         found = attached.transfer(embeddings)
         cam: Any = ops.sparse_cam if attached.proxies is None else ops.dense_cam
         out = explained(
@@ -61,11 +68,13 @@ def layer_maps(
             found,
             finish,
             cam=cam,
-            marks=False,
+            marks=embeddings.is_cuda,
             proxies=attached.proxies,
         )
         if attached.proxies is None:
             largest = found.weights[found.rows.clamp(min=0)].float().abs().amax((1, 2))
             scale = torch.where(largest > 0, largest, 1.0)
             out = out._replace(maps=out.maps / scale[:, None, None])
-        return out
+        explanation = attached.result(out, True)
+    assert isinstance(explanation, Explanation)
+    return explanation

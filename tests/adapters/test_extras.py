@@ -9,7 +9,13 @@ import pytest
 
 import gcfast
 
-ADAPTERS = {"pytorch_grad_cam": ("pytorch_grad_cam", "pytorch-grad-cam")}
+ADAPTERS = {
+    "pytorch_grad_cam": ("pytorch_grad_cam", "pytorch-grad-cam"),
+    "torchcam": ("torchcam", "torchcam"),
+    "captum": ("captum", "captum"),
+    "xaitk": ("smqtk_descriptors", "xaitk"),
+    "hf": ("transformers", "hf"),
+}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

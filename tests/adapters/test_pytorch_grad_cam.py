@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from libraries import library
-from networks import AFFINE_HEADS, CHANNELS, OTHER_HEADS, Net, TokenNet, common, loader, pictures
+from networks import CHANNELS, OTHER_HEADS, Net, TokenNet, common
 from torch import Tensor, nn
 
 import gcfast
@@ -214,22 +213,12 @@ def test_its_helpers_and_metrics() -> None:
         assert np.isfinite(scores).all()
 
 
-@pytest.fixture
-def built(tmp_path: Path) -> tuple[Any, Path, Tensor]:
-    model = Net(AFFINE_HEADS["linear"](CHANNELS)).eval()
-    images, labels = pictures(24)
-    explainer = gcfast.Explainer(model, "backbone", triplets=4, channels=5)
-    explainer.build(loader(images, labels))
-    explainer.database.save(tmp_path / "db")
-    return model, tmp_path / "db", torch.randn(3, 3, 8, 8)
-
-
-def test_embeddings(built: tuple[Any, Path, Tensor]) -> None:
-    model, path, x = built
+def test_embeddings(built: Any) -> None:
+    model, path, x, explainer = built
     with EmbeddingGradCAM(model, [model.backbone], database=path) as cam:
         maps = cam(input_tensor=x, targets=None)
-    assert cam.explainer.settings.channels == 5  # as it is stored
-    plain = gcfast.load(path, model).explain_batch(x, normalize="minmax").double()
+    assert cam.explainer.settings.describe() == explainer.settings.describe()
+    plain = explainer.explain_batch(x, normalize="minmax").double()
     plain = plain - plain.amin((1, 2), keepdim=True)
     plain = plain / (plain.amax((1, 2), keepdim=True) + 1e-7)
     np.testing.assert_allclose(maps, plain.numpy(), atol=1e-6, rtol=0)
@@ -244,20 +233,15 @@ def test_embeddings(built: tuple[Any, Path, Tensor]) -> None:
     assert smooth.shape == maps.shape
 
 
-def test_small_weights_do_not_dim_a_map(built: tuple[Any, Path, Tensor]) -> None:
+def test_small_weights_do_not_dim_a_map(built: Any, small: gcfast.Database) -> None:
     """Grad-weights have the scale of the loss: the peer's epsilon is not to see it."""
-    model, path, x = built
-    database = gcfast.Database.open(path)
-    maps = EmbeddingGradCAM(model, database=database)(x)
-    names = ("embeddings", "channels", "weights", "offsets", "labels", "triplet_counts")
-    tensors = {name: getattr(database, name).clone() for name in names}
-    tensors["weights"] *= 1e-9
-    small = gcfast.Database(tensors, list(database.ids), database.manifest)
-    np.testing.assert_allclose(EmbeddingGradCAM(model, database=small)(x), maps, atol=1e-6)
+    maps = EmbeddingGradCAM(built.model, database=built.path)(built.images)
+    got = EmbeddingGradCAM(built.model, database=small)(built.images)
+    np.testing.assert_allclose(got, maps, atol=1e-6)
 
 
-def test_wrong_calls(built: tuple[Any, Path, Tensor]) -> None:
-    model, path, x = built
+def test_wrong_calls(built: Any) -> None:
+    model, path, x, _ = built
     cam = EmbeddingGradCAM(model, database=path)
     with pytest.raises(ValueError, match="`eigen_smooth` must be False"):
         cam(x, eigen_smooth=True)
