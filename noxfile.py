@@ -82,10 +82,11 @@ def examples(session: nox.Session) -> None:
     """Every program of examples/, each in a folder of its own, and again over what it wrote."""
     for path in sorted(Path("examples").glob("*.py")):
         with tempfile.TemporaryDirectory() as folder:
+            run = ("python", str(Path("bench/torchvision_on_cpu.py").absolute()))
             program = str(path.absolute())
             with session.chdir(folder):
-                session.run("python", program)
-                session.run("python", program)
+                session.run(*run, program)
+                session.run(*run, program)
 
 
 @nox.session(default=False)

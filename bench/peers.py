@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from paired import conditions, paired
 from subjects import CONVOLUTIONAL, explainer_with_rows, images, network
 from torch import Tensor, nn
+from torchvision_on_cpu import make_torchvision_importable
 
 Explain = Callable[[Tensor], Tensor]
 
@@ -41,24 +41,6 @@ class CosineScore(nn.Module):
 
     def forward(self, batch: Tensor) -> Tensor:
         return (F.normalize(self.model(batch), dim=1) * self.other).sum(1, keepdim=True)
-
-
-LIBRARIES: list[torch.library.Library] = []
-
-
-def make_torchvision_importable() -> None:
-    """Declare the operators whose absence stops ``import torchvision`` beside a CPU-only torch."""
-    try:
-        import torchvision  # noqa: F401
-    except ModuleNotFoundError:
-        return  # a peer that needs it will say so
-    except (RuntimeError, AttributeError):
-        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        LIBRARIES.append(library)  # the declaration lives as long as this
 
 
 def upsampled(maps: Tensor, size: torch.Size) -> Tensor:

@@ -3,27 +3,13 @@
 from types import ModuleType
 
 import pytest
-import torch
-
-_torchvision: list[torch.library.Library] = []
+from torchvision_on_cpu import make_torchvision_importable
 
 
 def library(name: str) -> ModuleType:
     """Import a library of models, or skip the test.
 
-    A torchvision whose compiled part does not fit this PyTorch (a CPU-only one) fails to import for
-    want of two operators that no test runs.
+    A torchvision whose compiled part does not fit this PyTorch (a CPU-only one) is made importable.
     """
-    try:
-        import torchvision
-    except ImportError:
-        pass
-    except RuntimeError:
-        if not _torchvision:
-            _torchvision.append(torch.library.Library("torchvision", "DEF"))
-            for operator in ("nms", "qnms"):
-                _torchvision[0].define(
-                    f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                )
-        import torchvision  # noqa: F401
+    make_torchvision_importable()
     return pytest.importorskip(name)
