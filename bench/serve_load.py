@@ -4,8 +4,8 @@
 
 A server with EfficientNet-Lite0 and a database of 10,000 rows in a process of its own, and clients
 in this one, each with a connection that it keeps, which ask for the maps of JPEG pictures as fast
-as they are answered. The last phase has as many clients as the largest and lasts `--soak` seconds;
-at its thirds SIGHUP lets the server open its database again. Every map is compared with what
+as they are answered. The phase of the last number of clients lasts `--soak` seconds; at its thirds
+SIGHUP lets the server open its database again. Every map is compared with what
 `explain_batch` gives for the picture alone. Before and after, the same network's `explain_batch`
 is timed in this process with nothing else of ours running.
 """
@@ -101,7 +101,7 @@ class Server:
     def __init__(self, database: Path, log: Path) -> None:
         command = [sys.executable, "-P", "-m", "gcfast", "serve", "--database", str(database),
                    "--model", "serve_load:network", "--port", "0", "--refine", "none",
-                   "--batch-size", str(BATCH)]  # fmt: skip
+                   "--batch-size", str(BATCH), "--timeout", "120"]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stderr=file, env=environment)
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
 
         load = Load(server, wanted)
         record["phases"] = []
-        for clients in arguments.clients:
+        for clients in arguments.clients[:-1]:
             record["phases"].append(load.run(clients, arguments.seconds, look))
             print(json.dumps(record["phases"][-1]))
         start = time.perf_counter()
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
                 server.process.send_signal(signal.SIGHUP)
 
         memory_start = len(memory)
-        record["soak"] = load.run(max(arguments.clients), arguments.soak, soak)
+        record["soak"] = load.run(arguments.clients[-1], arguments.soak, soak)
         resident = [mib for _, mib in memory[memory_start:]]
         sixth = max(1, len(resident) // 6)
         record["soak"]["resident_mib"] = {
