@@ -33,6 +33,7 @@ _ORIENTATION = 0x0112
 _BITS, _MAX_SAMPLE, _NO_DATA = 258, 281, 42113  # TIFF tags; the last is GDAL's
 _DEPTHS = (8, 10, 12, 14, 16)  # bits of a sample, as cameras and scanners have them
 _FEW_LEVELS = 16
+_ROWS = 256  # of a picture at once, where NumPy makes an index of 8 bytes for each value
 
 # How Pillow unpacks 16-bit color, and the same with the bytes of a value exchanged.
 _OTHER_ORDER = {
@@ -143,8 +144,12 @@ def read_picture(
             color = _sixteen_bit_color(picture, file)
             turned = small and picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
             if color is not None:
-                eight, doubts = _eight_bit(picture, color, depth)
-                rgb = Image.fromarray(eight)
+                # By the values that occur: 8 bytes for each value of a large picture are too many.
+                present = _present(color)
+                few, doubts = _eight_bit(picture, present[None, :, None].astype(np.float64), depth)
+                table = np.zeros(1 << 16, np.uint8)
+                table[present] = few[0, :, 0]
+                rgb = Image.fromarray(_looked_up(table, color))
                 rgb.getexif()[_ORIENTATION] = picture.getexif().get(_ORIENTATION, 1)
                 ImageOps.exif_transpose(rgb, in_place=True)
             else:
@@ -234,7 +239,7 @@ def _rgb(picture: Image.Image, depth: int | str) -> tuple[Image.Image, tuple[str
     return picture.convert("RGB"), ()
 
 
-def _sixteen_bit_color(picture: Image.Image, file: IO[bytes]) -> NDArray[np.float64] | None:
+def _sixteen_bit_color(picture: Image.Image, file: IO[bytes]) -> NDArray[np.uint16] | None:
     """Read the values [H, W, 3] of 16-bit color; None for any other picture.
 
     Pillow keeps the first byte of each value. Told that the bytes are in the other order, it keeps
@@ -247,14 +252,31 @@ def _sixteen_bit_color(picture: Image.Image, file: IO[bytes]) -> NDArray[np.floa
     if len(modes) != 1 or not modes <= _OTHER_ORDER.keys():
         return None
     other = _OTHER_ORDER[modes.pop()]
-    first = np.asarray(picture, np.float64)
+    values = np.asarray(picture).astype(np.uint16)
+    values <<= 8
     file.seek(0)
     with Image.open(file, formats=[str(picture.format)]) as again:
         again.tile = [
             tile._replace(args=other if isinstance(args, str) else (other, *args[1:]))
             for tile, args in zip(again.tile, given, strict=True)
         ]
-        return first * 256 + np.asarray(again, np.float64)
+        values |= np.asarray(again)
+    return values
+
+
+def _present(values: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """Return the values that occur, rising."""
+    seen = np.zeros(1 << 16, np.bool_)
+    for start in range(0, len(values), _ROWS):
+        seen[values[start : start + _ROWS]] = True
+    return np.flatnonzero(seen)
+
+
+def _looked_up(table: NDArray[np.uint8], values: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    out = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), _ROWS):
+        out[start : start + _ROWS] = table[values[start : start + _ROWS]]
+    return out
 
 
 def _eight_bit(
