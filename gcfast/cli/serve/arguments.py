@@ -24,7 +24,6 @@ def add_serve(commands: Any) -> None:
     serve.add_argument(
         "--allow-host",
         action="append",
-        default=[],
         metavar="NAME",
         help="a name that requests may be addressed to, once for each; default: those of loopback, "
         "or any where --host is another",

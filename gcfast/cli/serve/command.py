@@ -30,7 +30,7 @@ def serve_database(options: argparse.Namespace) -> None:
         decoders=options.decoders,
         center=options.center,
         watch=options.watch,
-        hosts=tuple(options.allow_host),
+        hosts=tuple(options.allow_host or ()),
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("gcfast.serve").setLevel(logging.INFO)
