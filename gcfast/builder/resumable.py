@@ -293,8 +293,9 @@ class _Unfinished:
         """Stage 2, from the last complete shard on; returns the manifest."""
         state = self.state
         made = state["shards"]
+        C, names = len(embedded.mean_activation), len(embedded.class_names)
         for shard in made:
-            file = ShardFile(self.folder, shard["entry"])  # raises where it is damaged
+            file = ShardFile(self.folder, shard["entry"], C, names)  # raises where it is damaged
             if "zero" not in shard:  # begun before these were counted
                 shard["zero"] = zero_rows(file.tensors.weights)
         start = made[-1]["next"] if made else 0

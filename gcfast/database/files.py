@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gcfast.errors import GcfastError
 
@@ -13,6 +16,8 @@ try:
     import fcntl
 except ImportError:  # on Windows, where none of this has been run
     fcntl = None  # type: ignore[assignment]
+
+JSON_BYTES = 1 << 28  # of a file; the manifest of 10^7 rows takes some hundred kilobytes
 
 _held: set[int] = set()  # descriptors of locked folders
 
@@ -25,6 +30,39 @@ def _let_go() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
+
+
+def require_file(path: Path) -> os.stat_result:
+    """Return the status of a regular file, or of one that a link leads to.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else; to read a pipe or a device may never end.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # links in a circle, a name that is too long
+        raise ValueError(f"it cannot be read: {error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    return status
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no regular file, larger than JSON_BYTES, no JSON, or nested too deeply.
+    """
+    if (size := require_file(path).st_size) > JSON_BYTES:
+        raise ValueError(f"it has {size:,} bytes, and at most {JSON_BYTES:,} are read")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def replace(path: Path, content: bytes) -> None:

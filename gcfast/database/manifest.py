@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gcfast.database.files import read_json
 from gcfast.database.members import MembersFile
 from gcfast.database.shards import ClassesFile, ShardFile
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
-from gcfast.method.settings import PROXY
+from gcfast.method.settings import PROXY, Settings
+from gcfast.model.fingerprint import check_stored
 
 FORMAT = "gcfast-database"
 # 2: embeddings and weights may be float16; a compressed database and a stored index are described.
@@ -65,12 +67,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise NoDatabaseError(f"there is no database at {folder}: it is not a folder")
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        manifest = read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict):
+            raise TypeError(f"it must be an object, got {manifest!r:.60}")
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}")
-        if manifest["format_version"] > FORMAT_VERSION:
+        version = manifest["format_version"]
+        if not isinstance(version, int) or version < 1:
+            raise ValueError(
+                f"'format_version' must be a positive whole number, got {version!r:.60}"
+            )
+        if version > FORMAT_VERSION:
             raise GcfastError(
-                f"{folder} was written in format {manifest['format_version']}, this gcfast reads "
+                f"{folder} was written in format {version}, this gcfast reads "
                 f"up to {FORMAT_VERSION}: install a newer one"
             )
         for key, kind in MANIFEST_KEYS.items():
@@ -83,6 +92,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for name, what in BESIDE_SHARDS.items():
             if name in manifest:
                 _check_file(what, manifest[name], FILES[name])
+        _check_values(manifest)
         if manifest["settings"].get("method") == PROXY and "classes" not in manifest:
             raise ValueError("it names no file of the classes")
         scale = manifest.get("weight_scale", 1.0)
@@ -101,9 +111,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except KeyError as error:
         raise DamagedDatabaseError(f"{folder / MANIFEST} is damaged: it lacks {error}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise DamagedDatabaseError(f"{folder / MANIFEST} is damaged: {error}") from error
     return manifest
+
+
+def _check_values(manifest: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError, ValueError or OverflowError where a value cannot be one."""
+    Settings.described(manifest["settings"])
+    check_stored(manifest["fingerprint"])
+    if not all(isinstance(name, str) for name in manifest["class_names"]):
+        raise TypeError("'class_names' must be strings")
+    if not manifest["mean_activation"]:
+        raise ValueError("'mean_activation' must have a number for each channel, got none")
+    for value in manifest["mean_activation"]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"'mean_activation' must be numbers, got {value!r:.60}")
+        if not math.isfinite(value):
+            raise ValueError(f"'mean_activation' must be finite, got {value!r}")
 
 
 class Opened(NamedTuple):
@@ -126,7 +151,9 @@ def opened(path: Path) -> Opened:
     while True:
         damage, members, classes = None, None, None
         try:
-            files = [ShardFile(folder, entry) for entry in manifest["shards"]]
+            C, names = len(manifest["mean_activation"]), len(manifest["class_names"])
+            files = [ShardFile(folder, entry, C, names) for entry in manifest["shards"]]
+            _check_widths(folder, files)
             if "members" in manifest:
                 members = MembersFile(folder, manifest["members"])
             if "classes" in manifest:
@@ -139,6 +166,21 @@ def opened(path: Path) -> Opened:
                 raise damage
             return Opened(manifest, files, members, classes)
         manifest = now
+
+
+def _check_widths(folder: Path, files: list[ShardFile]) -> None:
+    """Raise DamagedDatabaseError where shards do not have the columns of one table."""
+    found = {
+        tuple(
+            (t.shape[1:], t.dtype)
+            for t in (f.tensors.embeddings, f.tensors.channels, f.tensors.labels)
+        )
+        for f in files
+    }
+    if len(found) != 1:
+        raise DamagedDatabaseError(
+            f"the shards of {folder} do not belong together: their rows have other shapes or dtypes"
+        )
 
 
 def require_same_rows(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class MembersFile(MappedFile):
         packed = bool(entry.get("packed", False))
         super().__init__(folder, entry, PACKED if packed else PLAIN)
         ends = self.columns["ends"]
+        if any(column.ndim != 1 for column in self.columns.values()):
+            raise DamagedDatabaseError(f"the members file {self.path} must hold lists of numbers")
         self.members: Members | PackedMembers
         if packed:
             self.members = PackedMembers(ends, self.columns["block_ends"], self.columns["blocks"])

@@ -12,6 +12,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from gcfast.database.files import require_file
 from gcfast.database.ids import IdTable
 from gcfast.errors import DamagedDatabaseError
 from gcfast.method.proxies import Classes
@@ -59,6 +60,7 @@ DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
 }
+TABLES = ("embeddings", "channels", "weights")  # with more than a number a row
 COLUMNS: dict[str, tuple[str, ...]] = {
     "embeddings": ("F32", "F16"),
     "channels": ("I64",),
@@ -113,9 +115,11 @@ class MappedFile:
 
     def _check_size(self) -> None:
         try:
-            size = self.path.stat().st_size
+            size = require_file(self.path).st_size
         except FileNotFoundError:
             raise DamagedDatabaseError(f"the {self.KIND} {self.path} is missing") from None
+        except ValueError as error:
+            raise DamagedDatabaseError(f"the {self.KIND} {self.path}: {error}") from error
         if size != self.bytes:
             raise DamagedDatabaseError(
                 f"the {self.KIND} {self.path} is truncated or changed: {self.bytes} bytes were "
@@ -168,21 +172,59 @@ def _mapped_columns(
 class ShardFile(MappedFile):
     """One shard on disk.
 
+    Args:
+        folder: the database's.
+        entry: the manifest's entry for the file.
+        C: channels of the layer.
+        names: how many classes have names; 0 where labels are numbers.
+
     Raises:
         DamagedDatabaseError: as :class:`MappedFile`, or it has another number of rows.
     """
 
     KIND = "shard"
 
-    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, entry: dict[str, Any], C: int, names: int) -> None:
         super().__init__(folder, entry, COLUMNS)
+        self._limits = C, names
         lengths = {t.shape[:1].numel() for name, t in self.columns.items() if name != "id_bytes"}
         if lengths != {entry["rows"]}:
             raise DamagedDatabaseError(
                 f"the shard {self.path} must hold {entry['rows']} rows, got {sorted(lengths)}"
             )
+        wrong = [n for n, t in self.columns.items() if t.ndim != 1 + (n in TABLES)]
+        if wrong or self.columns["channels"].shape != self.columns["weights"].shape:
+            raise DamagedDatabaseError(
+                f"the shard {self.path} must hold a table of rows, got another shape of "
+                f"{', '.join(wrong) or 'channels or weights'}"
+            )
         self.ids = IdTable(self.columns["id_ends"], self.columns["id_bytes"])
         self.tensors = Shard(**{name: self.columns[name] for name in FIELDS})
+
+    def verify(self) -> None:
+        """Compare the content with its checksum, and its numbers with the manifest, once.
+
+        A kernel that is given a channel that there is not would read beyond the activations.
+
+        Raises:
+            DamagedDatabaseError: they differ.
+        """
+        super().verify()
+        C, names = self._limits
+        self._within("channels", C)
+        if names and not self.tensors.labels.is_floating_point():
+            self._within("labels", names)
+
+    def _within(self, name: str, limit: int) -> None:
+        column = self.columns[name]
+        if column.numel() == 0:
+            return
+        low, high = (int(value) for value in column.aminmax())
+        if low < 0 or high >= limit:
+            raise DamagedDatabaseError(
+                f"the shard {self.path} must have {name} from 0 to {limit - 1}, got "
+                f"{low if low < 0 else high}"
+            )
 
 
 class ClassesFile(MappedFile):

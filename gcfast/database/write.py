@@ -25,7 +25,6 @@ In which order it is written:
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ import safetensors.torch
 from torch import Tensor
 
 from gcfast.database import files, shards
+from gcfast.database.files import read_json
 from gcfast.database.ids import IdTable
 from gcfast.database.manifest import (
     FORMAT,
@@ -309,7 +309,7 @@ def state_of(folder: Path) -> dict[str, Any] | None:
         ValueError: it is not JSON, or not an object.
     """
     try:
-        state = json.loads((folder / STATE).read_bytes())
+        state = read_json(folder / STATE)
     except FileNotFoundError:
         return None
     if not isinstance(state, dict):
@@ -361,7 +361,7 @@ def _begun(names: list[str], resume: bool | None) -> bool:
 
 def _is_database(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = read_json(folder / MANIFEST)
         return isinstance(manifest, dict) and manifest.get("format") == FORMAT
     except (OSError, ValueError):
         return False

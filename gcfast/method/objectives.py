@@ -391,6 +391,8 @@ def objective_from(description: dict[str, Any]) -> Objective:
 
     A user's function cannot be stored; its place is taken by one that says so when it is called.
     """
+    if not isinstance(description, dict):
+        raise TypeError(f"the objective's description must be a dict, got {description!r:.60}")
     name = description.get("name")
     if name == "TripletLoss":
         return TripletLoss(description["margin"])

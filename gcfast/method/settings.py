@@ -12,6 +12,7 @@ from gcfast.method.objectives import (
     Objective,
     TripletLoss,
     as_objective,
+    objective_from,
 )
 from gcfast.ops import METHODS
 
@@ -32,15 +33,26 @@ PAPER: dict[str, Any] = {
 BEST: dict[str, Any] = {"method": "proxy", "refine": "auto"}
 PROXY = "proxy"  # the method of class proxies, which goes beyond the paper
 ELEMENTWISE = "elementwise"  # that of transferred cotangents, which does too
-# What a method does not take: its default in gcfast.Explainer, and why.
-_LEFT_OUT: dict[str, dict[str, tuple[Any, str]]] = {
+# Those of gcfast.Explainer, for what a description leaves out.
+DEFAULTS: dict[str, Any] = {
+    "objective": TripletLoss(),
+    "method": "gradcam",
+    "triplets": 50,
+    "channels": 50,
+    "evidence": "for",
+    "l2_normalize": True,
+    "on_no_triplet": "hardest",
+    "seed": 0,
+}
+# What a method does not take, and why.
+_LEFT_OUT: dict[str, dict[str, str]] = {
     PROXY: {
-        "triplets": (50, "draws no triplets"),
-        "channels": (50, "weighs every channel"),
-        "evidence": ("for", "has weights of either sign"),
-        "on_no_triplet": ("hardest", "draws no triplets"),
+        "triplets": "draws no triplets",
+        "channels": "weighs every channel",
+        "evidence": "has weights of either sign",
+        "on_no_triplet": "draws no triplets",
     },
-    ELEMENTWISE: {"channels": (50, "takes every channel")},
+    ELEMENTWISE: {"channels": "takes every channel"},
 }
 
 
@@ -88,13 +100,28 @@ class Settings:
         )
         if one.is_proxy:
             one._check_proxy()
-        for name, (default, why) in _LEFT_OUT.get(method, {}).items():
+        for name, why in _LEFT_OUT.get(method, {}).items():
             value = getattr(one, name)
-            if value != default:
+            if value != DEFAULTS[name]:
                 raise ValueError(
                     f"`{name}` must be left out with method={method!r}, which {why}, got {value!r}"
                 )
         return one
+
+    @classmethod
+    def described(cls, description: dict[str, Any]) -> Settings:
+        """Return the settings that :meth:`describe` described.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not the description of any.
+        """
+        stored = dict(description)
+        output_key = stored.pop("output_key", None)  # which the description of a build also has
+        if output_key is not None and not isinstance(output_key, (str, int)):
+            raise TypeError(f"'output_key' must be a str or an int, got {output_key!r:.60}")
+        if "objective" in stored:  # class proxies have none
+            stored["objective"] = objective_from(stored["objective"])
+        return cls.checked(**{**DEFAULTS, **stored})
 
     def _check_proxy(self) -> None:
         """Refuse what class proxies know nothing of, unless it is left at its default."""

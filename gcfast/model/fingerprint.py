@@ -23,6 +23,7 @@ from gcfast.model.network import Network, unwrapped
 WRAPPERS = ("module.", "_orig_mod.")
 VERSION = 2  # 1 counted every buffer, and did not look at the outputs
 IMAGES = 2  # fixed ones
+MOST_VALUES = 3 * 16_384**2  # of a fixed image
 NUMBERS = 64  # of each one's output that are kept
 # Largest norm-relative difference of the outputs for the same images. The same parameters on
 # another device, or with TF32, differ by up to 5e-3; a half-precision or int8 copy by more.
@@ -61,6 +62,26 @@ def with_outputs(stored: dict[str, Any], network: Network) -> dict[str, Any]:
         return stored
     shape = list(network.image_shape)
     return stored | {"images": shape, "outputs": _outputs(network, shape).tolist()}
+
+
+def check_stored(stored: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError for what is no fingerprint."""
+    hashes = ("architecture", "parameters", "buffers") if "version" in stored else ("architecture",)
+    for key in (*hashes, "dtype"):
+        if not isinstance(stored[key], str):
+            raise TypeError(f"the fingerprint's {key!r} must be a str, got {stored[key]!r:.60}")
+    if "outputs" not in stored:
+        return
+    shape = stored["images"]
+    try:
+        outputs = torch.tensor(stored["outputs"], dtype=torch.float32)
+    except RuntimeError as error:  # of what is no number
+        raise TypeError(f"the fingerprint's 'outputs' must be numbers: {error}") from error
+    whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+    if not whole or len(shape) != 3 or math.prod(shape) > MOST_VALUES:
+        raise ValueError(f"the fingerprint's 'images' must be [3, h, w], got {shape!r:.60}")
+    if outputs.ndim != 2 or len(outputs) != IMAGES or not outputs.isfinite().all():
+        raise ValueError(f"the fingerprint's 'outputs' must be {IMAGES} lists of numbers")
 
 
 def difference(stored: dict[str, Any], model: dict[str, Any]) -> str | None:
