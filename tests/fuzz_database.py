@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from forks import forked
@@ -59,7 +60,12 @@ REALS = (float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 1e-45, 0.0, -0.
 
 def made(folder: Path) -> list[Path]:
     """Databases of every kind, and an unfinished build, in a folder."""
-    shards.SHARD_ROWS = 5
+    with patch.object(shards, "SHARD_ROWS", 5):
+        _make(folder)
+    return sorted(folder.iterdir())
+
+
+def _make(folder: Path) -> None:
     images, numbers = pictures(ROWS)
     names = [CLASSES[i] for i in numbers]
     model = common()
@@ -70,6 +76,8 @@ def made(folder: Path) -> list[Path]:
     half.compress(3).save(folder / "compressed")
     indexed = gradients.build(loader(images, names), out=folder / "indexed")
     indexed.build_index("Flat")
+    cotangents = gcfast.Explainer(model, "backbone", method="elementwise")
+    cotangents.build(loader(images, names), out=folder / "elementwise")
     proxy = gcfast.Explainer(model, "backbone", method="proxy")
     proxy.build(loader(images, names), out=folder / "proxy")
 
@@ -79,7 +87,6 @@ def made(folder: Path) -> list[Path]:
 
     with contextlib.suppress(KeyboardInterrupt):
         gradients.build(stops(), out=folder / "unfinished")
-    return sorted(folder.iterdir())
 
 
 # --- damage

@@ -193,10 +193,14 @@ class ShardFile(MappedFile):
                 f"the shard {self.path} must hold {entry['rows']} rows, got {sorted(lengths)}"
             )
         wrong = [n for n, t in self.columns.items() if t.ndim != 1 + (n in TABLES)]
-        if wrong or self.columns["channels"].shape != self.columns["weights"].shape:
+        # Transferred cotangents stand in the place of weights, without channels.
+        if not wrong:
+            M, width = (self.columns[name].shape[1] for name in TABLES[1:])
+            wrong = [] if M in (0, width) else ["channels", "weights"]
+        if wrong:
             raise DamagedDatabaseError(
                 f"the shard {self.path} must hold a table of rows, got another shape of "
-                f"{', '.join(wrong) or 'channels or weights'}"
+                f"{', '.join(wrong)}"
             )
         self.ids = IdTable(self.columns["id_ends"], self.columns["id_bytes"])
         self.tensors = Shard(**{name: self.columns[name] for name in FIELDS})
