@@ -60,6 +60,7 @@ def make_labels(how: str, table: Tensor, settings: Settings) -> MadeLabels:
     if objective.real_labels:
         raise ValueError(f"`labels` must be given for {objective!r}, got {how!r}")
     if known[1] == KMEANS:
+        import_faiss("labels")
         centers = require_int("labels", int(known[2]), 2, N)
         numbers = clusters(table, centers, seed=settings.seed % 2**31)
         names = [f"cluster {number}" for number in range(centers)]
