@@ -118,10 +118,13 @@ class DatabaseCalls(ExplainerBase):
         Args:
             embeddings: [N, D] floating point, as the model gives them or normalized; or a
                 ``faiss.Index`` of any kind that gives its vectors back, which stays as it is. What
-                it compresses is taken as it decodes it.
+                it compresses is taken as it decodes it. An array of unit vectors in float32 is not
+                copied: leave it as it is.
             labels: [N], as the labels of a loader; or a mapping, from the index's ids where an
                 index has ids other than 0 to N - 1 (its rows are then in the order of these), from
-                ``ids`` elsewhere.
+                ``ids`` elsewhere. Where there are none: "neighbors" or "neighbors:K" (each row's K
+                nearest are its positives, 5 if not said, all others its negatives), or
+                "kmeans:CENTERS" (its cluster's rows are). What needs true labels then refuses.
             sample: a few hundred images [n, 3, h, w] or batches of them, of the same kind: the
                 head is found with the first, offsets are made with the mean activation of all.
             check: (images [n, 3, h, w], rows [n]), at least two of the embedded images and their

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from gcfast.database.database import Database
 from gcfast.database.ids import repeated
 from gcfast.database.manifest import MADE_LABELS, RELATIVE, STORAGES
 from gcfast.database.write import check_target
-from gcfast.method.head import AffineHead
+from gcfast.method.head import AffineHead, normalized
 from gcfast.method.labels import Labels, Values, column
 from gcfast.method.proxies import directions
 from gcfast.method.settings import ELEMENTWISE, Settings
@@ -117,8 +116,8 @@ def _embedded(
             zero = int((lengths <= 0).nonzero()[0])
             raise ValueError(f"`embeddings` must not be zero, got zeros in row {zero}")
         far = (lengths - 1).abs() > UNIT_TOLERANCE
-        # Unit vectors keep their bits.
-        table = torch.where(far[:, None], torch.nn.functional.normalize(table, dim=1), table)
+        if bool(far.any()):  # unit vectors keep their bits
+            table = torch.where(far[:, None], normalized(table, True), table)
     lowest = checked.compare(table, min_cosine, lengths=not settings.l2_normalize)
 
     if is_made(given.labels):
@@ -269,7 +268,7 @@ def _labels(
             "`labels` must be a mapping from the index's ids to labels for an index whose ids are "
             "not 0 to N - 1 (a list could be in any order)"
         )
-    listed_labels = (Values if real else Labels).listed(np.asarray(labels), len(ids))
+    listed_labels = (Values if real else Labels).listed(labels, len(ids))
     known = column(real)
     numbers = known.add(listed_labels)  # type: ignore[arg-type]
     known.require_two()

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gcfast._checks import require_finite_rows
 from gcfast.builder.describe import describe, identity, report_of
 from gcfast.builder.embed import Embedded
 from gcfast.builder.rows import ROWS_AT_ONCE, Rows
@@ -99,8 +98,9 @@ class OnDemandDatabase(Database):
 
     def _make(self, rows: Tensor) -> None:
         columns = self._source.of(self._images[rows])
-        finite = torch.where(columns["finite"], 0.0, torch.nan)[:, None]
-        require_finite_rows("grad-weights", finite)
+        if not bool(columns["finite"].all()):
+            bad = int(rows[~columns["finite"]][0])
+            raise ValueError(f"`grad-weights` must be finite, got NaN or infinity in row {bad}")
         channels, values, table = columns["channels"], columns["values"], self.so_far
         table.channels[rows] = channels
         table.weights[rows] = values
