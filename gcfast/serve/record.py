@@ -8,11 +8,14 @@ import time
 import uuid
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gcfast.serve.metrics import Metrics
 
 log = logging.getLogger("gcfast.serve")
+
+_GONE = 499  # for the log and the metrics, as nginx has it: the client did not wait
 
 
 class Recorder:
@@ -49,6 +52,8 @@ class Recorder:
 
         try:
             await self.app(scope, receiving, sending)
+        except ClientDisconnect:
+            status = _GONE
         except Exception:
             log.exception("unexpected error request=%s", name)
             if not status:

@@ -74,8 +74,9 @@ class Served:
         Raises:
             ValueError: the network gives no finite embedding for one of them.
         """
-        why = self.explainer.explain_batch(self.batch(views), details=True, center=center)
-        maps = why.maps.float().cpu().numpy()
+        images = self.batch([*views, *[views[-1]] * self.padding(len(views))])
+        why = self.explainer.explain_batch(images, details=True, center=center)
+        maps = why.maps[: len(views)].float().cpu().numpy()
         if not np.isfinite(maps).all():  # where values are not looked at, on a CUDA device
             raise ValueError("the network gives no finite embedding")
         neighbors, distances, names = (
@@ -120,7 +121,19 @@ class Served:
     def batch(self, views: Sequence[NDArray[Any]]) -> Tensor:
         """Return the network's input [B, 3, H, W] of views of one shape, on its device."""
         images = self.preprocessing.normalize(torch.from_numpy(np.stack(views)))
-        return images.to(self.explainer.network.device(torch.device("cpu")))
+        return images.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """The network's."""
+        return self.explainer.network.device(torch.device("cpu"))
+
+    def padding(self, count: int) -> int:
+        """Return how many views to add to a batch: on a GPU up to the next power of two.
+
+        The CUDA graphs that explain_batch keeps are few, and one is of one batch size.
+        """
+        return (1 << (count - 1).bit_length()) - count if self.device.type == "cuda" else 0
 
     def warm_up(self, center: float) -> None:
         """Explain a grey picture, so that nothing is left to be made for the first request."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gcfast.images.overlay import overlay
-from gcfast.serve.served import shown_id
+from gcfast.serve.served import Served, shown_id
 
 
 def post(client, path, query="", **headers):
@@ -169,3 +169,27 @@ def test_a_row_whose_picture_is_not_there_has_none(here, source, name):
 )
 def test_an_id_that_is_an_absolute_path_shows_its_name_alone(name, shown):
     assert shown_id(name) == shown
+
+
+def test_a_padded_batch(here, source, monkeypatch):
+    served = source()
+    paths = [here / "pictures" / "red" / f"{i}.png" for i in range(3)]
+    views = [served.preprocessing.load(path).values for path in paths]
+    assert [served.padding(count) for count in (1, 3)] == [0, 0]
+    plain = served.explain(views)
+    with monkeypatch.context() as patch:
+        patch.setattr(Served, "device", torch.device("cuda"))
+        counts = (1, 2, 3, 4, 5, 32, 33)
+        assert [served.padding(count) for count in counts] == [0, 0, 1, 0, 3, 0, 31]
+    sizes, explain_batch = [], served.explainer.explain_batch
+    monkeypatch.setattr(
+        served.explainer,
+        "explain_batch",
+        lambda images, **settings: sizes.append(len(images)) or explain_batch(images, **settings),
+    )
+    monkeypatch.setattr(Served, "padding", lambda _, count: 4 - count)
+    padded = served.explain(views)
+    assert sizes == [4]
+    for one, other in zip(plain, padded, strict=True):
+        np.testing.assert_allclose(one.heat, other.heat, atol=1e-5)
+        assert one.neighbors[0].id == other.neighbors[0].id

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import logging
 import struct
 import threading
 import time
@@ -179,25 +180,43 @@ def test_time(serving, held):
     assert client.service.in_flight == 0
 
 
+def call(client, receive):
+    """What the application sends for a POST whose body comes from a function."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"host", b"testserver")]
+    scope = {
+        "type": "http", "method": "POST", "path": "/explain", "raw_path": b"/explain",
+        "query_string": b"", "headers": headers, "root_path": "", "scheme": "http",
+        "http_version": "1.1", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
+    }  # fmt: skip
+    client.portal.call(client.app, scope, receive, send)
+    return sent
+
+
 def test_a_request_that_comes_in_too_slowly(serving):
+    async def never():
+        await asyncio.sleep(20)
+
     with serving(timeout=0.1) as client:
-        sent = []
+        start, body = call(client, never)
+    assert start["status"] == 408
+    assert b"too slowly" in body["body"]
 
-        async def never():
-            await asyncio.sleep(20)
 
-        async def send(message):
-            sent.append(message)
+def test_a_client_that_goes(serving, caplog):
+    async def gone():
+        return {"type": "http.disconnect"}
 
-        headers = [(b"content-type", b"application/json"), (b"host", b"testserver")]
-        scope = {
-            "type": "http", "method": "POST", "path": "/explain", "raw_path": b"/explain",
-            "query_string": b"", "headers": headers, "root_path": "", "scheme": "http",
-            "http_version": "1.1", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
-        }  # fmt: skip
-        client.portal.call(client.app, scope, never, send)
-    assert sent[0]["status"] == 408
-    assert b"too slowly" in sent[1]["body"]
+    caplog.set_level(logging.INFO, "gcfast.serve")
+    with serving() as client:
+        assert call(client, gone) == []
+        assert client.service.in_flight == 0
+    assert [r.levelname for r in caplog.records if r.name == "gcfast.serve"] == ["INFO"]
+    assert "status=499" in caplog.text
 
 
 def test_an_error_that_nothing_expects(serving, monkeypatch, caplog):
