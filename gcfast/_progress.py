@@ -1,4 +1,4 @@
-"""How far long work has come, on stderr: a bar on a terminal, else a line every half minute."""
+"""How far long work has come: a bar on a terminal, else a line every half minute; and the log."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from gcfast._log import tell
 
 LINE_SECONDS = 30.0
 
@@ -35,6 +37,7 @@ class Progress:
         self._began = self._told = time.monotonic()
 
     def __enter__(self) -> Progress:
+        tell("progress", f"{self.what} begins", unit=self.unit, total=self.total)
         return self
 
     def __exit__(
@@ -46,15 +49,23 @@ class Progress:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
+        finished = kind is None or kind is GeneratorExit
+        self._log("ended" if finished else "stopped", time.monotonic() - self._began)
 
     def update(self, count: int = 1) -> None:
         """Count further things as done."""
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif self._lines and (now := time.monotonic()) - self._told >= LINE_SECONDS:
+        if (now := time.monotonic()) - self._told >= LINE_SECONDS:
             self._told = now
-            print(self._line(now - self._began), file=sys.stderr, flush=True)
+            self._log("goes on", now - self._began)
+            if self._lines:
+                print(self._line(now - self._began), file=sys.stderr, flush=True)
+
+    def _log(self, how: str, seconds: float) -> None:
+        facts = {"unit": self.unit, "done": self.done, "total": self.total}
+        tell("progress", f"{self.what} {how}", **facts, seconds=round(seconds, 3))
 
     def _line(self, seconds: float) -> str:
         if self.total is None:

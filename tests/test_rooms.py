@@ -34,6 +34,7 @@ ORDER = (
     "_checks",
     "_extras",
     "_progress",
+    "_log",
     "errors",
     "_core",
 )

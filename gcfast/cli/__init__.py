@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 
+from gcfast._log import written
 from gcfast.cli.arguments import parser
 from gcfast.errors import GcfastError
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Imported only now, so that no command waits for, or fails with, the parts of another.
         module, _, function = options.run.partition(":")
-        getattr(import_module(f"gcfast.cli.{module}"), function)(options)
+        with written(options.log_level, options.log_json):
+            getattr(import_module(f"gcfast.cli.{module}"), function)(options)
     except KeyboardInterrupt as stop:
         print(_said("; ".join(["gcfast: stopped", *_notes(stop)]), options.words), file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gcfast._log import LEVELS
 from gcfast.cli.given.arguments import add_embeddings
 from gcfast.images.preprocessing import INTERPOLATIONS
 
@@ -24,7 +25,10 @@ class _Defaults(argparse.HelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; ``run`` in what it parses is a ``module:function`` of this package."""
-    from gcfast.cli.serve.arguments import add_serve  # made of the pieces of this module
+    # Made of the pieces of this module.
+    from gcfast.cli.doctor.arguments import add_doctor
+    from gcfast.cli.export.arguments import add_export
+    from gcfast.cli.serve.arguments import add_serve
 
     whole = argparse.ArgumentParser(
         prog="gcfast",
@@ -41,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         _add_explain,
         _add_evaluate,
         add_serve,
+        add_export,
         _add_compress,
         _add_index,
         _add_remove,
@@ -48,9 +53,15 @@ def parser() -> argparse.ArgumentParser:
         _add_merge,
         _add_info,
         _add_demo,
+        add_doctor,
     ):
         add(commands)
     for command in commands.choices.values():
+        log = command.add_argument_group("log")
+        log.add_argument("--log-level", choices=LEVELS, help="write a log to standard error")
+        log.add_argument(
+            "--log-json", type=Path, metavar="FILE", help="add the log to a file, as lines of JSON"
+        )
         command.set_defaults(words=_words(command))
     return whole
 

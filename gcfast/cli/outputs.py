@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gcfast._log import tell
 from gcfast.images.folder import in_words
 
 
@@ -37,6 +38,7 @@ def check_folder(out: Path, force: bool, outputs: Sequence[str]) -> None:
 def tell_left_out(what: str, listed: Sequence[tuple[str, str]]) -> None:
     """Count and list (name, reason) of what was left out, on standard error."""
     if listed:
+        tell("pictures", what, count=len(listed))
         print(f"{what}: {len(listed)}", file=sys.stderr)
         for name, reason in listed:
             print(f"  {name}: {reason}", file=sys.stderr)

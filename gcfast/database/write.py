@@ -35,6 +35,7 @@ from typing import Any, TypeVar
 import safetensors.torch
 from torch import Tensor
 
+from gcfast._log import tell
 from gcfast.database import files, shards
 from gcfast.database.files import read_json
 from gcfast.database.ids import IdTable
@@ -214,7 +215,10 @@ def write_shard(folder: Path, number: int, rows: Shard, ids: Sequence[str]) -> E
     tensors = {name: value.contiguous() for name, value in rows._asdict().items()}
     table = IdTable.encoded(ids)
     tensors |= {"id_ends": table.ends, "id_bytes": table.content}
-    return {"rows": len(ids)} | write_tensors(folder, f"rows-{number:05d}.safetensors", tensors)
+    name = f"rows-{number:05d}.safetensors"
+    entry = {"rows": len(ids)} | write_tensors(folder, name, tensors)
+    tell("database", "shard written", folder=os.fspath(folder), file=name, rows=len(ids))
+    return entry
 
 
 def next_number(folder: Path) -> int:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from gcfast._log import told
 from gcfast.builder.append import append, check_appendable
 from gcfast.builder.build import build
 from gcfast.builder.given.build import Given, build_from_embeddings
@@ -72,17 +73,20 @@ class DatabaseCalls(ExplainerBase):
             GcfastError: another process is building there, or writes to what is to be replaced.
             OSError: the disk is full, or another failure to write; ``resume`` continues later.
         """
-        database = build(
-            self.network,
-            loader,
-            self.settings,
-            progress=progress,
-            preprocessing=preprocessing,
-            out=out,
-            resume=resume,
-            overwrite=overwrite,
-            storage=storage,
-        )
+        facts = {"method": self.settings.method, "out": out and os.fspath(out), "resume": resume}
+        with told("build", "build", **facts) as found:
+            database = build(
+                self.network,
+                loader,
+                self.settings,
+                progress=progress,
+                preprocessing=preprocessing,
+                out=out,
+                resume=resume,
+                overwrite=overwrite,
+                storage=storage,
+            )
+            found |= {"layer": self.layer_name, **database.report}
         self._set_database(database)
         return database
 
@@ -155,20 +159,22 @@ class DatabaseCalls(ExplainerBase):
                 ``check`` do not have, with the cosine found; another head; as :meth:`build`.
             FileExistsError, GcfastError, OSError: as :meth:`gcfast.Database.save`.
         """
-        database = build_from_embeddings(
-            self.network,
-            Given(embeddings, labels, ids, norms, pooled),
-            self.settings,
-            sample=sample,
-            check=check,
-            min_cosine=min_cosine,
-            preprocessing=preprocessing,
-            out=out,
-            overwrite=overwrite,
-            storage=storage,
-            rows=rows,
-            progress=progress,
-        )
+        with told("build", "build from embeddings", out=out and os.fspath(out)) as found:
+            database = build_from_embeddings(
+                self.network,
+                Given(embeddings, labels, ids, norms, pooled),
+                self.settings,
+                sample=sample,
+                check=check,
+                min_cosine=min_cosine,
+                preprocessing=preprocessing,
+                out=out,
+                overwrite=overwrite,
+                storage=storage,
+                rows=rows,
+                progress=progress,
+            )
+            found |= database.report
         self._set_database(database)
         return database
 
@@ -199,7 +205,9 @@ class DatabaseCalls(ExplainerBase):
         """
         stored = self._to_edit("append to")
         dropped = CALIBRATION in stored.manifest
-        database = append(stored, self.network, loader, self.settings, progress=progress)
+        with told("build", "append", rows=len(stored)) as found:
+            database = append(stored, self.network, loader, self.settings, progress=progress)
+            found |= database.report
         self._set_database(database)
         if dropped:
             warnings.warn(

@@ -71,7 +71,10 @@ def export_onnx(
     _name_dimensions(ir, model, dynamic)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of this machine
-    model.metadata_props[METADATA] = json.dumps(_facts(manifest) | {"k": module.k})
+    prepared = dict(manifest.get("preprocessing") or {})
+    prepared.pop("images", None)  # a folder of this machine
+    facts = {"k": module.k, "preprocessing": prepared, "class_names": manifest["class_names"]}
+    model.metadata_props[METADATA] = json.dumps(_facts(manifest) | facts)
     path = Path(path)
     if tables == "external":
         ir.save(model, path, external_data=f"{path.name}.data")
