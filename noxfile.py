@@ -55,6 +55,12 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def ray(session: nox.Session) -> None:
+    """Builds and maps on a small Ray cluster of this machine; needs the extra ray-test."""
+    session.run("pytest", "--ray", "-q", *(session.posargs or ["tests/on_ray"]))
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Whether every benchmark still runs; nothing is timed."""
     session.run("pytest", "--benchmark-disable", "-q", *_benchmarks())

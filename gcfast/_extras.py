@@ -42,3 +42,19 @@ def needs_extra(extra: str, module: str) -> Iterator[None]:
         raise MissingExtraError(
             f"`{module}` needs {error.name}, which is not installed: pip install 'gcfast[{extra}]'"
         ) from error
+
+
+def import_ray(what: str) -> Any:
+    """The module ``ray`` with ``ray.data``, for the function or option of this name.
+
+    Raises:
+        MissingExtraError: it is not installed, or is older than 2.60.
+    """
+    with needs_extra("ray", what):
+        import ray.data
+    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < (2, 60):
+        raise MissingExtraError(
+            f"`{what}` needs ray 2.60 or later, {ray.__version__} is installed: "
+            "pip install 'gcfast[ray]'"
+        )
+    return ray

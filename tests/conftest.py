@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ray", action="store_true", help="also run what starts a Ray cluster")
     parser.addoption("--slow", action="store_true", help="also run what is marked slow, as CI does")
 
 
@@ -33,6 +34,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
         pytest.skip("slow: takes --slow")
+    if item.get_closest_marker("ray") and not item.config.getoption("--ray"):
+        pytest.skip("starts a Ray cluster, which takes the extra ray: takes --ray")
 
 
 @pytest.fixture

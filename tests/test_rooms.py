@@ -17,6 +17,7 @@ ORDER = (
     "cli",
     "adapters",
     "serve",
+    "ray",
     "demo",
     "evaluation",
     "images",

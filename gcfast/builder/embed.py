@@ -171,19 +171,79 @@ def embed(
         totals = Totals(labels=labels.column(settings.objective.real_labels))
     try:
         _Stage(network, settings, spool, totals).run(loader, progress, after_batch)
-        if not totals.first:
-            totals.labels.require_two()
-        embedded = totals.embedded(spool)
-        twice = repeated(embedded.ids)
-        if twice is not None:
-            first, second = (totals.first + number for number in twice[1:])
-            raise ValueError(
-                f"`ids` must be unique, got {twice[0]!r} for images {first} and {second}: give "
-                "each image an id of its own, or no ids at all"
-            )
-        return embedded
+        return complete(spool, totals)
     finally:
         spool.close()
+
+
+def complete(spool: Spool, totals: Totals) -> Embedded:
+    """Return what stage 1 gave for all the images; raises ValueError for one class, ids twice."""
+    if not totals.first:
+        totals.labels.require_two()
+    embedded = totals.embedded(spool)
+    twice = repeated(embedded.ids)
+    if twice is not None:
+        first, second = (totals.first + number for number in twice[1:])
+        raise ValueError(
+            f"`ids` must be unique, got {twice[0]!r} for images {first} and {second}: give "
+            "each image an id of its own, or no ids at all"
+        )
+    return embedded
+
+
+def head_of(network: Network, images: Tensor, settings: Settings) -> AffineHead | None:
+    """Return the head that the closed form takes, if the model's is one and the method needs it.
+
+    Args:
+        network: the model and its layer.
+        images: [B, 3, h, w], the first batch, on its device.
+        settings: of the build.
+
+    Raises:
+        ValueError: with ``method="elementwise"``, that no gradient reaches the layer.
+    """
+    if settings.is_elementwise:
+        check_reached(network, images, settings.l2_normalize)
+    if settings.without_channels:
+        return None
+    return probe(network, images, settings.l2_normalize)
+
+
+def forward(
+    network: Network, images: Tensor, settings: Settings, head: AffineHead | None
+) -> tuple[Columns, int]:
+    """Run one batch through the network; nothing here waits for the device.
+
+    Args:
+        network: the model and its layer.
+        images: [B, 3, h, w], on its device and in its dtype.
+        settings: of the build.
+        head: the closed form's; None where there is none.
+
+    Returns:
+        The columns "embeddings" [B, D] and, where the build needs them, "norms" [B], "pooled" or
+        "directions" [B, C]; "sums" [C] float64 of the mean activations, and with a head "agreed",
+        whether it makes these embeddings. And how many pixels the layer has.
+
+    Raises:
+        ValueError: more channels than the layer has.
+    """
+    captured = network.embed(images)
+    embeddings = normalized(captured.output, settings.l2_normalize)
+    C, channels = captured.activations.shape[1], settings.channels
+    if not settings.without_channels and channels != "all" and channels > C:
+        raise ValueError(f"`channels` must be at most the layer's C = {C}, got {channels}")
+    pooled = captured.activations.float().mean((2, 3))  # [B, C]
+    columns = {"embeddings": embeddings, "sums": pooled.sum(0, dtype=torch.float64)}
+    if head is not None:
+        columns["norms"], columns["agreed"] = head.norms_and_agreement(
+            pooled, embeddings, captured.output.dtype
+        )
+        if settings.method == "gradcam++":
+            columns["pooled"] = pooled
+    elif settings.is_proxy:
+        columns["directions"] = directions(pooled)
+    return columns, math.prod(captured.activations.shape[2:])
 
 
 class _Launched(NamedTuple):
@@ -205,7 +265,7 @@ class _Stage:
 
     def run(self, loader: Iterable[Any], progress: bool, after_batch: Callable[[], None]) -> None:
         """Go through the loader from where the totals are; raises as :func:`embed`."""
-        totals, l2_normalize = self.totals, self.settings.l2_normalize
+        totals = self.totals
         done = totals.rows
         before = totals.embedded(self.spool) if done else None
         offload: Offload[_Launched] | None = None
@@ -230,10 +290,8 @@ class _Stage:
                     images = on_device(batch.images, self.network)
                     if offload is None:
                         offload = Offload(images.device)
-                        if self.settings.is_elementwise:
-                            check_reached(self.network, images, l2_normalize)
-                        elif not done and not self.settings.is_proxy:
-                            totals.head = probe(self.network, images, l2_normalize)
+                        if not done or self.settings.is_elementwise:
+                            totals.head = head_of(self.network, images, self.settings)
                     for taken in offload.put(*self._launch(batch, images)):
                         take(*taken)
                 row += len(batch.images)
@@ -258,22 +316,7 @@ class _Stage:
 
     def _launch(self, batch: Batch, images: Tensor) -> tuple[Columns, _Launched]:
         """Start a batch on the device; nothing here waits for it."""
-        captured = self.network.embed(images)
-        embeddings = normalized(captured.output, self.settings.l2_normalize)
-        C, channels, head = captured.activations.shape[1], self.settings.channels, self.totals.head
-        if not self.settings.without_channels and channels != "all" and channels > C:
-            raise ValueError(f"`channels` must be at most the layer's C = {C}, got {channels}")
-        pooled = captured.activations.float().mean((2, 3))  # [B, C]
-        columns = {"embeddings": embeddings, "sums": pooled.sum(0, dtype=torch.float64)}
-        if head is not None:
-            columns["norms"], columns["agreed"] = head.norms_and_agreement(
-                pooled, embeddings, captured.output.dtype
-            )
-            if self.settings.method == "gradcam++":
-                columns["pooled"] = pooled
-        elif self.settings.is_proxy:
-            columns["directions"] = directions(pooled)
-        pixels = math.prod(captured.activations.shape[2:])
+        columns, pixels = forward(self.network, images, self.settings, self.totals.head)
         return columns, _Launched(batch, images, pixels)
 
     def _take(self, columns: Columns, launched: _Launched) -> None:

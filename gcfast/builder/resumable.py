@@ -24,7 +24,7 @@ import torch
 
 from gcfast.builder.describe import changed_draws, changed_settings, describe, report_of, zero_rows
 from gcfast.builder.embed import Embedded, Totals, embed
-from gcfast.builder.rows import Rows
+from gcfast.builder.rows import Made, Rows
 from gcfast.builder.spool import KeptSpool
 from gcfast.database import files, shards
 from gcfast.database.database import Database
@@ -80,22 +80,12 @@ def build_into(
         resume: continue an unfinished build.
         overwrite: replace a database that is there.
     """
-
-    def check() -> None:
-        check_target(target, overwrite=overwrite, resume=resume, name="out")
-
-    with writing(target, check):
-        work = _Unfinished(target, network, loader, settings, progress)
-        work.begin(same)
-        with work.kept():
-            manifest = work.finished or work.make()
-            with disk_errors(target):
-                commit(target, manifest, build=True)
-    return Database.open(target, verify=False)
+    work = UnfinishedBuild(target, network, loader, settings, progress)
+    return work.run(same, resume=resume, overwrite=overwrite)
 
 
-class _Unfinished:
-    """A build in its folder, which is locked."""
+class UnfinishedBuild:
+    """A build in its folder, which is locked while it runs."""
 
     def __init__(
         self,
@@ -112,6 +102,20 @@ class _Unfinished:
         self.progress = progress
         self.state: dict[str, Any] = {}
         self.finished: dict[str, Any] | None = None  # the manifest, if only its commit is missing
+
+    def run(self, same: dict[str, Any], *, resume: bool, overwrite: bool) -> Database:
+        """Do all that is not done yet; arguments and errors as :func:`build_into`."""
+
+        def check() -> None:
+            check_target(self.folder, overwrite=overwrite, resume=resume, name="out")
+
+        with writing(self.folder, check):
+            self.begin(same)
+            with self.kept():
+                manifest = self.finished or self.make()
+                with disk_errors(self.folder):
+                    commit(self.folder, manifest, build=True)
+        return Database.open(self.folder, verify=False)
 
     def begin(self, same: dict[str, Any]) -> None:
         """Continue the unfinished build that is there, if it is of the same; or a new one."""
@@ -178,13 +182,18 @@ class _Unfinished:
                 + "; ".join(changed)
             )
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything is complete that a later build can continue from."""
+        return self.state["totals"] is not None
+
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Say in an error how to continue; a build with nothing complete leaves nothing."""
         try:
             yield
         except BaseException as error:
-            if self.finished is None and self.state["totals"] is None:
+            if self.finished is None and not self.begun:
                 (self.folder / STATE).unlink(missing_ok=True)
             else:
                 error.add_note(
@@ -196,7 +205,7 @@ class _Unfinished:
     def make(self) -> dict[str, Any]:
         """Do what is not done yet; returns the database's manifest."""
         self._store()
-        return self._make_rows(self._embed())
+        return self._make_rows(self.embed())
 
     def _store(self) -> None:
         with disk_errors(self.folder):
@@ -204,18 +213,23 @@ class _Unfinished:
 
     # Stage 1
 
-    def _embed(self) -> Embedded:
-        """Stage 1, from the last commit on."""
+    def opened(self) -> tuple[KeptSpool, Totals]:
+        """Return what stage 1 has committed so far; the network then knows its layer."""
         state, network = self.state, self.network
         with disk_errors(self.folder):
             spool = KeptSpool(self.folder, state["spool"])
-        totals = Totals(labels=column(self.settings.objective.real_labels))
-        if state["totals"] is not None:
-            totals = self._totals(spool)
-            if network.layer_name is None:
-                network.set_layer(state["layer"])
-            network.channels_last = state["channels_last"]
-            network.image_shape = state.get("image_shape")
+        if state["totals"] is None:
+            return spool, Totals(labels=column(self.settings.objective.real_labels))
+        if network.layer_name is None:
+            network.set_layer(state["layer"])
+        network.channels_last = state["channels_last"]
+        network.image_shape = state.get("image_shape")
+        return spool, self._totals(spool)
+
+    def embed(self) -> Embedded:
+        """Stage 1, from the last commit on."""
+        state, network = self.state, self.network
+        spool, totals = self.opened()
         if state["stage"] != "embedding":
             return totals.embedded(spool)
         last_rows, last_time = totals.rows, time.monotonic()
@@ -224,7 +238,7 @@ class _Unfinished:
             nonlocal last_rows, last_time
             late = time.monotonic() - last_time > COMMIT_SECONDS
             if totals.rows - last_rows >= COMMIT_ROWS or late:
-                self._store_totals(spool, totals)
+                self.commit(spool, totals)
                 last_rows, last_time = totals.rows, time.monotonic()
 
         embedded = embed(
@@ -237,10 +251,11 @@ class _Unfinished:
             after_batch=after_batch,
         )
         state["stage"] = "rows"
-        self._store_totals(spool, totals)
+        self.commit(spool, totals)
         return embedded
 
-    def _store_totals(self, spool: KeptSpool, totals: Totals) -> None:
+    def commit(self, spool: KeptSpool, totals: Totals) -> None:
+        """Flush the spool to the disk, and count what it holds as done."""
         state = self.state
         with disk_errors(self.folder):
             if totals.head is not None and not state["head"]:
@@ -289,6 +304,11 @@ class _Unfinished:
 
     # Stage 2
 
+    def made(self, embedded: Embedded, start: int) -> Iterator[Made]:
+        """Make the rows of the images from ``start`` on, as many at once as a shard has."""
+        rows = Rows(self.network, embedded, self.settings, start=start)
+        return rows.made(self.loader, capacity=shards.SHARD_ROWS, progress=self.progress)
+
     def _make_rows(self, embedded: Embedded) -> dict[str, Any]:
         """Stage 2, from the last complete shard on; returns the manifest."""
         state = self.state
@@ -299,8 +319,7 @@ class _Unfinished:
             if "zero" not in shard:  # begun before these were counted
                 shard["zero"] = zero_rows(file.tensors.weights)
         start = made[-1]["next"] if made else 0
-        rows = Rows(self.network, embedded, self.settings, start=start)
-        parts = rows.made(self.loader, capacity=shards.SHARD_ROWS, progress=self.progress)
+        parts = self.made(embedded, start)
         for number, part in enumerate(parts, next_number(self.folder)):
             stored = self._in_storage(part.rows, embedded)
             with disk_errors(self.folder):

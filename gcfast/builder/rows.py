@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +62,12 @@ class Made(NamedTuple):
     rows: Shard
     ids: list[str]
     images: Tensor  # [n] int64, the number of each row's image
-    estimated: int  # rows whose count of triplets is an estimate
+    exact: Tensor  # [n] bool: the count of triplets is no estimate
+
+    @property
+    def estimated(self) -> int:
+        """How many rows have an estimate for the count of their triplets."""
+        return int((~self.exact).sum())
 
 
 class RowTable:
@@ -109,14 +114,22 @@ class RowTable:
             labels=embedded.labels[kept],
             triplet_counts=self.counts[: self.filled],
         )
-        estimated = int((~self.exact[: self.filled]).sum())
+        exact = self.exact[: self.filled]
         self.filled = 0
         # Ids are decoded together where they are, as they mostly are, those of consecutive images.
         first, last = int(kept[0]), int(kept[-1])
         ids = embedded.ids[first : last + 1]
         if len(ids) > len(kept):
             ids = [ids[number - first] for number in kept.tolist()]
-        return Made(rows, list(ids), kept, estimated)
+        return Made(rows, list(ids), kept, exact)
+
+    def parts(self, columns: Sequence[Tensor], embedded: Embedded) -> Iterator[Made]:
+        """Put in rows of all the columns, and yield the table's each time it is full."""
+        while len(columns[0]):
+            taken = self.put(*columns)
+            columns = [column[taken:] for column in columns]
+            if self.full:
+                yield self.take(embedded)
 
 
 class Rows:
@@ -132,6 +145,7 @@ class Rows:
         first: the number among them of the first image that a row is made for. What a row draws
             depends on its image's number; None where those images come last.
         start: the first image that a row is made for; those before it have theirs.
+        source: of the triplets, where it has been made for the same ``everyone`` before.
     """
 
     def __init__(
@@ -143,6 +157,7 @@ class Rows:
         everyone: tuple[Tensor, Tensor] | None = None,
         first: int | None = None,
         start: int = 0,
+        source: PairSource | None = None,
     ) -> None:
         self.network = network
         self.embedded = embedded
@@ -153,7 +168,7 @@ class Rows:
             lending = embedded._replace(embeddings=everyone[0], labels=everyone[1])
         self.first = len(lending.labels) - len(embedded.labels) if first is None else first
         if not settings.is_proxy:
-            self.source = lending.source(settings, self.device)
+            self.source = source or lending.source(settings, self.device)
         self._drawn: tuple[int, int, Triplets] | None = None  # of which images
         self.start = start
         C = len(embedded.mean_activation)
@@ -205,9 +220,8 @@ class Rows:
         images = torch.arange(self.start, len(self.embedded.ids))
         n = len(images)
         none, zeros = torch.zeros((n, 0)), torch.zeros(n)
-        yield from self._put(
-            table, [images, none.long(), none, zeros, zeros.long(), torch.ones(n).bool()]
-        )
+        columns = [images, none.long(), none, zeros, zeros.long(), torch.ones(n).bool()]
+        yield from table.parts(columns, self.embedded)
         if table.filled:
             yield table.take(self.embedded)
 
@@ -351,21 +365,12 @@ class Rows:
         # of other sizes may round otherwise.
         skip = int((images < self.start).sum())
         counted = (columns["counts"][found], columns["exact"][found])
-        yield from self._put(
-            table, [c[skip:] for c in (images, channels, values, offsets, *counted)]
-        )
+        kept = [c[skip:] for c in (images, channels, values, offsets, *counted)]
+        yield from table.parts(kept, self.embedded)
 
     def offsets(self, channels: Tensor, values: Tensor) -> Tensor:
         """Return the mean responses [n] float32 of rows' channels and weights [n, M]."""
         return offsets_of(channels, values, self.embedded.mean_activation)
-
-    def _put(self, table: RowTable, columns: list[Tensor]) -> Iterator[Made]:
-        """Put rows into the table, and yield it when it is full."""
-        while len(columns[0]):
-            taken = table.put(*columns)
-            columns = [column[taken:] for column in columns]
-            if table.full:
-                yield table.take(self.embedded)
 
     def _check_enumeration(self) -> None:
         """Refuse to list more pairs than anyone would wait for."""

@@ -154,18 +154,21 @@ class KeptSpool(Spool):
     Args:
         folder: where the files are, one for each column.
         columns: what ``commit`` returned last; None where nothing was committed.
+        read: only read what was committed, while another process may write.
 
     Raises:
         DamagedDatabaseError: a file is missing, or shorter than was committed.
     """
 
-    def __init__(self, folder: Path, columns: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, columns: dict[str, Any] | None = None, *, read: bool = False
+    ) -> None:
         super().__init__()
         self._home = folder
         for name, column in (columns or {}).items():
             dtype, shape = getattr(torch, column["dtype"]), torch.Size(column["shape"])
             self._shapes[name], self._rows[name] = (dtype, shape), column["rows"]
-        for file in folder.glob(f"{SPOOL}*"):
+        for file in [] if read else folder.glob(f"{SPOOL}*"):
             if file.name.removeprefix(SPOOL) not in self._rows:
                 file.unlink()
         for name, (dtype, shape) in self._shapes.items():
@@ -176,7 +179,7 @@ class KeptSpool(Spool):
                 raise DamagedDatabaseError(
                     f"{file} is truncated: {size} bytes were written, it has {found}"
                 )
-            if found > size:
+            if found > size and not read:
                 os.truncate(file, size)
 
     @property

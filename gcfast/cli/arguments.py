@@ -10,6 +10,7 @@ from typing import Any
 
 from gcfast._log import LEVELS
 from gcfast.cli.given.arguments import add_embeddings
+from gcfast.cli.on_ray import add_ray, add_ray_maps
 from gcfast.images.preprocessing import INTERPOLATIONS
 
 
@@ -153,6 +154,7 @@ def _add_build(commands: Any) -> None:
     build.add_argument("--resume", action="store_true", help="continue a build that was stopped")
     _add_storage(build)
     _add_model(build)
+    add_ray(build)
 
     method = build.add_argument_group("method")
     method.add_argument(
@@ -275,6 +277,7 @@ def _add_explain(commands: Any) -> None:
         "--page-rows", type=int, default=200, metavar="N", help="pictures shown on index.html"
     )
     _add_model(explain)
+    add_ray_maps(explain)
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 import gcfast
 from gcfast.cli.given.columns import GivenColumns, is_made, known_pictures, read_columns
 from gcfast.cli.inputs import labelled_pictures, load_network, reading
+from gcfast.cli.on_ray.commands import build_on_ray
 from gcfast.cli.outputs import tell_doubts, tell_left_out
 from gcfast.database.write import check_target
 from gcfast.images.folder import ImageLoader
@@ -62,6 +63,8 @@ def build_database(options: argparse.Namespace) -> None:
     else:
         if options.resume:
             raise ValueError("`--resume` must be left out with --embeddings, which takes minutes")
+        if options.ray:
+            raise ValueError("`--ray` must be left out with --embeddings, which runs no pictures")
         given = read_columns(options)
     loaded, _, output_key = load_network(options)
     preprocessing = _preprocessing(options, loaded.preprocessing)
@@ -77,20 +80,20 @@ def build_database(options: argparse.Namespace) -> None:
         "positive": lambda: gcfast.PairDistance("positive"),
         "negative": lambda: gcfast.PairDistance("negative"),
     }
-    explainer = gcfast.Explainer(
-        loaded.module,
-        layer=options.layer,
-        objective=objectives[options.objective](),
-        method=options.method,
-        triplets=options.triplets,
-        channels=options.channels,
-        evidence=options.evidence,
-        l2_normalize=not options.no_l2_normalize,
-        on_no_triplet=options.on_no_triplet,
-        output_key=output_key,
-        reshape=None if options.tokens is None else gcfast.TokenGrid(prefix=options.tokens),
-        seed=options.seed,
-    )
+    settings: dict[str, Any] = {
+        "layer": options.layer,
+        "objective": objectives[options.objective](),
+        "method": options.method,
+        "triplets": options.triplets,
+        "channels": options.channels,
+        "evidence": options.evidence,
+        "l2_normalize": not options.no_l2_normalize,
+        "on_no_triplet": options.on_no_triplet,
+        "output_key": output_key,
+        "reshape": None if options.tokens is None else gcfast.TokenGrid(prefix=options.tokens),
+        "seed": options.seed,
+    }
+    explainer = gcfast.Explainer(loaded.module, **settings)
     # ``explain`` also needs the folder of the neighbors' pictures and how the layer's output is
     # read, which the database itself does not keep.
     kept = preprocessing.to_dict() | {"images": os.fspath(root), "tokens": options.tokens}
@@ -102,7 +105,10 @@ def build_database(options: argparse.Namespace) -> None:
         "storage": options.storage,
     }
     try:
-        if given is None:
+        if options.ray:
+            assert images is not None
+            database = build_on_ray(options, images, loaded.module, preprocessing, kept, settings)
+        elif given is None:
             database = explainer.build(loader, resume=options.resume, **common)
         else:
             database = _from_embeddings(explainer, options, given, loader, common)
@@ -120,7 +126,7 @@ def build_database(options: argparse.Namespace) -> None:
     of_all = "" if classes == there else f" of {there}"
     print(
         f"{options.out}: {len(database)} rows, {classes}{of_all} classes, "
-        f"layer {explainer.layer_name}"
+        f"layer {database.manifest['layer']}"
     )
 
 

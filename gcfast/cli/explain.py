@@ -24,6 +24,7 @@ from torch import Tensor
 from gcfast._checks import listed
 from gcfast._progress import Progress, tracked
 from gcfast.cli.inputs import Opened, list_files, open_database, reading
+from gcfast.cli.on_ray.commands import explain_on_ray
 from gcfast.cli.outputs import JsonRows, MapWriter, check_folder, tell_doubts, tell_left_out
 from gcfast.database.database import Database
 from gcfast.explain.result import Finish
@@ -61,6 +62,9 @@ def explain_files(options: argparse.Namespace) -> None:
         GcfastError: the model or the database cannot be used, or (``--strict``) a picture not
             read.
     """
+    if options.ray:
+        explain_on_ray(options)
+        return
     for name in ("alpha", "dim"):
         if not 0 <= (value := getattr(options, name)) <= 1:
             raise ValueError(f"`--{name}` must be in [0, 1], got {value}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gcfast.errors import GcfastError
-from gcfast.images.preprocessing import Preprocessing
+from gcfast.images.preprocessing import Preprocessing, Source
 
 _Item = tuple[NDArray[Any] | None, str]  # a view, or the reason why there is none
 _T = TypeVar("_T")
@@ -47,16 +47,23 @@ class ImageDataset(Dataset[_Item]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> _Item:
-        try:
-            view = self.preprocessing.load(self.files[index])
-            return view.values, "; ".join(view.doubts)
-        except MemoryError:
-            raise
-        except Exception as error:
-            # Pillow's decoders raise anything on damaged files: OSError, SyntaxError, struct.error,
-            # IndexError, zlib.error. The kind is kept with the text.
-            text = str(error).replace(f" {self.files[index]!r}", "").strip()
-            return None, f"{type(error).__name__}: {text or 'no reason given'}"
+        return tried(self.preprocessing, self.files[index])
+
+
+def tried(preprocessing: Preprocessing, source: Source) -> _Item:
+    """Read a picture: (what goes to the network, doubts) or (None, why it cannot be read)."""
+    try:
+        view = preprocessing.load(source)
+        return view.values, "; ".join(view.doubts)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Pillow's decoders raise anything on damaged files: OSError, SyntaxError, struct.error,
+        # IndexError, zlib.error. The kind is kept with the text.
+        text = str(error)
+        if isinstance(source, str):
+            text = text.replace(f" {source!r}", "")
+        return None, f"{type(error).__name__}: {text.strip() or 'no reason given'}"
 
 
 def decoded(

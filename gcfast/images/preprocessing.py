@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from gcfast.images.decode import Limits, decode, image_extensions, read_picture
+from gcfast.images.decode import Decoded, Limits, decode, image_extensions, read_picture
 from gcfast.images.named import named_function
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "View", "decode", "image_extensions"]
@@ -29,6 +29,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FITS = ("crop", "pad", "stretch")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 Window = tuple[float, float, float, float]
+
+
+Source = str | os.PathLike[str] | IO[bytes] | NDArray[Any]
 
 
 class View(NamedTuple):
@@ -152,29 +155,37 @@ class Preprocessing:
             f"mean {mean}, std {std}"
         )
 
-    def load(
-        self, path: str | os.PathLike[str] | IO[bytes], *, limits: Limits | None = None
-    ) -> View:
-        """Read a picture file and return what of it goes to the network.
+    def load(self, source: Source, *, limits: Limits | None = None) -> View:
+        """Read a picture and return what of it goes to the network.
 
         A cut is made in the picture's coordinates, so an extremely long picture costs no more than
         a square one.
 
         Args:
-            path: a picture file, or one that is open for reading.
+            source: a picture file, one that is open for reading, or pixels, uint8 [h, w, 3] in RGB.
             limits: of a picture that is not trusted.
 
         Raises:
             PIL.Image.DecompressionBombError: more pixels than the limit.
             OSError: the file cannot be opened, or is no picture.
-            TypeError, ValueError: the ``transform`` gives something else than [3, H, W].
+            TypeError, ValueError: the ``transform`` gives something else than [3, H, W]; pixels
+                that are something else than uint8 [h, w, 3].
             Exception: whatever Pillow raises on a damaged file, or the ``transform``.
         """
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+                raise TypeError(
+                    "a picture's pixels must be uint8 [h, w, 3] in RGB, got "
+                    f"{source.dtype} {list(source.shape)}"
+                )
+            pixels = Image.fromarray(source)
+            decoded = Decoded(pixels, pixels.size, ())
+        else:
+            side = math.ceil(max(self.shape) / (self.crop_pct or 1))
+            at_least = 2 * side if self.transform is None else None
+            decoded = read_picture(source, at_least=at_least, depth=self.depth, limits=limits)
         if self.transform is not None:
-            decoded = read_picture(path, depth=self.depth, limits=limits)
             return View(self._transformed(decoded.picture), decoded.size, decoded.doubts)
-        side = math.ceil(max(self.shape) / (self.crop_pct or 1))
-        decoded = read_picture(path, at_least=2 * side, depth=self.depth, limits=limits)
         picture = self.render(decoded.picture, decoded.size)
         return View(np.asarray(picture), decoded.size, decoded.doubts)
 
