@@ -10,7 +10,7 @@ from typing import Any
 
 from gcfast._log import LEVELS
 from gcfast.cli.given.arguments import add_embeddings
-from gcfast.cli.on_ray import add_ray, add_ray_maps
+from gcfast.cli.on_ray import add_ray
 from gcfast.images.preprocessing import INTERPOLATIONS
 
 
@@ -27,6 +27,7 @@ class _Defaults(argparse.HelpFormatter):
 def parser() -> argparse.ArgumentParser:
     """Return the parser; ``run`` in what it parses is a ``module:function`` of this package."""
     # Made of the pieces of this module.
+    from gcfast.cli.direct.arguments import add_explain, add_pair
     from gcfast.cli.doctor.arguments import add_doctor
     from gcfast.cli.export.arguments import add_export
     from gcfast.cli.serve.arguments import add_serve
@@ -43,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
         _add_build,
         _add_append,
         _add_calibrate,
-        _add_explain,
+        add_explain,
+        add_pair,
         _add_evaluate,
         add_serve,
         add_export,
@@ -203,81 +205,7 @@ def _add_build(commands: Any) -> None:
     )
     method.add_argument("--seed", type=int, default=0, help="of the draws of triplets")
 
-    view = build.add_argument_group("preprocessing (default: what the model's library says)")
-    view.add_argument(
-        "--size",
-        type=int,
-        nargs="+",
-        metavar="S",
-        help="the network's input in pixels: height and width, or one side of a square",
-    )
-    view.add_argument(
-        "--fit",
-        "--resize",
-        dest="resize",
-        choices=["crop", "pad", "squash", "stretch"],
-        help="fill the input and cut off the rest, show all with margins, or distort "
-        "(squash and stretch are the same)",
-    )
-    view.add_argument(
-        "--interpolation", choices=INTERPOLATIONS, help="the filter that resizes pictures"
-    )
-    view.add_argument(
-        "--crop-pct",
-        type=float,
-        metavar="P",
-        help="share of each side of the scaled picture that is cut out, as timm has it",
-    )
-    view.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of [0, 1]")
-    view.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of [0, 1]")
-    view.add_argument(
-        "--depth",
-        type=_depth,
-        metavar="BITS",
-        help='of 16-bit pictures: 8 to 16; "range" stretches each from its lowest to its '
-        'highest value; "auto" (the default) goes by the file and its highest value',
-    )
-    view.add_argument(
-        "--transform",
-        metavar="SPEC",
-        help="package.module:function from a PIL.Image to a tensor [3, H, W], in place of these",
-    )
-
-
-def _add_explain(commands: Any) -> None:
-    explain = _command(commands, "explain", "explain:explain_files", "heat maps of any pictures")
-    explain.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders")
-    _add_from_database(explain, refine="auto")
-    explain.add_argument("--k", type=int, default=1, help="neighbors that lend their weights")
-    explain.add_argument(
-        "--index", default="exact", help='"exact", "stored" or a FAISS factory string'
-    )
-    explain.add_argument(
-        "--center", type=float, default=0.0, help="share of the mean response to subtract"
-    )
-    explain.add_argument(
-        "--requery",
-        action="store_true",
-        help="search again by each map's hot pixels, and go over to a class that is nearer to them",
-    )
-    explain.add_argument("--alpha", type=float, default=0.8, help="opacity of the hottest heat")
-    explain.add_argument(
-        "--dim",
-        type=float,
-        default=0.5,
-        help="share of its color, and half of it of its light, that a picture loses below its heat",
-    )
-    explain.add_argument(
-        "--overlays",
-        choices=["picture", "view"],
-        default="picture",
-        help="draw maps on the whole picture, what the network did not see dimmed, or on its view",
-    )
-    explain.add_argument(
-        "--page-rows", type=int, default=200, metavar="N", help="pictures shown on index.html"
-    )
-    _add_model(explain)
-    add_ray_maps(explain)
+    _add_view(build, "preprocessing (default: what the model's library says)")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -288,6 +216,7 @@ def _add_evaluate(commands: Any) -> None:
         "the paper's tables and curves, with controls, on annotated pictures",
     )
     _add_from_database(evaluate)
+    _add_moved(evaluate)
     evaluate.add_argument(
         "--data",
         required=True,
@@ -393,8 +322,11 @@ def _add_demo(commands: Any) -> None:
     )
 
 
-def _add_from_database(parser: argparse.ArgumentParser, *, refine: str | None = None) -> None:
-    parser.add_argument("--database", type=Path, required=True, metavar="DB")
+def _add_from_database(
+    parser: argparse.ArgumentParser, *, refine: str | None = None, required: bool = True
+) -> None:
+    """Add the database, how maps are refined, and the output folder."""
+    parser.add_argument("--database", type=Path, required=required, metavar="DB")
     parser.add_argument(
         "--refine",
         type=_layers,
@@ -407,11 +339,53 @@ def _add_from_database(parser: argparse.ArgumentParser, *, refine: str | None = 
     parser.add_argument(
         "--force", action="store_true", help="write into a folder that is not empty"
     )
+
+
+def _add_moved(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="the database's pictures, if they moved",
+        "--images", type=Path, metavar="DIR", help="the database's pictures, if they moved"
+    )
+
+
+def _add_view(parser: argparse.ArgumentParser, title: str) -> None:
+    view = parser.add_argument_group(title)
+    view.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="S",
+        help="the network's input in pixels: height and width, or one side of a square",
+    )
+    view.add_argument(
+        "--fit",
+        "--resize",
+        dest="resize",
+        choices=["crop", "pad", "squash", "stretch"],
+        help="fill the input and cut off the rest, show all with margins, or distort "
+        "(squash and stretch are the same)",
+    )
+    view.add_argument(
+        "--interpolation", choices=INTERPOLATIONS, help="the filter that resizes pictures"
+    )
+    view.add_argument(
+        "--crop-pct",
+        type=float,
+        metavar="P",
+        help="share of each side of the scaled picture that is cut out, as timm has it",
+    )
+    view.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="of [0, 1]")
+    view.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="of [0, 1]")
+    view.add_argument(
+        "--depth",
+        type=_depth,
+        metavar="BITS",
+        help='of 16-bit pictures: 8 to 16; "range" stretches each from its lowest to its '
+        'highest value; "auto" (the default) goes by the file and its highest value',
+    )
+    view.add_argument(
+        "--transform",
+        metavar="SPEC",
+        help="package.module:function from a PIL.Image to a tensor [3, H, W], in place of these",
     )
 
 

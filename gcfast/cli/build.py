@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 import gcfast
 from gcfast.cli.given.columns import GivenColumns, is_made, known_pictures, read_columns
-from gcfast.cli.inputs import labelled_pictures, load_network, reading
+from gcfast.cli.inputs import labelled_pictures, load_network, reading, stated_preprocessing
 from gcfast.cli.on_ray.commands import build_on_ray
 from gcfast.cli.outputs import tell_doubts, tell_left_out
 from gcfast.database.write import check_target
@@ -67,7 +67,7 @@ def build_database(options: argparse.Namespace) -> None:
             raise ValueError("`--ray` must be left out with --embeddings, which runs no pictures")
         given = read_columns(options)
     loaded, _, output_key = load_network(options)
-    preprocessing = _preprocessing(options, loaded.preprocessing)
+    preprocessing = stated_preprocessing(options, loaded.preprocessing)
     root = Path(options.images).absolute()
     if images is not None:
         loader = images.loader(preprocessing, **reading(options))
@@ -193,24 +193,3 @@ def show_layers(options: argparse.Namespace) -> None:
     # Noise, in which no two places are alike.
     image = torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
     print(gcfast.layers(loaded.module, image.to(device), output_key=output_key))
-
-
-def _preprocessing(options: argparse.Namespace, default: Preprocessing | None) -> Preprocessing:
-    """Take the settings of the model's source, unless an option says otherwise, and say them."""
-    given = {
-        field.name: value
-        for field in fields(Preprocessing)
-        if (value := getattr(options, field.name)) is not None
-    }
-    settings = (default or Preprocessing()).to_dict() | given
-    preprocessing = Preprocessing.from_dict(settings)
-    what = "preprocessing"
-    if default is None and "transform" not in given:
-        assumed = [f"--{name}" for name in ("size", "fit", "mean", "std", "interpolation")
-                   if name.replace("fit", "resize") not in given]  # fmt: skip
-        if assumed:
-            what = (
-                f"preprocessing, assumed where the model and you do not say ({', '.join(assumed)})"
-            )
-    print(f"{what}: {preprocessing}", file=sys.stderr)
-    return preprocessing

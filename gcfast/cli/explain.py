@@ -8,32 +8,27 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from gcfast._checks import listed
 from gcfast._progress import Progress, tracked
+from gcfast.cli.direct.alike import Alike, usual_embedding
+from gcfast.cli.direct.drawn import Seen, laid_back, panel, readable, safe_name
+from gcfast.cli.direct.opening import VIEW
+from gcfast.cli.direct.text import explain_towards
 from gcfast.cli.inputs import Opened, list_files, open_database, reading
 from gcfast.cli.on_ray.commands import explain_on_ray
 from gcfast.cli.outputs import JsonRows, MapWriter, check_folder, tell_doubts, tell_left_out
 from gcfast.database.database import Database
 from gcfast.explain.result import Finish
-from gcfast.images.decode import read_picture
 from gcfast.images.folder import ImageLoader
 from gcfast.images.html import Panel, ReportRow, write_report
-from gcfast.images.overlay import overlay
-from gcfast.images.placed import overlay_whole
-from gcfast.images.preprocessing import Preprocessing
 from gcfast.method.settings import ELEMENTWISE, PROXY
 
 # What the command writes into its folder.
@@ -48,8 +43,6 @@ _MEANING = {
 # Unreadable pictures that the page lists; all of them are in results.csv.
 _LISTED_ON_PAGE = 50
 
-_PANEL = 448  # pixels of the longer side of an overlay on the page
-
 
 def explain_files(options: argparse.Namespace) -> None:
     """Explain the pictures that the options name, and write what the options ask for.
@@ -62,6 +55,16 @@ def explain_files(options: argparse.Namespace) -> None:
         GcfastError: the model or the database cannot be used, or (``--strict``) a picture not
             read.
     """
+    if options.text is not None:
+        explain_towards(options)
+        return
+    if options.database is None:
+        raise ValueError("`--database` must be given, unless --text says what to explain towards")
+    if options.neutral is not None:
+        raise ValueError("`--neutral` must be left out without --text")
+    for name in ("layer", "tokens", *VIEW):
+        if getattr(options, name) is not None:
+            raise ValueError(f"`{name}` must be left out with --database, which has its own")
     if options.ray:
         explain_on_ray(options)
         return
@@ -105,14 +108,14 @@ def explain_files(options: argparse.Namespace) -> None:
             maps.write(heat)
             views = preprocessing.pictures(images)
             for i, name in enumerate(names):
-                whole, place = _laid_back(preprocessing, name, views[i], heat[i], options)
+                whole, place = laid_back(preprocessing, name, views[i], heat[i], options)
                 row = {"map": str(done + i), "path": name, "flat": str(int(why.flat[i]))}
                 if why.confidence is not None:
                     row["confidence"] = f"{float(why.confidence[i]):.4f}"
                 row |= _neighbors(
                     database, opened.images, why.neighbors[i].tolist(), why.distances[i].tolist()
                 )
-                row["overlay"] = f"overlays/{done + i:06d}-{_safe(name)}.png"
+                row["overlay"] = f"overlays/{done + i:06d}-{safe_name(name)}.png"
                 # Level 3 is a third of the default's time for 7 % more bytes (224 x 224 overlays).
                 whole.save(options.out / row["overlay"], compress_level=3)
                 transforms.write({"map": done + i, "path": name} | place)
@@ -145,6 +148,10 @@ def explain_files(options: argparse.Namespace) -> None:
     )
     if refined:
         lead += f" Maps are refined by {listed(refined)} of the same picture (--refine)."
+    lead += (
+        "\n\nBeside its nearest picture: what the two have in common, on either one, less what "
+        "all of the database's pictures share."
+    )
     if done > len(on_page):
         lead += f"\n\nShown are the first {len(on_page):,} of {done:,}; results.csv lists them all."
     write_report(
@@ -169,37 +176,6 @@ def explain_files(options: argparse.Namespace) -> None:
     if flat:
         print(f"flat maps, no positive value: {flat}", file=sys.stderr)
     print(f"{options.out / 'index.html'}: {done} pictures")
-
-
-def _laid_back(
-    preprocessing: Preprocessing,
-    path: str,
-    view: NDArray[np.uint8],
-    heat: NDArray[np.float32],
-    options: argparse.Namespace,
-) -> tuple[Image.Image, dict[str, Any]]:
-    """Lay a map on the whole picture, or on the view where that is asked for or all there is.
-
-    Returns:
-        The overlay, and what leads back from the map to the picture, for transforms.json: column
-        ``u`` and row ``v`` of the map, counted from 0, are at x = x0 + (u + 0.5) · scale_x and
-        y = y0 + (v + 0.5) · scale_y, in pixels of the picture (the right way up) from its corner.
-    """
-    place: dict[str, Any] = {"map_size": list(heat.shape)}
-    picture = None
-    if preprocessing.transform is None:
-        picture = read_picture(path, depth=preprocessing.depth).picture
-        x0, y0, x1, y1 = window = preprocessing.window(picture.size)
-        place |= {
-            "picture_size": [picture.height, picture.width],
-            "x0": x0,
-            "y0": y0,
-            "scale_x": (x1 - x0) / heat.shape[1],
-            "scale_y": (y1 - y0) / heat.shape[0],
-        }
-    if picture is None or options.overlays == "view":
-        return Image.fromarray(overlay(view, heat, alpha=options.alpha, dim=options.dim)), place
-    return overlay_whole(picture, heat, window, alpha=options.alpha, dim=options.dim), place
 
 
 def _columns(k: int) -> list[str]:
@@ -237,68 +213,61 @@ def _neighbors(
     return columns
 
 
-def _safe(name: str) -> str:
-    """Keep of a file name's stem only the characters that file systems and URLs accept."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).stem)[:60]
-
-
 def _page_rows(
     rows: Iterable[dict[str, str]], opened: Opened, options: argparse.Namespace, refined: bool
 ) -> Iterator[ReportRow]:
     """Yield the page's rows, decoded one at a time; a picture that was removed is left out.
 
-    The neighbor's own map and, where maps are refined, the plain one take a forward pass each.
+    What the picture and its neighbor have in common takes a forward pass of each, the neighbor's
+    own map and, where maps are refined, the plain one take another.
     """
-    for row in rows:
+    usual = usual_embedding(opened.database, opened.device)
+    for number, row in enumerate(rows):
         name, neighbor = row.get("neighbor_id", ""), row.get("neighbor_path", "")
-        panels, more = [], []
-        seen = _seen(row["path"], opened)
-        if seen is not None:
-            panels.append(Panel(opened.preprocessing.pictures(seen)[0], "the network's input"))
+        panels, more, linked = [], [], None
+        own = readable(row["path"], opened.preprocessing)
+        if own is not None:
+            panels.append(Panel(own.view, "the network's input"))
             if refined:
-                plain = _own_heat(row["path"], seen, opened, options, finer=False)
-                more.append(_panel(plain, "heat, not refined"))
+                more.append(
+                    panel(_own_heat(own, opened, options, finer=False), "heat, not refined")
+                )
         with Image.open(options.out / row["overlay"]) as picture:
             what = "flat: nothing to show" if row["flat"] == "1" else "heat"
-            panels.append(_panel(picture, what))
-        if neighbor and (near := _seen(neighbor, opened)) is not None:
-            view = opened.preprocessing.pictures(near)[0]
-            panels.append(Panel(view, f"nearest: {name}"))
-            panels.append(_panel(_own_heat(neighbor, near, opened, options), "its own heat"))
+            panels.append(panel(picture, what))
+        near = readable(neighbor, opened.preprocessing) if neighbor else None
+        if near is not None:
+            panels.append(Panel(near.view, f"nearest: {name}"))
+            more.append(panel(_own_heat(near, opened, options), "own heat of the nearest"))
+            if own is not None:
+                pair = Alike.of(opened, own, near, unlike=usual, linked=number < options.linked)
+                panels += pair.panels(
+                    opened.preprocessing, options, ("alike, here", "alike, there")
+                )
+                linked = pair.linked((0, 2), ("the network's input", "the nearest"))
         notes = "no neighbor"
         if name:
             notes = f"{row['label']}, row {row['neighbor_row']}, "
             notes += f"squared distance {float(row['distance']):.3g}"
             if not neighbor:
                 notes += f"\n{name}: picture not found (--images says where they are)"
-        yield ReportRow(row["path"], panels, notes, more=more, more_label="The plain map")
-
-
-def _seen(path: str, opened: Opened) -> Tensor | None:
-    """Return what the network takes of a picture, [1, 3, H, W]; None if it cannot be read."""
-    try:
-        values = opened.preprocessing.load(path).values
-    except Exception:  # whatever Pillow raises, or a transform
-        return None
-    return opened.preprocessing.normalize(torch.from_numpy(np.array(values))[None])
+            elif near is None:
+                notes += f"\n{name}: picture cannot be read any more"
+        yield ReportRow(
+            row["path"], panels, notes, more=more, more_label="Further maps", linked=linked
+        )
 
 
 def _own_heat(
-    path: str, seen: Tensor, opened: Opened, options: argparse.Namespace, *, finer: bool = True
+    picture: Seen, opened: Opened, options: argparse.Namespace, *, finer: bool = True
 ) -> Image.Image:
     """Lay the map of a picture on it."""
     explainer = opened.explainer
-    images = explainer.network.checked("images", seen.to(opened.device))
+    images = explainer.network.checked("images", picture.images.to(opened.device))
     finish = Finish.checked(images, center=options.center)
     why = explainer.attach(finish, images=images).explain(images, finish, finer=finer)
-    view = opened.preprocessing.pictures(seen)[0]
-    return _laid_back(opened.preprocessing, path, view, why.maps[0].cpu().numpy(), options)[0]
-
-
-def _panel(picture: Image.Image, caption: str) -> Panel:
-    """Show a picture, made smaller in place if it is large."""
-    picture.thumbnail((_PANEL, _PANEL))
-    return Panel(np.asarray(picture.convert("RGB")), caption)
+    heat = why.maps[0].cpu().numpy()
+    return laid_back(opened.preprocessing, picture.path, picture.view, heat, options)[0]
 
 
 def _unreadable_table(unreadable: Sequence[tuple[str, Any]]) -> list[list[str]] | None:

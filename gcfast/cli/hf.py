@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -82,8 +82,31 @@ class Pooled(nn.Module):
         return tokens[:, 0]
 
 
+class TextTower:
+    """The text half of a model of images and text: texts → projected embeddings [n, D]."""
+
+    def __init__(self, network: Any, tokenizer: Any) -> None:
+        self.network, self.tokenizer = network, tokenizer
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return the embeddings of texts, on the CPU; what is too long is cut off."""
+        config = self.network.config.get_text_config()
+        tokens = self.tokenizer(
+            list(texts),
+            # SigLIP was trained on texts of one length, and has no mask for what is filled in.
+            padding="max_length" if "siglip" in config.model_type else True,
+            truncation=True,
+            max_length=config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            found = self.network.get_text_features(**tokens)
+        embeddings: Tensor = getattr(found, "pooler_output", found)
+        return embeddings
+
+
 def from_transformers(
-    name: str, weights: str | os.PathLike[str] | None, pool: str | None
+    name: str, weights: str | os.PathLike[str] | None, pool: str | None, texts: bool = False
 ) -> LoadedModel:
     """Make the network of a checkpoint; raises as :func:`gcfast.cli.models.load_model`."""
     spec = f"hf/{name}"
@@ -115,7 +138,14 @@ def from_transformers(
         for key in (*found["missing_keys"], *found["mismatched_keys"])
     ]
     what = spec if weights is None else os.fspath(weights)
-    _refuse_random(what, network, random, (*dropped, *_not_used(network, loaded.module)))
+    tower = None
+    if texts and pool is None and hasattr(network, "get_text_features"):
+        tokenizer = called(spec, transformers.AutoTokenizer.from_pretrained, name)
+        tower = TextTower(network, tokenizer)
+    _refuse_random(
+        what, network, random, (*dropped, *_not_used(network, loaded.module, tower is not None))
+    )
+    loaded = replace(loaded, texts=tower)
     return replace(loaded, preprocessing=_preprocessing(transformers, name, weights))
 
 
@@ -142,9 +172,12 @@ def _embedding(
     return LoadedModel(ImageTower(tower, projection))
 
 
-def _not_used(network: nn.Module, module: nn.Module) -> tuple[str, ...]:
-    """Return the beginnings of the parameters' names that the embedding does not use."""
-    return () if module is network else (*_OTHER_TOWER, "pooler.", "vision_model.pooler.")
+def _not_used(network: nn.Module, module: nn.Module, texts: bool) -> tuple[str, ...]:
+    """Return the beginnings of the parameters' names that no embedding uses."""
+    if module is network:
+        return ()
+    other = ("logit_",) if texts else _OTHER_TOWER
+    return (*other, "pooler.", "vision_model.pooler.")
 
 
 def _refuse_random(

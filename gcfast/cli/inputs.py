@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,8 +76,10 @@ def open_on(loaded: Loaded, options: argparse.Namespace, **settings: Any) -> Ope
     return Opened(explainer, explainer.database, device, preprocessing, root)
 
 
-def load_network(options: argparse.Namespace) -> Loaded:
+def load_network(options: argparse.Namespace, *, texts: bool = False) -> Loaded:
     """Return the network that the options name, on its device, the device, and the output's key.
+
+    ``texts`` also keeps the model's text tower.
 
     Raises:
         ValueError: ``--device`` is no device, or is not there; as
@@ -89,7 +92,7 @@ def load_network(options: argparse.Namespace) -> Loaded:
         raise ValueError(f'`--device` must be "cpu", "cuda" or "cuda:0", got {name!r}') from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`--device` must be one that is there, got {name!r} without CUDA")
-    loaded = load_model(options.model, options.weights, options.pool)
+    loaded = load_model(options.model, options.weights, options.pool, texts=texts)
     loaded.module.to(device)
     key: int | str | None = options.output_key or loaded.output_key
     if isinstance(key, str) and key.isdecimal():
@@ -148,3 +151,26 @@ def list_files(paths: Iterable[Path]) -> list[str]:
             raise FileNotFoundError(f"`PATH` must exist, got {path}")
     tell_passed_over(passed_over, by_content)
     return files
+
+
+def stated_preprocessing(
+    options: argparse.Namespace, default: Preprocessing | None
+) -> Preprocessing:
+    """Take the settings of the model's source, unless an option says otherwise, and say them."""
+    given = {
+        field.name: value
+        for field in fields(Preprocessing)
+        if (value := getattr(options, field.name)) is not None
+    }
+    settings = (default or Preprocessing()).to_dict() | given
+    preprocessing = Preprocessing.from_dict(settings)
+    what = "preprocessing"
+    if default is None and "transform" not in given:
+        assumed = [f"--{name}" for name in ("size", "fit", "mean", "std", "interpolation")
+                   if name.replace("fit", "resize") not in given]  # fmt: skip
+        if assumed:
+            what = (
+                f"preprocessing, assumed where the model and you do not say ({', '.join(assumed)})"
+            )
+    print(f"{what}: {preprocessing}", file=sys.stderr)
+    return preprocessing

@@ -50,7 +50,9 @@ __all__ = [
 Path = str | os.PathLike[str]
 
 
-def load_model(spec: str, weights: Path | None = None, pool: str | None = None) -> LoadedModel:
+def load_model(
+    spec: str, weights: Path | None = None, pool: str | None = None, *, texts: bool = False
+) -> LoadedModel:
     """Make the network that ``spec`` names.
 
     Args:
@@ -59,6 +61,7 @@ def load_model(spec: str, weights: Path | None = None, pool: str | None = None) 
             own, except for ``hf/``, where NAME also says what the network is.
         pool: for ``hf/``: "class" takes the class token as the embedding, "mean" the mean of the
             patches; None takes what the model itself gives.
+        texts: for ``hf/``: keep the text tower, where there is one.
 
     Raises:
         ValueError: ``spec`` has none of these forms, or names something that does not exist;
@@ -74,7 +77,7 @@ def load_model(spec: str, weights: Path | None = None, pool: str | None = None) 
     if pool is not None and source != "hf":
         raise ValueError(f"`pool` must be left out with a model that is not hf/NAME, got {spec!r}")
     if source == "hf" and name:
-        loaded = from_transformers(name, weights, pool)
+        loaded = from_transformers(name, weights, pool, texts)
     elif source == "timm" and name:
         loaded = _from_timm(name, weights)
     elif source == "torchvision" and name:

@@ -9,7 +9,7 @@ import importlib
 import math
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -41,11 +41,14 @@ class LoadedModel:
         output_key: the key of the embedding if its output is a dict or tuple; else None.
         preprocessing: how its source says that its input must be prepared; None if it does not
             say.
+        texts: from texts to their embeddings [n, D] in the space of the images', on the CPU; None
+            for a network without a text tower, and where nobody asked for it.
     """
 
     module: nn.Module
     output_key: str | None = None
     preprocessing: Preprocessing | None = None
+    texts: Callable[[Sequence[str]], Tensor] | None = None
 
 
 def library(name: str, spec: str) -> ModuleType:

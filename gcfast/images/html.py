@@ -1,7 +1,8 @@
 """One self-contained HTML page of pictures and a table, from the template ``page.html``.
 
-The page is a single file: style sheet and images are inside it, and it needs no script, no font and
-no network. Rows are written as they come, so a generator of them costs the memory of one.
+The page is a single file: style sheet and images are inside it, and it needs no font and no
+network. A script is in it only where places of two pictures are linked, and everything else is
+there without it. Rows are written as they come, so a generator of them costs the memory of one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _NUMBER = re.compile(
     re.IGNORECASE,
 )
 
+MOST_PLACES = 14  # of a side of linked pictures: 50 KB of a page for each pair of them
+
 # Pictures with more distinct colors than this are photographs: JPEG is then several times smaller.
 _PNG_COLORS = 256
 
@@ -51,6 +54,25 @@ class Panel:
 
 
 @dataclass
+class Linked:
+    """Two pictures of a row, each of which answers where the reader points at the other.
+
+    Attributes:
+        panels: their numbers in the row's ``panels``.
+        names: what the page calls them; plain text.
+        table: floating point [H, W, H', W'], how much each place of the one has to do with each of
+            the other; what is negative is shown as nothing.
+        shares: the parts (of the height, of the width) of the pictures that the places lie on, from
+            the top left.
+    """
+
+    panels: tuple[int, int]
+    names: tuple[str, str]
+    table: NDArray[Any]
+    shares: tuple[tuple[float, float], tuple[float, float]] = ((1.0, 1.0), (1.0, 1.0))
+
+
+@dataclass
 class ReportRow:
     """Pictures that belong together, side by side on the page.
 
@@ -61,6 +83,7 @@ class ReportRow:
         comment: plain text below the pictures.
         more: further pictures, which the reader opens.
         more_label: what opens them; plain text.
+        linked: two of the pictures, linked place by place.
     """
 
     title: str
@@ -69,6 +92,7 @@ class ReportRow:
     comment: str = ""
     more: Sequence[Panel] = ()
     more_label: str = "more"
+    linked: Linked | None = None
 
 
 def write_report(
@@ -101,7 +125,8 @@ def write_report(
 
     Raises:
         TypeError: a panel's image is not a uint8 array.
-        ValueError: a panel's image is not [H, W, 3], the table's rows differ in length, or
+        ValueError: a panel's image is not [H, W, 3], a linked table is not [H, W, H', W'] or has
+            NaN, the table's rows differ in length, or
             ``lower_is_better`` names a column that the table does not have.
     """
     target = Path(path)
@@ -109,6 +134,7 @@ def write_report(
         title=title,
         lead=[p for p in re.split(r"\n\s*\n", lead.strip()) if p],
         scale=["#" + color.tobytes().hex() for color in ANCHORS[::3]],
+        colors=ANCHORS[::3].tolist(),
         facts=facts,
         tiles=_columns(len(facts)),
         # Checked before anything is written, so that a bad table leaves an old page as it was.
@@ -143,14 +169,46 @@ def _template() -> jinja2.Template:
 def _shown(rows: Iterable[ReportRow]) -> Iterator[dict[str, Any]]:
     """Yield the rows as the template takes them."""
     for index, row in enumerate(rows):
+        panels = _figures(row.panels, f"rows[{index}].panels")
+        linked = None
+        if row.linked is not None:
+            linked = _packed(row.linked, f"rows[{index}].linked")
+            for side, number in enumerate(row.linked.panels):
+                panels[number]["side"] = side
         yield {
             "title": row.title,
             "notes": row.notes,
             "comment": row.comment,
-            "panels": _figures(row.panels, f"rows[{index}].panels"),
+            "panels": panels,
             "more": _figures(row.more, f"rows[{index}].more"),
             "more_label": row.more_label,
+            "linked": linked,
+            "linked_names": () if row.linked is None else row.linked.names,
         }
+
+
+def _packed(linked: Linked, name: str) -> dict[str, Any]:
+    """Return linked places as the script takes them, the table in 8 bits.
+
+    Grids of more than MOST_PLACES a side are summed over blocks of places.
+    """
+    table = np.asarray(linked.table, np.float32)
+    if table.ndim != 4 or 0 in table.shape or not np.isfinite(table).all():
+        raise ValueError(
+            f"`{name}.table` must be finite and have shape [H, W, H', W'], got {list(table.shape)}"
+        )
+    shares = [list(share) for share in linked.shares]
+    for axis, size in enumerate(table.shape):
+        step = -(-size // MOST_PLACES)
+        starts = np.arange(0, size, step)
+        table = np.add.reduceat(table, starts, axis)
+        shares[axis // 2][axis % 2] *= len(starts) * step / size  # the last block may reach beyond
+    scaled = np.rint(table * (127 / max(float(np.abs(table).max()), 1e-30))).astype(np.int8)
+    return {
+        "table": base64.b64encode(scaled.tobytes()).decode("ascii"),
+        "grids": [table.shape[:2], table.shape[2:]],
+        "shares": shares,
+    }
 
 
 def _figures(panels: Sequence[Panel], name: str) -> list[dict[str, Any]]:
@@ -159,7 +217,8 @@ def _figures(panels: Sequence[Panel], name: str) -> list[dict[str, Any]]:
         check_image(panel.image, f"{name}[{number}].image")
         height, width = panel.image.shape[:2]
         data = _data_uri(panel.image)
-        figures.append({"data": data, "width": width, "height": height, "caption": panel.caption})
+        figure = {"data": data, "width": width, "height": height, "caption": panel.caption}
+        figures.append(figure | {"side": None})
     return figures
 
 

@@ -66,8 +66,9 @@ def test_explain(here, capsys, tmp_path):
             assert (picture.mode, picture.size) == ("RGB", (48, 40))
 
     page = (out / "index.html").read_text()
-    # The input, its heat, the neighbor and its own heat; the map that is not refined on demand.
-    assert page.count("<img ") == 7 * 5
+    # The input, its heat, the neighbor and what they have in common on either; on demand the map
+    # that is not refined and the neighbor's own.
+    assert page.count("<img ") == 7 * 7
     assert page.count("<details>") == page.count("heat, not refined</figcaption>") == 7
     assert "refined by features.1 of the same picture" in page
     assert "Pictures that could not be read" in page
@@ -120,13 +121,13 @@ def test_explain_with_finer_maps(capsys, tmp_path):
     assert np.array_equal(maps["auto"], maps["features.1"])
     # The plain map of a refined page is the one that a page without has on top. Batches of one
     # image round otherwise than those of six, and JPEG rounds again.
-    assert "<details" not in pages["none"]
+    assert "not refined" not in pages["none"]
     plain = images_by_caption(pages["none"], "heat")
     assert np.abs(images_by_caption(pages["auto"], "heat, not refined") - plain).max() < 8
     assert np.abs(images_by_caption(pages["auto"], "heat") - plain).max() > 50
     # These pictures are the database's: each is its own neighbor.
     for page in pages.values():
-        own = images_by_caption(page, "its own heat")
+        own = images_by_caption(page, "own heat of the nearest")
         assert np.abs(own - images_by_caption(page, "heat")).max() < 8
     assert np.abs(maps["none"] - maps["features.0"]).max() > 0.1
     assert np.abs(maps["features.1,features.0"] - maps["features.0"]).max() > 0.01

@@ -3,13 +3,14 @@
 import base64
 import html.parser
 import io
+import json
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gcfast.images.html import Panel, ReportRow, write_report
+from gcfast.images.html import Linked, Panel, ReportRow, write_report
 from gcfast.images.overlay import colorize, overlay
 
 
@@ -255,3 +256,46 @@ def test_refuses_a_ragged_table_and_unknown_columns(tmp_path):
         page(tmp_path, table=[["a", "b"], ["1", "2"], ["3"]])
     with pytest.raises(ValueError, match="`lower_is_better` must name columns of `table`"):
         page(tmp_path, table=[["a", "b"], ["1", "2"]], lower_is_better=["c"])
+
+
+def linked_page(tmp_path, table, **options):
+    panels = [Panel(photo(seed=i), name) for i, name in enumerate(("one", "heat", "two"))]
+    linked = Linked((0, 2), ("one <b>", "two"), table, **options)
+    rows = [ReportRow("plain", panels[:1]), ReportRow("a", panels, linked=linked)]
+    write_report(tmp_path / "page.html", title="t", lead="l", rows=rows)
+    return (tmp_path / "page.html").read_text()
+
+
+def test_linked_pictures(tmp_path):
+    table = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    page = linked_page(tmp_path, table, shares=((1.0, 0.5), (1.0, 1.0)))
+    assert page.count("<script>") == 1
+    assert "Point at a place of one &lt;b&gt; or of two" in page
+    sides = re.findall(r'<figure data-side="(\d)"><span><img [^>]* alt="a: (\w+)">', page)
+    assert sides == [("0", "one"), ("1", "two")]
+    (text,) = re.findall(r'data-linked="([^"]*)"', page)
+    found = json.loads(html.unescape(text))
+    assert found["grids"] == [[2, 3], [4, 5]]
+    assert found["shares"] == [[1.0, 0.5], [1.0, 1.0]]
+    packed = np.frombuffer(base64.b64decode(found["table"]), np.int8).reshape(table.shape)
+    assert np.abs(packed - table * 127 / np.abs(table).max()).max() <= 0.5 + 1e-4
+
+
+def test_large_grids_are_linked_by_blocks(tmp_path):
+    table = np.random.default_rng(0).uniform(size=(30, 14, 15, 2))
+    (text,) = re.findall(r'data-linked="([^"]*)"', linked_page(tmp_path, table))
+    found = json.loads(html.unescape(text))
+    assert found["grids"] == [[10, 14], [8, 2]]
+    assert found["shares"] == [[1.0, 1.0], [16 / 15, 1.0]]  # the last block is half a one
+    packed = np.frombuffer(base64.b64decode(found["table"]), np.int8).reshape(10, 14, 8, 2)
+    padded = np.pad(table, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    wanted = padded.reshape(10, 3, 14, 8, 2, 2).sum((1, 4))
+    assert np.abs(packed - wanted * 127 / wanted.max()).max() <= 0.51
+
+
+def test_tables_that_link_nothing_are_refused(tmp_path):
+    for table in (np.zeros((2, 2, 4)), np.full((2, 2, 2, 2), np.nan), np.zeros((2, 0, 2, 2))):
+        with pytest.raises(ValueError, match=r"`rows\[1\].linked.table` must be finite and have"):
+            linked_page(tmp_path, table)
+    page = linked_page(tmp_path, np.zeros((2, 2, 2, 2)))  # nothing in common links to nothing
+    assert "AAAAAAAAAAAAAAAAAAAAAA==" in page

@@ -8,7 +8,7 @@ from gcfast.ray.actors import MAPS
 from gcfast.ray.write import FORMATS
 
 # Of overlays and the page, which a run on a cluster does not write.
-_OF_PAGES = ("alpha", "dim", "overlays", "page_rows")
+_OF_PAGES = ("alpha", "dim", "overlays", "page_rows", "linked")
 
 
 def add_ray(command: argparse.ArgumentParser) -> None:

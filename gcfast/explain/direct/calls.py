@@ -155,8 +155,8 @@ class DirectCalls(ExplainerBase):
                 which then sum to the cosine; where it is most of the cosine, maps with it have no
                 contrast.
             correspondence: also give ``.correspondence``, how much each place of the one has in
-                common with each place of the other. For the common head that is a matrix product;
-                for any other it takes D products from the layer on, one after the other.
+                common with each place of the other. It takes one more product from the layer on
+                for each place of either image, or D if there are fewer, one after the other.
             **options: as for :meth:`explain_batch`; ``center`` other than 0 needs a database, and
                 is subtracted from the maps alone.
 

@@ -16,18 +16,19 @@ arXiv:1909.12977.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gcfast import ops
 from gcfast.builder.loader import check_embeddings
 from gcfast.explain.direct.toward import checked_vectors, require_width
 from gcfast.explain.maps import on_images
 from gcfast.explain.result import Finish, MapOptions, PairMaps
-from gcfast.method.head import normalized, probe, vjp
+from gcfast.method.head import normalized, vjp
 from gcfast.method.held_norms import HeldNorms, before_norm
 from gcfast.model.capture import Captured
 from gcfast.model.network import Network
@@ -42,19 +43,27 @@ class _Side(NamedTuple):
     unit: Tensor  # [B, D] float32, f
 
     @classmethod
-    def of(cls, stack: ExitStack, network: Network, images: Tensor) -> _Side:
-        """Run the pass; its graph is there until the stack is left."""
-        with HeldNorms():
+    def of(cls, stack: ExitStack, network: Network, images: Tensor, twice: bool) -> _Side:
+        """Run the pass; its graph is there until the stack is left.
+
+        Attention has to be the plain one to be differentiated ``twice``.
+        """
+        with HeldNorms(), sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
             captured = stack.enter_context(network.differentiable(images, finer=True))
         unit = normalized(captured.output.detach(), True)
         check_embeddings(unit, images)
         assert captured.leaf is not None
         return cls(captured, before_norm(captured.output, captured.leaf), unit)
 
+    @property
+    def norms(self) -> Tensor:
+        """|u|, [B, 1] float32."""
+        norms: Tensor = torch.linalg.vector_norm(self.vector.detach().float(), dim=1, keepdim=True)
+        return norms.clamp(min=1e-12)
+
     def pulled_back(self, network: Network, target: Tensor) -> Tensor:
         """The gradient [B, C, H, W] of f · target by the activations, |u| held fast."""
-        norms = self.vector.detach().float().norm(dim=1, keepdim=True).clamp(min=1e-12)
-        return vjp(network, self.captured, self.vector, target / norms).float()
+        return vjp(network, self.captured, self.vector, target / self.norms).float()
 
 
 class _Split(NamedTuple):
@@ -118,14 +127,14 @@ def pair_maps(
         check_embeddings(output, named["unlike"])
         against = normalized(output, True)
     with ExitStack() as stack:
-        one, other = (_Side.of(stack, network, i) for i in images)
+        one, other = (_Side.of(stack, network, i, correspondence) for i in images)
         if vectors:
             require_width("unlike", against, one.unit)
         first = _split(network, one, other.unit - against, finishes[0], mean, spread_rest)
         second = _split(network, other, one.unit - against, finishes[1], mean, spread_rest)
         between = None
         if correspondence:
-            between = _between(_places(network, one, images[0]), _places(network, other, images[1]))
+            between = _between(_places(network, one), _places(network, other))
     return PairMaps(
         query=first.maps,
         match=second.maps,
@@ -162,26 +171,52 @@ def _split(
     return _Split(cam(shown[:, None], one, **finish.of_dense()), parts, rest)
 
 
-def _places(network: Network, side: _Side, images: Tensor) -> Tensor:
+def _places(network: Network, side: _Side) -> Tensor:
     """Return vectors [B, H, W, D] that sum to f; what has no place is spread evenly."""
     activations = side.captured.activations.detach().float()
-    H, W = activations.shape[2:]
-    head = probe(network, images, True)
-    if head is not None:
-        norms = head.project(activations.mean((2, 3)))[1]
-        with full_precision(activations.device):
-            each = torch.einsum("dc,bchw->bhwd", head.weight, activations)
-        each = each / (H * W * norms[:, None, None, None])
-    else:
-        # The Jacobian, one row after the other: it would not fit into memory at once.
-        columns = []
-        for number in range(side.unit.shape[1]):
-            target = torch.zeros_like(side.unit)
-            target[:, number] = 1
-            columns.append((side.pulled_back(network, target) * activations).sum(1))
-        each = torch.stack(columns, 3)
+    each = _by_place(network, side, activations)
+    if each is None:
+        each = _by_dimension(network, side, activations)
     rest = side.unit - each.sum((1, 2))
-    return each + rest[:, None, None] / (H * W)
+    return each + rest[:, None, None] / each[0, ..., 0].numel()
+
+
+def _by_place(network: Network, side: _Side, activations: Tensor) -> Tensor | None:
+    """The Jacobian times the activations of each place, one product a place, [B, H, W, D].
+
+    The gradient of t · f at A is linear in t, so its own gradient by t is the product. None where
+    that takes more products than there are dimensions, or the model cannot be differentiated twice.
+    """
+    leaf = side.captured.leaf
+    H, W = activations.shape[2:]
+    assert leaf is not None
+    if side.unit.shape[1] < H * W:
+        return None
+    if leaf.dtype == torch.float16:  # whose gradients need a scale each
+        return None
+    target = torch.zeros_like(side.vector, requires_grad=True)
+    (gradient,) = torch.autograd.grad(side.vector, leaf, target, create_graph=True)
+    arranged = network.arranged(gradient, side.captured.image_size)
+    products = (arranged * activations.to(arranged.dtype)).sum(1).flatten(1).sum(0)  # [H W]
+    try:
+        columns = [
+            torch.autograd.grad(product, target, retain_graph=True)[0].float()
+            for product in products
+        ]
+    except RuntimeError:
+        return None
+    each = torch.stack(columns, 1) / side.norms[:, None]  # [B, H W, D]
+    return each.reshape(len(each), H, W, -1)
+
+
+def _by_dimension(network: Network, side: _Side, activations: Tensor) -> Tensor:
+    """The same, one product a dimension: the whole Jacobian would not fit into memory."""
+    columns = []
+    for number in range(side.unit.shape[1]):
+        target = torch.zeros_like(side.unit)
+        target[:, number] = 1
+        columns.append((side.pulled_back(network, target) * activations).sum(1))
+    return torch.stack(columns, 3)
 
 
 def _between(query: Tensor, match: Tensor) -> Tensor:

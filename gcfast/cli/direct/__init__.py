@@ -1,0 +1,1 @@
+"""Commands that explain pairs of pictures, and pictures towards texts."""
