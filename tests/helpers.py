@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -43,3 +46,8 @@ def clustered(rows: int, dim: int, classes: int, spread: float = 0.5) -> tuple[T
     centres = torch.randn(classes, dim)
     points = centres[labels] + spread * torch.randn(rows, dim)
     return torch.nn.functional.normalize(points, dim=1), labels
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcfast.database.write import SPOOL
+from gcfast.database.write import SPOOL, disk_errors
 from gcfast.errors import DamagedDatabaseError
 
 SPOOL_MEMORY_BYTES = 2 * 2**30
@@ -203,7 +203,8 @@ class KeptSpool(Spool):
         }
 
     def _spill(self) -> None:
-        self._append()
+        with disk_errors(self._home):
+            self._append()
 
     def _delete(self, name: str) -> None:
         """Leave the file: what was committed last has the column."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from forks import forked
+from helpers import resident
 from networks import common, loader, pictures
 from test_database import built, edit
 
@@ -113,10 +113,6 @@ def test_ten_million_rows_open_at_once(tmp_path: Path) -> None:
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 # --- damage

@@ -8,12 +8,13 @@ from threading import Barrier
 
 import pytest
 import torch
+from helpers import resident
 from networks import CHANNELS, DIM, Lambda, Net, common, loader, other, pictures
 from torch import Tensor, nn
 
 import gcfast
 
-THREADS = 8
+THREADS, CALLS = 8, 10_000
 
 
 def together(work: Callable[[int], Tensor]) -> list[Tensor]:
@@ -96,3 +97,29 @@ def test_two_explainers_of_one_model_do_not_see_each_other() -> None:
     got = together(lambda number: pair[number % 2].explain_batch(images))
     for number, maps in enumerate(got):
         torch.testing.assert_close(maps, wanted[number % 2])
+
+
+@pytest.mark.slow
+def test_many_calls_equal_the_serial_ones_and_leave_no_memory() -> None:
+    """Eight threads with 10,000 calls each."""
+    images, labels = pictures(6)
+    one = gcfast.Explainer(common(), "backbone", channels=5)
+    one.build(loader(images, labels))
+    given = [pictures(1)[0] for _ in range(THREADS)]
+    wanted = [one.explain_batch(x) for x in given]
+
+    def work(number: int) -> Tensor:
+        same = all(
+            torch.equal(one.explain_batch(given[number]), wanted[number]) for _ in range(CALLS)
+        )
+        return torch.tensor(same)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many calls as threads: none of them should wait for another's
+    try:
+        together(lambda number: one.explain_batch(given[number]))
+        held = resident()
+        assert all(together(work))
+        assert resident() - held < 16 << 20
+    finally:
+        torch.set_num_threads(before)
