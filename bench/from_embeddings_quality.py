@@ -30,7 +30,7 @@ from gcfast.demo.network import load_network
 from gcfast.demo.run import Score, draw_pictures, scored
 from gcfast.metrics import region_sums
 
-LAYER = "features"
+LAYER, SAMPLE, CHECKED = "features", 216, 108
 WITHOUT = ("neighbors:1", "neighbors:3", "neighbors:5", "kmeans:10", "kmeans:27", "kmeans:100")
 INDEXES = ("SQfp16", "SQ8", "SQ6", "SQ4", "PQ32", "PQ16", "PQ8")
 
@@ -61,8 +61,8 @@ class Birds:
             explainer.build_from_embeddings(
                 embeddings,
                 labels,
-                sample=self.images,
-                check=(self.images, range(len(self.images))),
+                sample=self.images[:SAMPLE],
+                check=(self.images[:CHECKED], range(CHECKED)),
                 min_cosine=-1.0,
             )
         return explainer
@@ -102,9 +102,11 @@ def main() -> None:
         "without_labels": {"labels": birds.scores(exact)},
         "indexes": {},
     }
+    print(found, flush=True)
     for labels in WITHOUT:
         maps = birds.maps(birds.given(birds.embeddings, labels))
         found["without_labels"][labels] = birds.scores(maps)
+        print(labels, found["without_labels"][labels], flush=True)
     for factory in INDEXES:
         index = faiss.index_factory(birds.embeddings.shape[1], factory)
         index.train(birds.embeddings.numpy())
@@ -116,7 +118,7 @@ def main() -> None:
             "map_cosine": float(torch.cosine_similarity(maps.flatten(1), exact.flatten(1)).mean()),
             "same_channels": same_channels(one.database, labelled.database),
         } | birds.scores(maps)
-    print(json.dumps({k: v for k, v in found.items() if k != "conditions"}, indent=1))
+        print(factory, found["indexes"][factory], flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,11 +41,11 @@ class OnDemandDatabase(Database):
         everything = len(embedded.ids) == N
         table = Shard(
             embeddings=embedded.embeddings if everything else embedded.embeddings[images],
-            channels=_untouched((N, rows.m), np.int64),
-            weights=_untouched((N, rows.width), np.float32),
-            offsets=_untouched((N,), np.float32),
+            channels=_untouched((N, rows.m), torch.int64),
+            weights=_untouched((N, rows.width), torch.float32),
+            offsets=_untouched((N,), torch.float32),
             labels=embedded.labels if everything else embedded.labels[images],
-            triplet_counts=_untouched((N,), np.int64),
+            triplet_counts=_untouched((N,), torch.int64),
         )
         super().__init__(table._asdict(), ids, manifest)
         self._source, self._images = rows, images
@@ -160,6 +161,12 @@ def on_demand(
     return OnDemandDatabase(Rows(network, embedded, settings), images, ids, manifest)
 
 
-def _untouched(shape: tuple[int, ...], dtype: Any) -> Tensor:
-    """Return zeros that take no memory before they are written."""
-    return torch.from_numpy(np.zeros(shape, dtype))
+def _untouched(shape: tuple[int, int] | tuple[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros that take no memory before they are written.
+
+    Not NumPy's, which asks for pages of 2 MiB: each row would have one cleared.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
