@@ -329,3 +329,17 @@ def test_rows_may_have_names_and_batches_may_come_as_a_loader_gives_them() -> No
     assert database.label_name(int(database.labels[1])) == "class 1"
     wanted = case.built.database.mean_activation
     torch.testing.assert_close(database.mean_activation, wanted)
+
+
+def test_rows_without_a_scale_are_appended_to_with_further_images() -> None:
+    case = Case()
+    explainer, database = case.given(ids=[f"old {i}" for i in range(N)])
+    further, labels = pictures(6)
+    grown = explainer.append([(further, labels, [f"new {i}" for i in range(6)])])
+    assert len(grown) == N + 6
+    assert grown.relative
+    assert torch.equal(grown.channels[:N], database.channels)
+    whole = case.explainer()
+    whole.build([(torch.cat([case.images, further]), torch.cat([case.labels, labels]))])
+    # The new rows draw from all images, as the last ones of a build do.
+    assert torch.equal(grown.channels[N:], whole.database.channels[N:])
