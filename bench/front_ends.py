@@ -4,8 +4,8 @@
     python bench/front_ends.py --similarity [--json FILE]
 
 Classifiers of torchvision with random weights, 224 x 224, NCHW images for everyone, the target a
-class. The peaks are of a process of their own for each side, which has explained one image before:
-how much the resident memory grows over one batch. ``--similarity``: Spearman's correlation of
+class. The peaks are of a process of their own for each side: how much the resident memory grows over
+its first batch, what the libraries set up once included, as in the forward pass. ``--similarity``: Spearman's correlation of
 Grad-CAM of the cosine with xaitk-saliency's sliding windows, on pairs of drawn birds. What the
 libraries need beside a CPU-only torch is in bench/peers.py.
 """
@@ -129,10 +129,8 @@ PAIRS = (
 
 def peak_mib(side: str, name: str, count: int) -> float:
     """Growth of resident memory over one call, at its peak, in this process."""
-    run = SIDES[side](name)
-    run(images(1))
+    run, batch = SIDES[side](name), images(count)
     gc.collect()
-    batch = images(count)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
     before = resident_mib()
     run(batch)
@@ -177,6 +175,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     make_torchvision_importable()
+
+    def save() -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
     if arguments.peak:
         side, name, count = arguments.peak
         print(peak_mib(side, name, int(count)))
@@ -211,12 +214,11 @@ def main() -> None:
                     )
                     print(f"{name}, B = {count}: {a} / {b}: {timing}", flush=True)
                     results[f"{a} / {b}"] = timing.record()
+                    save()
             results["peak_mib"] = {side: in_a_process(side, name, count) for side in sides}
             print(f"{name}, B = {count}: MiB: {results['peak_mib']}", flush=True)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+            save()
+    save()
 
 
 if __name__ == "__main__":
