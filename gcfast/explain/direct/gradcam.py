@@ -7,7 +7,7 @@ product through what comes after gives the gradient of all images' targets.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,30 @@ class GradCAM:
     def layer_name(self) -> str | None:
         """The layer that is explained; None until the first forward pass has found it."""
         return self.network.layer_name
+
+    @overload
+    def __call__(
+        self,
+        images: Tensor,
+        targets: Targets = ...,
+        *,
+        size: Size | None = ...,
+        normalize: str | None = ...,
+        relu: bool = ...,
+        details: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Tensor,
+        targets: Targets = ...,
+        *,
+        size: Size | None = ...,
+        normalize: str | None = ...,
+        relu: bool = ...,
+        details: Literal[True],
+    ) -> ClassMaps: ...
 
     def __call__(
         self,
