@@ -2,8 +2,9 @@
 
 The library's ``SBSM`` covers parts of an image and sees how its descriptor moves. Grad-CAM asks
 which channels of a layer the cosine of two embeddings rests on, and where they are: one forward
-pass of the reference and one product behind the layer for each query. The two do not agree (rank
-correlation 0.04 to 0.17, see bench/RESULTS.md), so results are not comparable with each other.
+pass of the reference and one product behind the layer for each query. The two do not
+agree (rank correlation below 0.25 on drawn birds, see bench/RESULTS.md), so results are not
+comparable with each other.
 """
 
 from __future__ import annotations
