@@ -42,7 +42,9 @@ def explain_towards(options: argparse.Namespace) -> None:
         ("ray", False),
     ):
         if getattr(options, name) != default:
-            raise ValueError(f"`{name}` must be left out with --text, which searches nothing")
+            raise ValueError(
+                f"`{name}` must be left out with --text: it is for maps from a database"
+            )
     if options.center and options.database is None:
         raise ValueError(f"`center` must be 0 without --database, got {options.center}")
     if not options.text.strip():

@@ -26,8 +26,8 @@ def toward_maps(
 ) -> Tensor:
     """Make maps by pulling vectors of the embedding space back to the layer.
 
-    One vector-Jacobian product from the layer on serves every head: for the common one it costs
-    what its closed form costs, which needs a probe of the head besides.
+    One vector-Jacobian product from the layer on serves every head. The closed form of the common
+    one would save little of it (bench/pair_speed.py), and need a probe of the head besides.
 
     Args:
         network: the model.
