@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,26 @@ def test_the_model_is_left_as_it_was_and_under_any_mode() -> None:
     assert not any(module._forward_hooks for module in model.modules())
     model.requires_grad_(False)
     assert torch.equal(one.explain_batch(queries), wanted)
+
+
+def test_graphs_are_freed_at_once() -> None:
+    one, images, labels = built(other())
+    assert one._graphs is None  # a replayed graph would have no backward pass
+
+    def tensors(calls: int) -> int:
+        for _ in range(calls):
+            one.explain_batch(images)
+            list(one.explain_stream([images, images]))
+            one.explain_labelled(images, labels)
+        return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+    tensors(1)
+    gc.collect()
+    gc.disable()  # what waits for the collector keeps activations until it runs
+    try:
+        assert tensors(4) == tensors(1)
+    finally:
+        gc.enable()
 
 
 def test_triplets_and_calibration() -> None:
