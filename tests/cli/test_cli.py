@@ -98,6 +98,24 @@ def test_class_proxies(capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("here")
+def test_elementwise(capsys, tmp_path):
+    status, out, err = run(
+        capsys, "build", "--images", "pictures", "--out", tmp_path / "db", "--method",
+        "elementwise", *SETTINGS, "--size", "32",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "3 classes, layer features" in out
+    _, out, _ = run(capsys, "info", tmp_path / "db")
+    assert "settings.method              elementwise\n" in out
+    assert "channels kept" not in out
+    status, out, err = run(capsys, "explain", "pictures/green", "--database", tmp_path / "db",
+                           "--out", tmp_path / "page", *SETTINGS)  # fmt: skip
+    assert status == 0, err
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "lent the direction in which its embedding should move. Heat is on what brings" in page
+
+
+@pytest.mark.usefixtures("here")
 def test_build_errors(capsys, tmp_path):
     def build(*more, images="pictures", out="new"):
         return fails(
