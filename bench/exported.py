@@ -20,6 +20,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,11 +220,10 @@ def main() -> None:
     print(record["conditions"])
     with tempfile.TemporaryDirectory() as folder:
         parts: dict[str, Callable[[], dict[str, Any]]] = {
-            name: lambda name=name: speed(arguments, name, Path(folder))
-            for name in arguments.network
+            name: partial(speed, arguments, name, Path(folder)) for name in arguments.network
         }
         if arguments.data is not None:
-            parts["int8"] = lambda: int8(arguments, Path(folder))
+            parts["int8"] = partial(int8, arguments, Path(folder))
         for name, part in parts.items():
             record[name] = part()
             if arguments.json is not None:  # compiling takes long: what is done is kept

@@ -10,11 +10,11 @@ from gcfast.explain.exported.onnx import table_inputs
 
 loader = [(as_batch([draw_bird(y, seed=0, index=i) for i in range(6)]), [y] * 6) for y in range(5)]
 explainer = gcfast.Explainer(load_network())
-explainer.build(loader)
+database = explainer.build(loader)
 explainer.export_onnx("explainer.onnx", tables="inputs", center=1.0)
 
 session = onnxruntime.InferenceSession("explainer.onnx")
-tables = table_inputs(session, explainer.database)
+tables = table_inputs(session, database)
 images = as_batch([draw_bird(y, seed=1, index=0) for y in range(4)])
 (maps,) = session.run(["maps"], {"images": images.numpy()} | tables)
 
