@@ -1,13 +1,15 @@
 """`gcfast serve` under load on this machine: latency, throughput, batches, memory, wrong answers.
 
-    python bench/serve_load.py [--clients 1 8 32] [--seconds 60] [--soak 600] [--json FILE]
+    python bench/serve_load.py [--clients 1 8 32] [--seconds 60] [--soak 600] [--network birds]
+        [--json FILE]
 
-A server with EfficientNet-Lite0 and a database of 10,000 rows in a process of its own, and clients
-in this one, each with a connection that it keeps, which ask for the maps of JPEG pictures as fast
-as they are answered. The phase of the last number of clients lasts `--soak` seconds; at its thirds
-SIGHUP lets the server open its database again. Every map is compared with what
-`explain_batch` gives for the picture alone. Before and after, the same network's `explain_batch`
-is timed in this process with nothing else of ours running.
+A server with EfficientNet-Lite0 (or the demonstration's small network, for many requests) and a
+database of 10,000 rows in a process of its own, and clients in this one, each with a connection
+that it keeps, which ask for the maps of JPEG pictures as fast as they are answered. The phase of
+the last number of clients lasts `--soak` seconds; at its thirds SIGHUP lets the server open its
+database again. Every map is compared with what `explain_batch` gives for the picture alone. Before
+and after, the same network's `explain_batch` is timed in this process with nothing else of ours
+running.
 """
 
 from __future__ import annotations
@@ -39,13 +41,18 @@ from subjects import efficientnet_lite0, explainer_with_rows
 from torch import nn
 
 import gcfast
+from gcfast.demo.network import load_network
 from gcfast.images.preprocessing import Preprocessing
 
 SIDE = 512  # of a picture
 BATCH = 32
 CLEAR = 1e-4  # squared distance by which a picture's nearest row is nearer than the next
 TOLERANCE = 1e-4  # of a map: another batch size, another rounding
-PREPROCESSING = Preprocessing(size=224)
+# Of each network: what `--model` takes, the layer that is explained, and its input in pixels.
+NETWORKS = {
+    "efficientnet-lite0": ("serve_load:network", "head", 224),
+    "birds": ("gcfast.demo.network:load_network", "features", 128),
+}
 Map = NDArray[np.float32]
 
 
@@ -68,14 +75,16 @@ def pictures(count: int) -> list[bytes]:
     return files
 
 
-def expected(explainer: gcfast.Explainer, files: list[bytes]) -> dict[bytes, Map]:
+def expected(
+    explainer: gcfast.Explainer, preprocessing: Preprocessing, files: list[bytes]
+) -> dict[bytes, Map]:
     """The map of each picture by itself, of those that have one nearest row."""
     assert explainer.database is not None
     rows = explainer.database.embeddings.double()
     wanted = {}
     for file in files:
-        view = np.array(PREPROCESSING.load(io.BytesIO(file)).values)
-        images = PREPROCESSING.normalize(torch.from_numpy(view)[None])
+        view = np.array(preprocessing.load(io.BytesIO(file)).values)
+        images = preprocessing.normalize(torch.from_numpy(view)[None])
         why = explainer.explain_batch(images, details=True)
         distances = torch.cdist(why.embeddings.double(), rows)[0].square()
         nearest = distances.topk(2, largest=False).values
@@ -84,9 +93,9 @@ def expected(explainer: gcfast.Explainer, files: list[bytes]) -> dict[bytes, Map
     return wanted
 
 
-def alone(explainer: gcfast.Explainer, seconds: float) -> float:
+def alone(explainer: gcfast.Explainer, side: int, seconds: float) -> float:
     """Images a second of explain_batch by itself."""
-    images = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(BATCH, 3, side, side).contiguous(memory_format=torch.channels_last)
     explainer.explain_batch(images)
     begun, done = time.perf_counter(), 0
     while (passed := time.perf_counter() - begun) < seconds:
@@ -98,15 +107,15 @@ def alone(explainer: gcfast.Explainer, seconds: float) -> float:
 class Server:
     """The process, and what it says of itself."""
 
-    def __init__(self, database: Path, log: Path) -> None:
+    def __init__(self, database: Path, log: Path, model: str) -> None:
         command = [sys.executable, "-P", "-m", "gcfast", "serve", "--database", str(database),
-                   "--model", "serve_load:network", "--port", "0", "--refine", "none",
+                   "--model", model, "--port", "0", "--refine", "none",
                    "--batch-size", str(BATCH), "--timeout", "120"]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stderr=file, env=environment)
         self.log = log
-        while (found := re.search(r"at http://127\.0\.0\.1:(\d+)", log.read_text())) is None:
+        while (found := re.search(r"at=http://127\.0\.0\.1:(\d+)", log.read_text())) is None:
             assert self.process.poll() is None, log.read_text()
             time.sleep(0.2)
         self.port = int(found[1])
@@ -210,22 +219,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=60, help="of each phase but the last")
     parser.add_argument("--soak", type=float, default=600, help="seconds of the last phase")
+    parser.add_argument("--network", choices=NETWORKS, default="efficientnet-lite0")
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--pictures", type=int, default=96)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     record: dict[str, Any] = {"conditions": conditions(), "rows": arguments.rows, "side": SIDE}
+    record["network"] = arguments.network
     record["load_average_before"] = os.getloadavg()
 
-    explainer = explainer_with_rows(network(), "head", arguments.rows)
+    model, layer, side = NETWORKS[arguments.network]
+    made = network() if arguments.network == "efficientnet-lite0" else load_network()
+    explainer = explainer_with_rows(made, layer, arguments.rows)
+    preprocessing = Preprocessing(size=side)
     assert explainer.database is not None
-    explainer.database.manifest["preprocessing"] = PREPROCESSING.to_dict()
-    wanted = expected(explainer, pictures(arguments.pictures))
+    explainer.database.manifest["preprocessing"] = preprocessing.to_dict()
+    wanted = expected(explainer, preprocessing, pictures(arguments.pictures))
     record["pictures"] = len(wanted)
     with tempfile.TemporaryDirectory() as folder:
         explainer.database.save(Path(folder) / "db")
-        record["alone_before"] = alone(explainer, min(20, arguments.seconds))
-        server = Server(Path(folder) / "db", Path(folder) / "log")
+        record["alone_before"] = alone(explainer, side, min(20, arguments.seconds))
+        server = Server(Path(folder) / "db", Path(folder) / "log", model)
         memory: list[tuple[float, float]] = []
         begun = time.perf_counter()
 
@@ -263,9 +277,9 @@ def main(argv: list[str] | None = None) -> None:
         server.process.send_signal(signal.SIGTERM)
         record["exit_status"] = server.process.wait(120)
         log = server.log.read_text()
-        record["reloads"] = log.count("reloaded rows=")
+        record["reloads"] = log.count("reloaded: rows=")
         record["errors_in_log"] = log.count(" ERROR ")
-        record["alone_after"] = alone(explainer, min(20, arguments.seconds))
+        record["alone_after"] = alone(explainer, side, min(20, arguments.seconds))
         record["load_average_after"] = os.getloadavg()
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -98,7 +98,7 @@ def explainer_with_rows(
     built = explainer.build(loader(64, 32, 8))
     generator = torch.Generator().manual_seed(0)
     pick = torch.randint(len(built), (rows,), generator=generator)
-    noise = 0.05 * torch.randn((rows, EMBEDDING), generator=generator)
+    noise = 0.05 * torch.randn((rows, built.dim), generator=generator)
     tensors = {
         name: getattr(built, name)[pick]
         for name in ("channels", "weights", "offsets", "labels", "triplet_counts")

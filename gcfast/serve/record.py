@@ -6,11 +6,11 @@ import json
 import logging
 import time
 import uuid
-from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gcfast._log import tell
 from gcfast.serve.metrics import Metrics
 
 log = logging.getLogger("gcfast.serve")
@@ -55,7 +55,8 @@ class Recorder:
         except ClientDisconnect:
             status = _GONE
         except Exception:
-            log.exception("unexpected error request=%s", name)
+            facts = {"event": "unexpected error", "id": name}
+            log.exception("unexpected error: id=%s", name, extra={"facts": facts})
             if not status:
                 await _internal_error(sending, name)
         finally:
@@ -64,16 +65,16 @@ class Recorder:
             path = getattr(route, "path", None) or "other"
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(seconds)
-            facts: dict[str, Any] = {
+            told = {
                 "method": scope["method"],
                 "path": path,
                 "status": status,
                 "ms": round(seconds * 1000, 1),
                 "received": received,
                 "sent": sent,
-                "request": name,
+                "id": name,
             }
-            log.info(" ".join(f"{key}={value}" for key, value in facts.items()), extra=facts)
+            tell("serve", "request", **told)
 
 
 async def _internal_error(send: Send, name: str) -> None:

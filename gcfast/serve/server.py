@@ -13,11 +13,10 @@ from dataclasses import replace
 
 import uvicorn
 
+from gcfast._log import tell
 from gcfast.serve.app import create_app
 from gcfast.serve.served import Served
 from gcfast.serve.settings import ServeSettings
-
-log = logging.getLogger("gcfast.serve")
 
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -51,10 +50,12 @@ def run(
         name = f"[{address}]" if ":" in address else address
         where = f"http://{name}:{listener.getsockname()[1]}"
         if not ipaddress.ip_address(address).is_loopback:
-            log.warning(
-                "bound to %s: whoever reaches this machine can send pictures, and see those of the "
-                "database; there is no password and no encryption",
-                where,
+            tell(
+                "serve",
+                "whoever reaches this machine can send pictures, and see those of the database; "
+                "there is no password and no encryption",
+                logging.WARNING,
+                at=where,
             )
         elif not settings.hosts:
             settings = replace(settings, hosts=tuple({*_LOOPBACK_NAMES, name, host}))
@@ -63,8 +64,8 @@ def run(
         app = create_app(source, settings)
         if hasattr(signal, "SIGHUP"):
             signal.signal(signal.SIGHUP, lambda *_: app.state.service.watcher.wake())
-        served = app.state.service.served
-        log.info("serving rows=%d at %s", len(served.database), where)
+        database = app.state.service.served.database
+        tell("serve", "serving", rows=len(database), at=where)
         config = uvicorn.Config(
             app,
             log_config=None,

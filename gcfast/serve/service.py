@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fastapi import HTTPException
 from numpy.typing import NDArray
 
+from gcfast._log import tell
 from gcfast.database.manifest import read_manifest
 from gcfast.errors import UnsupportedModelError
 from gcfast.serve.batcher import Batcher, Job
@@ -19,8 +20,6 @@ from gcfast.serve.metrics import Metrics
 from gcfast.serve.served import Answer, PairAnswer, Served, version_of
 from gcfast.serve.settings import ServeSettings
 from gcfast.serve.watch import Watcher
-
-log = logging.getLogger("gcfast.serve")
 
 T = TypeVar("T")
 
@@ -94,13 +93,14 @@ class Service:
             served.warm_up(self.settings.center)
         except Exception as error:
             if str(error) != self._told:
-                log.error("reload failed, the database in use stays: %s", error)
+                stays = "reload failed, the database in use stays"
+                tell("serve", stays, logging.ERROR, reason=str(error))
             self._told = str(error)
             self.metrics.reloads.labels("failed").inc()
             return False
         self.served, self._told = served, ""
         self.metrics.reloads.labels("done").inc()
-        log.info("reloaded rows=%d database=%s", len(served.database), served.version)
+        tell("serve", "reloaded", rows=len(served.database), database=served.version)
         return True
 
     @contextmanager

@@ -124,7 +124,7 @@ def test_the_same_one_is_not_opened_again(here, serving, caplog):
         client.service.watcher.wake()
         wait_for(lambda: client.service.served is not before)
         assert client.service.served.version == before.version
-    assert caplog.text.count("reloaded rows=18") == 1
+    assert caplog.text.count("reloaded: rows=18") == 1
 
 
 def test_without_watching_only_a_signal_reloads(here, serving, other):

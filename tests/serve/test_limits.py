@@ -232,7 +232,7 @@ def test_an_error_that_nothing_expects(serving, monkeypatch, caplog):
         assert client.post("/explain", files={"image": picture()}).status_code == 200
     assert status == 500
     name = detail.removeprefix("internal error, request ")
-    assert f"unexpected error request={name}" in caplog.text
+    assert f"unexpected error: id={name}" in caplog.text
     assert "no memory in /work/secret.py" in caplog.text
 
 

@@ -54,7 +54,7 @@ class Process:
         self.port = None
         for line in self.process.stderr:
             self.lines.append(line)
-            if found := re.search(r"serving rows=18 at http://127.0.0.1:(\d+)", line):
+            if found := re.search(r"serving: rows=18, at=http://127.0.0.1:(\d+)", line):
                 self.port = int(found[1])
                 break
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr))
@@ -104,7 +104,7 @@ def test_a_process(here, running, body):
     os.utime(here / "db" / "manifest.json")
     running.process.send_signal(signal.SIGHUP)
     until = time.monotonic() + 60
-    while not any("reloaded rows=18" in line for line in running.lines):
+    while not any("reloaded: rows=18" in line for line in running.lines):
         assert time.monotonic() < until
         time.sleep(0.02)
     assert running.ask("GET", "/ready")[0] == 200
@@ -129,8 +129,8 @@ def test_a_process(here, running, body):
     lines = [line for line in running.lines if "method=" in line]
     assert len(lines) == 3
     assert re.search(
-        r"INFO gcfast\.serve: method=POST path=/explain status=200 ms=[\d.]+ received=\d{3} "
-        r"sent=\d{3} request=[0-9a-f]{12}$",
+        r"INFO gcfast\.serve: request: method=POST, path=/explain, status=200, ms=[\d.]+, "
+        r"received=\d{3}, sent=\d{3}, id=[0-9a-f]{12}$",
         lines[0],
     )
 
@@ -156,7 +156,7 @@ def test_bound_elsewhere(source, monkeypatch, caplog, host, hosts, warns):
     server.run(source, host=host, port=0)
     settings = served[0].app.state.service.settings
     assert bool(settings.hosts) == hosts
-    assert ("bound to http://0.0.0.0:" in caplog.text) == warns
+    assert ("at=http://0.0.0.0:" in caplog.text) == warns
     assert ("no password and no encryption" in caplog.text) == warns
 
 
@@ -192,6 +192,7 @@ def test_the_log_has_fields(serving, caplog):
     caplog.set_level(logging.INFO, "gcfast.serve")
     with serving() as client:
         answer = client.get("/nowhere/../secret")
-    (record,) = (r for r in caplog.records if hasattr(r, "request"))
-    assert (record.method, record.path, record.status) == ("GET", "other", 404)
-    assert answer.headers["x-request-id"] == record.request
+    (facts,) = (r.facts for r in caplog.records if hasattr(r, "facts"))
+    assert facts["event"] == "request"
+    assert (facts["method"], facts["path"], facts["status"]) == ("GET", "other", 404)
+    assert answer.headers["x-request-id"] == facts["id"]

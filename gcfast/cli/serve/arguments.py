@@ -16,6 +16,7 @@ def add_serve(commands: Any) -> None:
         "serve.command:serve_database",
         "answer explanations over HTTP, with a page to drop pictures on",
     )
+    serve.set_defaults(log_level="info")
     serve.add_argument("--database", type=Path, required=True, metavar="DB")
     serve.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="to bind to; not loopback: be warned"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 
 from gcfast.cli.inputs import load_network, open_on
 from gcfast.serve.served import Served
@@ -32,8 +31,6 @@ def serve_database(options: argparse.Namespace) -> None:
         watch=options.watch,
         hosts=tuple(options.allow_host or ()),
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("gcfast.serve").setLevel(logging.INFO)
     loaded = load_network(options)
 
     def source() -> Served:
