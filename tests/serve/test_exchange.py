@@ -1,10 +1,12 @@
 """A database that is exchanged under a server."""
 
+import gc
 import logging
 import os
 import shutil
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -135,3 +137,14 @@ def test_without_watching_only_a_signal_reloads(here, serving, other):
         assert client.service.served is before
         client.service.watcher.wake()
         wait_for(lambda: len(client.service.served.database) == 12)
+
+
+def test_the_old_one_is_let_go(here, serving):
+    data = (here / "pictures" / "red" / "0.png").read_bytes()
+    with serving() as client:
+        client.post("/explain", files={"image": data})
+        before = weakref.ref(client.service.served)
+        assert client.service.reload(True)
+        client.post("/explain", files={"image": data})
+        gc.collect()
+        assert before() is None
