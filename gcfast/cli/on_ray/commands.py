@@ -125,6 +125,7 @@ def _start(options: argparse.Namespace) -> None:
         own = {} if address else {"include_dashboard": False}
         ray.init(address=address, **quiet, **own)
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells every plan that it runs
 
 
 def _work(options: argparse.Namespace) -> dict[str, Any]:
