@@ -7,9 +7,9 @@ of unseen species): the share of a map's heat inside the bird's box, its outline
 tells its species, by `explain_batch` with its defaults. Databases are built from the network's
 embeddings of the training pictures: with their labels, with what `labels=` makes in their place,
 and with labels from FAISS indexes. Of the latter reported are also the lowest cosine that a build
-finds between a picture's embedding and its row, the mean cosine of the maps with those of the
-uncompressed embeddings, and how many of a row's channels are the same. With labels the rows must be
-those of a build from the pictures.
+finds between a picture's embedding and its row (both less the mean of all rows), the mean cosine of
+the maps with those of the uncompressed embeddings, and how many of a row's channels are the same.
+With labels the rows must be those of a build from the pictures.
 """
 
 from __future__ import annotations

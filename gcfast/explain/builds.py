@@ -139,8 +139,8 @@ class DatabaseCalls(ExplainerBase):
             pooled: [N, C], each image's activations averaged over their places: ``norms`` and the
                 mean activation are then computed from it. ``method="gradcam++"`` and "proxy" need
                 it; the latter takes any head.
-            min_cosine: of an image of ``check`` and its row, at least. Below SAME_COSINE of
-                :mod:`gcfast.builder.given.sample` there is a warning.
+            min_cosine: of an image of ``check`` and its row, both less the mean of all rows, at
+                least. Below SAME_COSINE of :mod:`gcfast.builder.given.sample` there is a warning.
             rows: "all" makes every row now. "on-demand" makes none: a row is made when an image's
                 search first finds it, and kept; it is the one that "all" makes, but for rounding.
                 Whatever needs all rows makes them (``save``, ``compress``, a column of the

@@ -41,5 +41,5 @@ def add_embeddings(build: argparse.ArgumentParser) -> None:
         type=float,
         default=MIN_COSINE,
         metavar="COS",
-        help="of a picture's embedding and its row, at least",
+        help="of a picture's embedding and its row, both less the mean of all rows, at least",
     )
