@@ -95,6 +95,21 @@ def examples(session: nox.Session) -> None:
                 session.run(*run, program)
 
 
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The release's files, in dist/: the wheel is tried where there is no compiler."""
+    session.run("python", ".ci/wheel.py", "dist")
+
+
+@nox.session(default=False, venv_backend="uv", python=["3.11", "3.12", "3.13"])
+@nox.parametrize("versions", ["lowest-direct", "highest"])
+def matrix(session: nox.Session, versions: str) -> None:
+    """The tests with the oldest and the newest packages that pyproject.toml promises."""
+    session.run_install("uv", "pip", "install", f"--resolution={versions}", ".[cpu,test]")
+    session.run("uv", "pip", "list", silent=False)
+    session.run("pytest", "-n", "auto", *session.posargs)
+
+
 @nox.session(default=False)
 def format(session: nox.Session) -> None:
     """Format Python and C++ in place."""
