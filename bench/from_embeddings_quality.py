@@ -94,6 +94,8 @@ def main() -> None:
     birds = Birds()
     built = birds.from_images()
     labelled = birds.given(birds.embeddings, birds.names)
+    assert built.database is not None
+    assert labelled.database is not None
     assert torch.equal(built.database.channels, labelled.database.channels)
     exact = birds.maps(labelled)
     found: dict[str, Any] = {
@@ -112,6 +114,7 @@ def main() -> None:
         index.train(birds.embeddings.numpy())
         index.add(birds.embeddings.numpy())
         one = birds.given(index, birds.names)
+        assert one.database is not None
         maps = birds.maps(one)
         found["indexes"][factory] = {
             "lowest_cosine": one.database.manifest["from_embeddings"]["lowest_cosine"],
