@@ -1,4 +1,6 @@
-"""Build the release's files and try the wheel where there is no compiler: `python .ci/wheel.py OUT`.
+"""Build the release's files, and try the wheel where there is no compiler.
+
+    python .ci/wheel.py OUT
 
 The source distribution is built twice and must be the same bytes. The wheel is built from it, is
 given the oldest Linux tag that its symbols allow (auditwheel), and is installed in an environment

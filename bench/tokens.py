@@ -124,7 +124,8 @@ def maps_of(network: nn.Module, queries: Queries) -> tuple[dict[str, Tensor], di
         for method in ("gradcam", "elementwise")
     }
     databases = {key: one.build(queries.rows) for key, one in explainers.items()}
-    known, parts, right = set(proxies.class_names), {}, []
+    known, right = set(proxies.class_names), []
+    parts: dict[str, Any] = {}
     for part in queries.batches():
         images, labels = queries.images[part], queries.labels[part]
         why = proxy.explain_batch(images, size=GRID, details=True)

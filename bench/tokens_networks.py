@@ -129,7 +129,7 @@ def clothing(data: Path, half: int) -> tuple[Pictures, list[str]]:
         for file in sorted((data / "clothing" / name).iterdir())[half::2]:
             with Image.open(file) as one:
                 small = one.convert("RGB").resize(
-                    (SIDES["clothing"], SIDES["clothing"]), Image.BICUBIC
+                    (SIDES["clothing"], SIDES["clothing"]), Image.Resampling.BICUBIC
                 )
             images.append(np.asarray(small))
             labels.append(label)

@@ -23,9 +23,9 @@ index.add(embeddings.numpy())
 # A few images find the model's head; a few whose ids are known show that the embeddings are the
 # model's. Images of the same kind will do for the first: here they are the same.
 explainer = gcfast.Explainer(network)
-some = range(0, len(labels), 5)
-known = {"sample": images[::5], "check": (images[::5], some)}
-database = explainer.build_from_embeddings(index, labels, **known)
+sample = images[::5]
+check = (sample, range(0, len(labels), 5))
+database = explainer.build_from_embeddings(index, labels, sample=sample, check=check)
 query = as_batch([draw_bird(TRAINING_LABELS[3], seed=1, index=0)])
 maps = explainer.explain_batch(query)
 print(f"{len(database)} rows from {database.manifest['from_embeddings']}")
@@ -36,12 +36,12 @@ whole.build([(images, labels)])
 print(f"largest difference: {float((maps - whole.explain_batch(query)).abs().max()):.1e}")
 
 # No database at all: the row of a neighbor is made when it is found.
-lazy = explainer.build_from_embeddings(index, labels, rows="on-demand", **known)
+lazy = explainer.build_from_embeddings(index, labels, rows="on-demand", sample=sample, check=check)
 print(f"largest difference: {float((maps - explainer.explain_batch(query)).abs().max()):.1e}")
-print(f"rows made: {lazy.made} of {len(lazy)}")
+print(f"{len(lazy)} rows, each made when it is first found")
 
 # No labels: the nearest rows of each row, or clusters, in their place.
 for made in ("neighbors", "kmeans:8"):
-    explainer.build_from_embeddings(index, made, **known)
+    explainer.build_from_embeddings(index, made, sample=sample, check=check)
     agreement = torch.cosine_similarity(maps.flatten(), explainer.explain_batch(query).flatten(), 0)
     print(f"{made}: cosine with the map by labels {float(agreement):.2f}")

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cli_case import fails, run
+from hf_case import SMALL, clip, saved
 from libraries import library
-from test_hf import SMALL, clip, saved
 
 import gcfast
 from gcfast.cli.models import load_model

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from hf_case import SMALL, clip, saved
 from libraries import library
 from safetensors.torch import save_file
 
@@ -11,14 +12,6 @@ from gcfast.cli.hf import preprocessing_of
 from gcfast.cli.models import ModelLoadError, load_model
 from gcfast.images.preprocessing import Preprocessing
 
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 32,
-    "patch_size": 8,
-}
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -28,14 +21,6 @@ def transformers():
     found.logging.set_verbosity_error()
     found.logging.disable_progress_bar()
     return found
-
-
-def saved(model, folder):
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.eval().save_pretrained(folder)
-    return model
 
 
 def embedding(loaded):
@@ -103,15 +88,6 @@ def test_the_backbone_of_another_task(transformers, tmp_path):
     file = tmp_path / "model.safetensors"
     loaded = load_model(f"hf/{tmp_path}", file, pool="class")
     torch.testing.assert_close(embedding(loaded), want)
-
-
-def clip(transformers, **settings):
-    vision = transformers.CLIPVisionConfig(**SMALL, projection_dim=16)
-    text = dict(SMALL, vocab_size=99)
-    del text["image_size"], text["patch_size"]
-    return transformers.CLIPConfig(
-        vision_config=vision.to_dict(), text_config=text, projection_dim=16, **settings
-    )
 
 
 def test_clip_gives_the_projected_embedding(transformers, tmp_path):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import gcfast
 from gcfast import reference
+from gcfast.builder.given.on_demand import OnDemandDatabase
 from gcfast.database.database import Database
 from gcfast.method.elementwise import summed
 
@@ -323,6 +324,7 @@ def test_embeddings_and_labels_alone_are_enough() -> None:
         embeddings, labels, sample=images[:5], check=(images, range(IMAGES)), rows="on-demand"
     )
     torch.testing.assert_close(one.explain_batch(images[:3], normalize=None), maps[:3])
+    assert isinstance(lazy, OnDemandDatabase)
     assert lazy.made == 3
     torch.testing.assert_close(lazy.cotangents, wanted.cotangents)
     with pytest.raises(ValueError, match="method='gradcam' and 'elementwise' do without"):

@@ -418,7 +418,7 @@ def test_everything_works_under_inference_mode(make: Any) -> None:
     plain = gcfast.Explainer(model, channels=5, objective=LOSSES["DistanceDifference"])
     one = gcfast.Explainer(model, channels=5, objective=LOSSES["DistanceDifference"])
 
-    def run(explainer: gcfast.Explainer) -> list[Tensor]:
+    def run(explainer: gcfast.Explainer) -> list[Any]:
         x = images.clone()
         explainer.build(loader(x, labels))
         return [
