@@ -32,7 +32,7 @@ from gcfast.metrics import region_sums
 
 LAYER, SAMPLE, CHECKED = "features", 216, 108
 WITHOUT = ("neighbors:1", "neighbors:3", "neighbors:5", "kmeans:10", "kmeans:27", "kmeans:100")
-INDEXES = ("SQfp16", "SQ8", "SQ6", "SQ4", "PQ32", "PQ16", "PQ8")
+INDEXES = ("SQfp16", "SQ8", "SQ6", "SQ4", "PQ32x4", "PQ16x4")
 
 
 class Birds:
