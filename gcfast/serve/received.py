@@ -7,6 +7,7 @@ import binascii
 import io
 import json
 from collections.abc import AsyncGenerator, Iterable
+from typing import TypeVar
 
 from fastapi import HTTPException, Request
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +16,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from gcfast.images.decode import Limits
 from gcfast.images.preprocessing import Preprocessing, View
+
+T = TypeVar("T")
 
 _AROUND = 64 * 1024  # bytes of a request that are not a picture: boundaries, JSON's keys
 
@@ -100,17 +103,17 @@ async def _of_form(body: bytes, headers: Headers) -> dict[str, bytes]:
         form = await parser.parse()
     except MultiPartException as error:
         raise HTTPException(400, f"the form cannot be read: {error.message}") from None
-    found = {}
+    found = []
     for name, value in form.multi_items():
         assert isinstance(value, UploadFile)  # there are no fields
-        found[name] = await value.read()
+        found.append((name, await value.read()))
     await form.close()
-    return found
+    return _once(found)
 
 
 def _of_json(body: bytes) -> dict[str, bytes]:
     try:
-        given = json.loads(body)
+        given = json.loads(body, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         raise HTTPException(400, "the body is not JSON") from None
     if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
@@ -119,3 +122,11 @@ def _of_json(body: bytes) -> dict[str, bytes]:
         return {name: base64.b64decode(text, validate=True) for name, text in given.items()}
     except (binascii.Error, ValueError):
         raise HTTPException(400, "a picture in JSON must be base64") from None
+
+
+def _once(pairs: list[tuple[str, T]]) -> dict[str, T]:
+    """Return pairs as a dictionary; raises HTTPException where a name comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise HTTPException(400, "each picture must have a name of its own")
+    return found

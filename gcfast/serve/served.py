@@ -15,6 +15,7 @@ from torch import Tensor
 
 import gcfast
 from gcfast.database.database import Database
+from gcfast.database.files import require_file
 from gcfast.database.manifest import encoded
 from gcfast.images.preprocessing import Preprocessing
 
@@ -149,6 +150,7 @@ class Served:
         if not path.is_relative_to(root):
             return None
         try:
+            require_file(path)
             return self.preprocessing.load(path).values
         except Exception:  # whatever Pillow raises, or a transform
             return None

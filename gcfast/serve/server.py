@@ -42,6 +42,7 @@ def run(
 
     Raises:
         OSError: the address cannot be bound.
+        ValueError: no port has this number.
         Exception: whatever ``source`` raises.
     """
     settings = ServeSettings() if settings is None else settings
@@ -79,6 +80,8 @@ def run(
 
 def _listening(host: str, port: int) -> socket.socket:
     """Bind a socket here: uvicorn would end the process where it cannot."""
+    if not 0 <= port < 2**16:  # getaddrinfo drops the bits above
+        raise ValueError(f"`port` must be from 0 to 65535, got {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)

@@ -26,7 +26,6 @@ class ServeSettings:
         decoders: threads that decode pictures and encode answers.
         center: as for :meth:`gcfast.Explainer.explain_batch`.
         watch: seconds between looks at the database's manifest; 0 for none: then SIGHUP alone.
-        pictures: show the pictures of database rows, where they are found.
         hosts: names that a request may be addressed to; empty for any.
 
     Raises:
@@ -42,7 +41,6 @@ class ServeSettings:
     decoders: int = 2
     center: float = 0.0
     watch: float = 1.0
-    pictures: bool = True
     hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,6 +56,8 @@ class ServeSettings:
         for name in ("wait", "watch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}")
+        if isinstance(self.hosts, str):
+            raise TypeError(f"`hosts` must be a tuple of names, got {self.hosts!r}")
         if self.timeout <= 0:
             raise ValueError(f"`timeout` must be above 0, got {self.timeout}")
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -153,6 +154,9 @@ def test_a_row_whose_picture_is_not_there_has_none(here, source, name):
     served.database.ids = [name]
     assert served.picture_of(0) is None
     served.database.ids = ["../outside.png"]
+    assert served.picture_of(0) is None
+    os.mkfifo(here / "pictures" / "pipe.png")  # to open it would never end
+    served.database.ids = ["pipe.png"]
     assert served.picture_of(0) is None
     served.database.ids = ["red/0.png"]
     assert served.picture_of(0) is not None

@@ -77,6 +77,15 @@ def test_formats_that_are_read(serving, kind):
         ({"files": {"picture": b"1"}}, 400, "must have image, got picture"),
         ({"files": {"image": b"1", "more": b"2"}}, 400, "must have image, got more"),
         ({"files": [("image", b"1")] * 3}, 400, "the form cannot be read: Too many files"),
+        ({"files": [("image", b"1"), ("image", b"2")]}, 400, "a name of its own"),
+        (
+            {
+                "content": b'{"image": "MQ==", "image": "Mg=="}',
+                "headers": {"content-type": "application/json"},
+            },
+            400,
+            "a name of its own",
+        ),
         ({"files": {"image": b"1"}, "data": {"a": "b"}}, 400, "the form cannot be read"),
         (
             {"content": b"x", "headers": {"content-type": "multipart/form-data"}},

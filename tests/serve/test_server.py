@@ -145,6 +145,12 @@ def test_a_port_that_is_taken(here, capsys, monkeypatch):
     sys.modules.pop("cli_net", None)
 
 
+@pytest.mark.parametrize("port", [-1, 70_000])
+def test_no_port(source, port):
+    with pytest.raises(ValueError, match=f"`port` must be from 0 to 65535, got {port}"):
+        server.run(source, port=port)
+
+
 @pytest.mark.parametrize(
     ("host", "hosts", "warns"),
     [("127.0.0.1", True, False), ("localhost", True, False), ("0.0.0.0", False, True)],
@@ -174,6 +180,7 @@ class Idle:
         ({"timeout": 0.0}, "`timeout` must be above 0"),
         ({"timeout": float("nan")}, "`timeout` must be finite"),
         ({"center": "1"}, "`center` must be a number"),
+        ({"hosts": "here"}, "`hosts` must be a tuple"),
     ],
 )
 def test_settings(settings, says):
