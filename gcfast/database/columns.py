@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
@@ -71,6 +72,25 @@ class Columns:
         So are those of embeddings without their norms: a normalized map does not depend on it.
         """
         return bool(self.manifest.get(RELATIVE, False))
+
+    def require_scale(self) -> None:
+        """Raise ValueError where rows are ``relative``, for maps that are not normalized."""
+        if self.relative:
+            raise ValueError(
+                "`normalize` must be 'max' or 'minmax' with this database, whose rows were made of "
+                "embeddings without their norms and have no scale, got None: give `norms` or "
+                "`pooled` to build_from_embeddings"
+            )
+
+    def warn_of_mixing(self, k: int, stacklevel: int) -> None:
+        """Warn where k rows are mixed that are ``relative``."""
+        if self.relative and k > 1:
+            warnings.warn(
+                f"the rows of this database have no scale of their own: with k={k} they are mixed "
+                "as if all embeddings had been equally long before they were normalized (`norms` "
+                "or `pooled` of build_from_embeddings tell)",
+                stacklevel=stacklevel,
+            )
 
     @property
     def made_labels(self) -> str | None:

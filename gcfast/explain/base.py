@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -256,13 +255,7 @@ class ExplainerBase:
                     index=self.index,
                     ids=self.ids,
                 )
-                if self._database.relative and self.k > 1:
-                    warnings.warn(
-                        f"the rows of this database have no scale of their own: with k={self.k} "
-                        "they are mixed as if all embeddings had been equally long before they "
-                        "were normalized (`norms` or `pooled` of build_from_embeddings tell)",
-                        stacklevel=3,
-                    )
+                self._database.warn_of_mixing(self.k, stacklevel=4)
             attached = self._attached
             look = self.requery or rates or attached.rated
             if look and attached.second is None and images is not None and len(images):
@@ -273,10 +266,6 @@ class ExplainerBase:
         if finish is not None:
             self._check_center(finish)
         unscaled = finish is not None and finish.normalize is None and self.network.refine is None
-        if unscaled and attached.database.relative:
-            raise ValueError(
-                "`normalize` must be 'max' or 'minmax' with this database, whose rows were made of "
-                "embeddings without their norms and have no scale, got None: give `norms` or "
-                "`pooled` to build_from_embeddings"
-            )
+        if unscaled:
+            attached.database.require_scale()
         return attached

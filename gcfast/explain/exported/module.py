@@ -66,6 +66,8 @@ class ExportedExplainer(nn.Module):
         self._embedding: Callable[[Any, int], Tensor] = network.embedding
         # What no pass has shown is not assumed.
         self._channels_last = network.channels_last and network.clone is not None
+        # Whether maps have the scale of the rows; those that are refined have none.
+        self.unscaled = finish.normalize is None and not network.finer
         self._finish = finish  # of size (0, 0) where it is the images' own
         self.k = transfer.k
         self._l2_normalize = l2_normalize

@@ -73,7 +73,12 @@ def export_onnx(
         node.metadata_props.clear()  # stack traces, with paths of this machine
     prepared = dict(manifest.get("preprocessing") or {})
     prepared.pop("images", None)  # a folder of this machine
-    facts = {"k": module.k, "preprocessing": prepared, "class_names": manifest["class_names"]}
+    facts = {
+        "k": module.k,
+        "unscaled": module.unscaled,
+        "preprocessing": prepared,
+        "class_names": manifest["class_names"],
+    }
     model.metadata_props[METADATA] = json.dumps(_facts(manifest) | facts)
     path = Path(path)
     if tables == "external":
@@ -98,8 +103,10 @@ def table_inputs(
         [classes + 1, C] float32.
 
     Raises:
-        ValueError: a graph that gcfast has not exported.
-        ModelMismatchError: a database of another model, layer or method than the graph's.
+        ValueError: a graph that gcfast has not exported; rows without a scale for one that was
+            exported with ``normalize=None``.
+        ModelMismatchError: a database of another model, layer or method than the graph's, or with
+            another number of channels a row.
     """
     known = session.get_modelmeta().custom_metadata_map.get(METADATA)
     if known is None:
@@ -111,6 +118,9 @@ def table_inputs(
             differs = f"{name} {own[name]!r}, not {facts[name]!r}"
     if differs is not None:
         raise ModelMismatchError(f"the database is not of the graph's model and method: {differs}")
+    if facts["unscaled"]:
+        database.require_scale()
+    database.warn_of_mixing(facts["k"], stacklevel=3)
     tables = {
         "table": database.embeddings.float(),
         "channels": database.channels.int(),
@@ -119,7 +129,11 @@ def table_inputs(
         "row_labels": database.labels,
     }
     tables["squares"] = ExactSearch(tables["table"]).squares
-    wanted = {entry.name for entry in session.get_inputs()} - {"images"}
+    wanted = {entry.name: entry.shape for entry in session.get_inputs() if entry.name != "images"}
+    if "channels" in wanted and (M := tables["channels"].shape[1]) != wanted["channels"][1]:
+        raise ModelMismatchError(
+            f"the database is not of the graph's: {M} channels a row, not {wanted['channels'][1]}"
+        )
     if "temperature" in wanted:
         tables["temperature"] = torch.tensor(temperature(database.embeddings, facts["k"]))
     if "proxy_rows" in wanted:

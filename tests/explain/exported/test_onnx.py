@@ -79,6 +79,26 @@ def test_one_graph_for_every_database_of_a_model(tmp_path):
         table_inputs(run, rows.database)
 
 
+def test_tables_that_do_not_fit_the_graph(tmp_path):
+    path = tmp_path / "net.onnx"
+    model = common()
+    explainer = made(model, k=2, **GRADIENTS)
+    explainer.export_onnx(path, tables="inputs", normalize=None)
+    run = session(path)
+    fewer = made(model, channels=3, triplets=5)
+    with pytest.raises(ModelMismatchError, match="3 channels a row, not 4"):
+        table_inputs(run, fewer.database)
+    images, labels = pictures(30)
+    units = torch.nn.functional.normalize(explainer.network.embed(images).output)
+    given = Explainer(model, **GRADIENTS)
+    given.build_from_embeddings(units, labels, sample=images, check=(images[:4], range(4)))
+    with pytest.raises(ValueError, match="`normalize` must be 'max' or 'minmax' with this"):
+        table_inputs(run, given.database)
+    explainer.export_onnx(path, tables="inputs")
+    with pytest.warns(UserWarning, match="no scale of their own: with k=2"):
+        table_inputs(session(path), given.database)
+
+
 @pytest.mark.slow
 def test_tables_of_gradients_as_inputs(tmp_path):
     path = tmp_path / "net.onnx"
