@@ -34,6 +34,30 @@ def explainer_of(
     return stored_explainer(database, model, **settings)
 
 
+def coarse_explainer(
+    database: Database | str | os.PathLike[str], model: nn.Module, **settings: Any
+) -> Explainer:
+    """Return the Explainer for :func:`layer_maps`; arguments as for :func:`explainer_of`.
+
+    Raises:
+        TypeError, ValueError, GcfastError: as there; settings that go beyond the layer's resolution
+            and one forward pass.
+    """
+    explainer = explainer_of(database, model, **settings)
+    for name in ("refine", "requery"):
+        if settings.get(name):
+            raise ValueError(
+                f"`{name}` must be left out here, where maps have the layer's own resolution and "
+                f"rest on one forward pass, got {settings[name]!r}: explain_batch takes it"
+            )
+    if explainer.settings.is_elementwise:
+        raise ValueError(
+            "`database` must not be of method='elementwise', whose maps need a backward pass: "
+            "gcfast.Explainer and the front end of pytorch-grad-cam make them"
+        )
+    return explainer
+
+
 def layer_maps(
     explainer: Explainer, activations: Tensor, output: Tensor, *, relu: bool, center: float
 ) -> Explanation:
@@ -55,7 +79,8 @@ def layer_maps(
     finish = Finish.checked(
         activations, size=None, normalize=None, relu=relu, center=center
     )  # the size is that of the activations
-    attached = explainer.attach(finish)
+    # Rows without a scale will do, since weights are scaled here.
+    attached = explainer.attach(finish._replace(normalize="max"))
     with torch.no_grad(), full_precision(activations.device):
         embeddings = normalized(output, explainer.settings.l2_normalize)
         if not embeddings.is_cuda:

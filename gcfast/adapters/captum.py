@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gcfast import Database, Explanation, UnsupportedModelError, ops
 from gcfast._extras import needs_extra
-from gcfast.adapters._explained import explainer_of, layer_maps
+from gcfast.adapters._explained import coarse_explainer, layer_maps
 from gcfast.explain.direct.gradcam import Targets, score_network, weighed
 from gcfast.model.network import Network
 from gcfast.ops.precision import full_precision
@@ -25,9 +25,10 @@ with needs_extra("captum", __name__):
 class LayerGradCam(PeerLayerGradCam):  # type: ignore[misc]
     """captum's ``LayerGradCam`` with a graph that begins at the layer, which saves its memory.
 
-    That is so where a module is given one batch of images and a target that selects a score, and
-    its layer gives maps. Whatever else captum takes (several inputs, further arguments, a layer's
-    input, sums that are not wanted) goes through captum itself.
+    That is so where a module in evaluation mode is given one batch of images and a target that
+    selects a score, and its layer gives maps. Whatever else captum takes (several inputs, further
+    arguments, a layer's input, sums that are not wanted, a model in training mode) goes through
+    captum itself.
 
     Args and results are the peer's.
     """
@@ -47,6 +48,7 @@ class LayerGradCam(PeerLayerGradCam):  # type: ignore[misc]
             isinstance(inputs, Tensor)
             and inputs.ndim == 4
             and isinstance(self.forward_func, nn.Module)
+            and not any(module.training for module in self.forward_func.modules())
             and additional_forward_args is None
             and not attribute_to_layer_input
             and attr_dim_summation
@@ -110,7 +112,8 @@ class EmbeddingLayerGradCam(LayerAttribution):  # type: ignore[misc]
         explanation: after a call, what the maps rest on.
 
     Raises:
-        TypeError, ValueError, GcfastError: as :func:`gcfast.load`.
+        TypeError, ValueError, GcfastError: as :func:`gcfast.load`; ``refine``, ``requery`` or a
+            database of method="elementwise".
     """
 
     explanation: Explanation | None = None
@@ -125,7 +128,7 @@ class EmbeddingLayerGradCam(LayerAttribution):  # type: ignore[misc]
         center: float = 0.0,
         **settings: Any,
     ) -> None:
-        self.explainer = explainer_of(database, forward_func, layer=layer, **settings)
+        self.explainer = coarse_explainer(database, forward_func, layer=layer, **settings)
         self.center = center
         super().__init__(forward_func, self.explainer.network.layer, device_ids)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gcfast import Database, Explanation
 from gcfast._extras import needs_extra
-from gcfast.adapters._explained import explainer_of, layer_maps
+from gcfast.adapters._explained import coarse_explainer, layer_maps
 
 with needs_extra("torchcam", __name__):
     from torchcam.methods.core import _CAM
@@ -38,7 +38,8 @@ class EmbeddingGradCAM(_CAM):  # type: ignore[misc]
         explanation: after a call, what the maps rest on.
 
     Raises:
-        TypeError, ValueError, GcfastError: as :func:`gcfast.load`; more than one layer.
+        TypeError, ValueError, GcfastError: as :func:`gcfast.load`; more than one layer;
+            ``refine``, ``requery`` or a database of method="elementwise".
     """
 
     explanation: Explanation | None = None
@@ -60,7 +61,7 @@ class EmbeddingGradCAM(_CAM):  # type: ignore[misc]
             raise ValueError(
                 f"`target_layer` must be one layer, the database's, got {len(layers)} of them"
             )
-        self.explainer = explainer_of(
+        self.explainer = coarse_explainer(
             database, model, layer=layers[0], reshape=reshape_transform, **settings
         )
         self.center = center

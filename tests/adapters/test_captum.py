@@ -43,6 +43,7 @@ class Linears(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.relu, self.last = nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)
+        nn.init.constant_(self.first.bias, 3.0)  # so that no ReLU is dead
 
     def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
         return self.last(self.relu(self.first(x if more is None else x + more)))
@@ -144,6 +145,15 @@ def test_embeddings(built: Any) -> None:
     assert extractor.explanation.neighbors.shape == (3, 1)
     assert not extractor.multiplies_by_inputs
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_model_in_training_mode_is_explained_in_it() -> None:
+    model: Any = Net(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(CHANNELS)))
+    model.train()
+    x = torch.randn(4, 3, 8, 8)
+    wanted = PeerLayerGradCam(model, model.backbone).attribute(x, 1)
+    torch.testing.assert_close(LayerGradCam(model, model.backbone).attribute(x, 1), wanted)
+    assert model.training
 
 
 def test_its_functions(

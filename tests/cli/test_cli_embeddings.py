@@ -79,6 +79,10 @@ def test_an_index_with_ids_of_its_own(given, capsys):
     )
     assert list(database.ids) == list(wanted.ids)[::-1]
     assert torch.equal(database.embeddings, wanted.embeddings.flip(0))
+    for last, words in ((100, "one line for each id, "), ("8.5", "whole numbers as id, line 19")):
+        write(given / "labels.csv", wanted, names, [*numbers.tolist()[:-1], last])
+        arguments = ("--labels", given / "labels.csv")
+        assert words in refused(capsys, given / "vectors.index", *arguments)
 
 
 def test_a_parquet_file_has_everything(given, capsys):
@@ -96,6 +100,10 @@ def test_a_parquet_file_has_everything(given, capsys):
     parquet.write_table(table, given / "vectors.parquet")
     database, _ = build(capsys, given, "--embeddings", given / "vectors.parquet")
     assert torch.equal(database.channels, wanted.channels)
+    rows = wanted.embeddings.tolist()
+    rows[0], rows[1] = rows[0] + rows[1][:1], rows[1][1:]  # as many numbers in all
+    parquet.write_table(table.set_column(0, "embedding", [rows]), given / "vectors.parquet")
+    assert "as many numbers in every row" in refused(capsys, given / "vectors.parquet")
     parquet.write_table(table.drop_columns("embedding"), given / "vectors.parquet")
     assert "must have the column embedding" in refused(capsys, given / "vectors.parquet")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,9 @@ TARGETS = {
     "one class": (3, lambda o: o[:, 3].sum()),
     "a list": ([0, 1, 2, 3], lambda o: o.diagonal().sum()),
     "a tensor": (torch.arange(4, dtype=torch.int32), lambda o: o.diagonal().sum()),
+    "a number of NumPy's": (np.int64(3), lambda o: o[:, 3].sum()),
+    "a number in a tensor": (torch.tensor(3), lambda o: o[:, 3].sum()),
+    "an array": (np.arange(4), lambda o: o.diagonal().sum()),
     "a function": (
         lambda row: row.softmax(0)[1] - row[2] ** 2,
         lambda o: (o.softmax(1)[:, 1] - o[:, 2] ** 2).sum(),
@@ -218,6 +222,9 @@ def test_wrong_targets(targets: object, error: type[Exception], words: str) -> N
 
 
 def test_wrong_calls() -> None:
+    nan = torch.where(torch.arange(4)[:, None, None, None] == 2, torch.nan, images())
+    with pytest.raises(ValueError, match="`images` must be finite, got NaN or infinity in row 2"):
+        gcfast.GradCAM(common(), "backbone")(nan)
     model = common()
     with pytest.raises(ValueError, match="`method` must be one of"):
         gcfast.GradCAM(model, method="proxy")

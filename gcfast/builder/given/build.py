@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gcfast._checks import listed, require_choice
+from gcfast._checks import listed, require_choice, require_finite_rows
 from gcfast.builder.build import in_memory
 from gcfast.builder.embed import Embedded
 from gcfast.builder.given.made_labels import MadeLabels, is_made, make_labels
@@ -67,6 +67,10 @@ def build_from_embeddings(
     """Build a database; see :meth:`gcfast.Explainer.build_from_embeddings`."""
     require_choice("storage", storage, STORAGES)
     require_choice("rows", rows, ("all", "on-demand"))
+    if isinstance(min_cosine, bool) or not isinstance(min_cosine, int | float):
+        raise TypeError(f"`min_cosine` must be a number, got {min_cosine!r}")
+    if not -1 <= min_cosine <= 1:
+        raise ValueError(f"`min_cosine` must be from -1 to 1, got {min_cosine}")
     if rows == "on-demand" and (out is not None or storage != "float32"):
         raise ValueError(
             "`rows` must be 'all' with `out` or storage='float16', got 'on-demand': such a "
@@ -126,6 +130,7 @@ def _embedded(
     pooled = None if given.pooled is None else floats("pooled", given.pooled, "N C")
     if pooled is not None:
         _require_count("pooled", len(pooled), N)
+        require_finite_rows("pooled", pooled)
         checked.compare_pooled(pooled)
     norms, absolute = _norms(given, settings, seen, checked, pooled, table, lengths)
     mean = seen.mean_activation

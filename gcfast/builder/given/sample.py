@@ -189,9 +189,9 @@ def checked_images(
         TypeError, ValueError: other images than rows, or fewer than two; another D.
     """
     images = require_images("check", images)
-    if len(images) != len(rows) or len(rows) < 2:
+    if len(images) != len(rows) or len(set(rows.tolist())) < 2:
         raise ValueError(
-            "`check` must be at least 2 images and the row of each, got "
+            "`check` must be at least 2 images and the row of each, not the same, got "
             f"{len(images)} images and {len(rows)} rows"
         )
     embeddings, pooled = [], []

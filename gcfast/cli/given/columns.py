@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 from gcfast._extras import import_faiss, needs_extra
 from gcfast.builder.given.made_labels import KMEANS, NEIGHBORS
 from gcfast.builder.given.vectors import own_ids
+from gcfast.database.ids import repeated
 from gcfast.images.folder import ImageLoader
 from gcfast.images.preprocessing import Preprocessing
 
@@ -135,7 +137,14 @@ def _csv(file: Path, numbers: Any) -> tuple[Any, list[str]]:
             )
     if numbers is None:
         return [row["label"] for row in rows], [row["path"] for row in rows]
+    for number, row in enumerate(rows, 2):
+        if not re.fullmatch(r"-?\d+", row["id"].strip()):
+            raise ValueError(
+                f"`labels` must have whole numbers as id, line {number} of {file} has {row['id']!r}"
+            )
     by_id = {int(row["id"]): row for row in rows}
+    if (twice := repeated([str(int(row["id"])) for row in rows])) is not None:
+        raise ValueError(f"`labels` must have one line for each id, {file} has {twice[0]} twice")
     missing = [number for number in numbers if number not in by_id]
     if missing:
         raise ValueError(
@@ -150,7 +159,7 @@ def _csv(file: Path, numbers: Any) -> tuple[Any, list[str]]:
 def _parquet(file: Path) -> tuple[Any, list[Any] | None, list[str] | None]:
     """Return (embeddings [N, D], labels, paths) of a Parquet file; None for a missing column."""
     with needs_extra("parquet", "gcfast build --embeddings FILE.parquet"):
-        from pyarrow import parquet
+        from pyarrow import compute, parquet
     names = parquet.read_schema(file).names
     if PARQUET[0] not in names:
         raise ValueError(
@@ -159,7 +168,8 @@ def _parquet(file: Path) -> tuple[Any, list[Any] | None, list[str] | None]:
     table = parquet.read_table(file, columns=[name for name in PARQUET if name in names])
     column = table.column(PARQUET[0]).combine_chunks()
     values = np.asarray(column.flatten())
-    if len(column) == 0 or column.null_count or len(values) % len(column):
+    sizes = set(compute.list_value_length(column).to_pylist())
+    if len(sizes) != 1 or column.null_count:
         raise ValueError(
             f"`embeddings` must have as many numbers in every row of {file}, and no row without"
         )

@@ -7,6 +7,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from gcfast.errors import NoDatabaseError
 from gcfast.explain.base import ExplainerBase
 from gcfast.explain.direct.own_maps import labelled_maps, proxy_maps, triplet_maps
 from gcfast.explain.direct.pair import pair_maps
@@ -185,4 +186,9 @@ class DirectCalls(ExplainerBase):
         )
 
     def _mean_activation(self) -> Tensor:
+        if self._database is None:
+            raise NoDatabaseError(
+                "`center` must be 0 without a database, whose mean activation it takes: call "
+                "build(loader), or gcfast.load"
+            )
         return self.attach().database.mean_activation

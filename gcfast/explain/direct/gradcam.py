@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcfast import ops
-from gcfast._checks import require_choice, require_ids
+from gcfast._checks import require_choice, require_finite_rows, require_ids
 from gcfast.explain.maps import on_images
 from gcfast.explain.result import Finish, Size
 from gcfast.method.head import vjp_grad_weights
@@ -128,9 +129,9 @@ class GradCAM:
         Args:
             images: [B, 3, h, w] on the model's device and in its dtype.
             targets: what is explained of each image. None: its highest score. A class number for
-                all images, or [B] of them, a tensor or a sequence. A function of an image's own
-                output ([D], or [D, h', w']; float32 at least) that gives one number, for all
-                images, or a sequence of B functions.
+                all images, or [B] of them, a tensor, an array or a sequence. A function of an
+                image's own output ([D], or [D, h', w']; float32 at least) that gives one number,
+                for all images, or a sequence of B functions.
             size: as in :class:`gcfast.explain.result.MapOptions`.
             normalize: as there.
             relu: as there.
@@ -147,6 +148,8 @@ class GradCAM:
         """
         images = self.network.checked("images", images)
         finish = Finish.checked(images, size=size, normalize=normalize, relu=relu)
+        if not images.is_cuda:
+            require_finite_rows("images", images)
         (one,), outputs = weighed([self.network], images, targets, self.method)
         with torch.no_grad(), full_precision(images.device):
             maps = on_images(ops.dense_cam, one.share)(
@@ -215,7 +218,11 @@ def cotangents(output: Tensor, targets: Targets) -> Tensor:
                 f"{list(output.shape)}, got None"
             )
         return F.one_hot(ids, output.shape[1]).to(output)
-    many = [targets] * B if callable(targets) or isinstance(targets, int) else targets
+    if isinstance(targets, np.generic | np.ndarray):
+        targets = torch.as_tensor(targets)
+    one = callable(targets) or isinstance(targets, int)
+    one = one or (isinstance(targets, Tensor) and targets.ndim == 0)
+    many: Any = targets if not one else [targets] * B
     if not isinstance(many, Tensor | Sequence) or isinstance(many, str):
         raise TypeError(
             "`targets` must be None, class numbers, or functions of an image's output, got "

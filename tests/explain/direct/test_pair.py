@@ -317,7 +317,7 @@ def test_told_from_a_third_image() -> None:
 
 def test_center_subtracts_the_usual_share_from_the_maps() -> None:
     one, x, y = gcfast.Explainer(common().eval(), "backbone", channels=4), *two()
-    with pytest.raises(gcfast.NoDatabaseError, match="there is no database"):
+    with pytest.raises(gcfast.NoDatabaseError, match="`center` must be 0 without"):
         one.explain_pair(x, y, center=1.0)
     database = one.build(loader(*pictures(12)))
     plain, got = (one.explain_pair(x, y, center=c, size=4, **RAW) for c in (0.0, 1.0))

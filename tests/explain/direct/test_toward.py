@@ -66,7 +66,7 @@ def test_one_vector_for_all_and_its_length() -> None:
 def test_center_needs_a_database() -> None:
     one, images = gcfast.Explainer(common().eval(), "backbone", channels=5), pictures(3)[0]
     vector = torch.randn(DIM)
-    with pytest.raises(gcfast.NoDatabaseError, match="there is no database"):
+    with pytest.raises(gcfast.NoDatabaseError, match="`center` must be 0 without"):
         one.explain_toward(images, vector, center=1.0)
     one.build(loader(*pictures(12)))
     plain, centered = (one.explain_toward(images, vector, center=c, **RAW) for c in (0.0, 1.0))
