@@ -36,6 +36,7 @@ from gcfast.method.settings import ELEMENTWISE, Settings
 from gcfast.model.network import Network
 
 UNIT_TOLERANCE = 1e-5  # of |f|: float32 is within 1e-6, float16 is not
+COMPRESSED_TOLERANCE = 0.2  # of |f|, the median: one bit a component of PQ makes 0.11 of it
 ROWS_AT_ONCE = 16_384
 
 
@@ -191,10 +192,13 @@ def _norms(
         return (norms * scale if scale != 1 else norms) if head.unit else ones, seen.one_size
     if not head.unit:
         return ones, seen.one_size
-    # Vectors that nobody has normalized say it themselves.
-    if bool(((lengths - 1).abs() > UNIT_TOLERANCE).any()):
+    # Vectors that nobody has normalized say it themselves. Unit vectors that were compressed are
+    # nearly as long as each other, so that a few images could agree with them by chance.
+    from_unit = (lengths - 1).abs()
+    if bool((from_unit > UNIT_TOLERANCE).any()):
         scale = checked.scale_of(lengths, head)
-        if scale is not None:
+        compressed = float(from_unit.median()) <= COMPRESSED_TOLERANCE
+        if scale is not None and not (compressed and scale != 1):
             return (lengths * scale if scale != 1 else lengths), seen.one_size
     return ones, False
 

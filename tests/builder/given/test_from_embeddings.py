@@ -101,6 +101,16 @@ def test_norms_give_the_weights_too(known: str) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
 
 
+def test_unit_vectors_that_became_shorter_do_not_tell_their_norms() -> None:
+    """As those of a compressed index; two images can agree with them by chance."""
+    case = Case()
+    norms = case.raw.norm(dim=1)
+    shorter = case.unit * (1 - 0.1 * torch.rand(N, 1))
+    shorter[1] = case.unit[1] * shorter[0].norm() * norms[1] / norms[0]  # as the raw ones have it
+    _, database = case.given(shorter, check=(case.images[:2], [0, 1]))
+    assert database.relative
+
+
 def test_rows_are_the_same_bit_for_bit_where_nothing_is_normalized() -> None:
     case = Case(l2_normalize=False)
     _, database = case.given(case.raw.numpy())
