@@ -114,10 +114,9 @@ class GradCAMSimilarity(GenerateImageSimilarityBlackboxSaliency):  # type: ignor
         (image,) = blackbox.images([ref_image])
         with blackbox.network.differentiable(image) as captured:
             own = normalized(captured.output, True)
-            valid = torch.ones((1, 1), dtype=torch.bool, device=own.device)
 
             def weights(query: Tensor) -> Tensor:
-                part = Cotangents(query[None, None], valid, valid[:, 0].long())
+                part = Cotangents.one_each(query[None])
                 return vjp_grad_weights(captured, own, [part], "gradcam", blackbox.network)
 
             many = torch.cat([weights(query) for query in queries])  # [Q, C]

@@ -191,9 +191,8 @@ def probe(network: Network, images: Tensor, l2_normalize: bool) -> AffineHead | 
     head = head._replace(unit=head.unit or l2_normalize)
     predicted, norms = head.project(pooled)
     pixels = torch.full((len(images),), gradient[0, 0].numel(), device=images.device)
-    valid = torch.ones((len(images), 1), dtype=torch.bool, device=images.device)
     weights = head.grad_weights(
-        [Cotangents(cotangent[:, None], valid, valid[:, 0].long())],
+        [Cotangents.one_each(cotangent)],
         "gradcam",
         embeddings=predicted,
         norms=norms,

@@ -33,6 +33,12 @@ class Cotangents(NamedTuple):
     counts: Tensor  # [B] int64: valid pairs found, all of them
     exact: Tensor | None = None  # [B] bool: the count is no estimate; None where none is
 
+    @classmethod
+    def one_each(cls, values: Tensor) -> Cotangents:
+        """One gradient for each anchor, [B, D], or of its output's shape."""
+        valid = values.new_ones((len(values), 1), dtype=torch.bool)
+        return cls(values[:, None], valid, valid[:, 0].long())
+
     def to(self, device: torch.device) -> Cotangents:
         """Return the gradients on a device; the counts stay where they are."""
         return self._replace(values=self.values.to(device), valid=self.valid.to(device))

@@ -186,8 +186,7 @@ def weighed(
     with first.differentiable(images, also=tuple(others)) as captured:
         output = captured.output
         values = cotangents(output.detach(), targets)
-        valid = torch.ones((len(values), 1), dtype=torch.bool, device=values.device)
-        part = Cotangents(values[:, None], valid, valid[:, 0].long())
+        part = Cotangents.one_each(values)
 
         def of_layer(network: Network, one: Captured) -> Weighed:
             weights = vjp_grad_weights(one, output, [part], method, network)

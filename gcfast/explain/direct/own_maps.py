@@ -76,10 +76,7 @@ def labelled_maps(
             # No image is a row, and all have one number, so that no draw depends on the batch.
             torch.full((len(images),), len(database)),
         )
-        parts = (
-            part._replace(values=part.values.to(images.device), valid=part.valid.to(images.device))
-            for part in signed_parts(source, anchors, settings)
-        )
+        parts = (part.to(images.device) for part in signed_parts(source, anchors, settings))
         if settings.is_elementwise:
             (part,) = parts
             lent = torch.where(part.valid, part.values[:, 0], 0.0)
@@ -198,16 +195,10 @@ def triplet_maps(
             if settings.is_elementwise:
                 maps.append(cotangent_maps(network, one, cotangent, settings.l2_normalize, finish))
                 continue
-            parts = [one_each(cotangent)]
+            parts = [Cotangents.one_each(cotangent)]
             weights = vjp_grad_weights(one, own, parts, settings.method, network)
             maps.append(weighted_maps(one, weights, settings, finish, mean))
     return TripletMaps(*maps)
-
-
-def one_each(cotangents: Tensor) -> Cotangents:
-    """One cotangent [B, D] for each image, with its sign, as the grad-weights take it."""
-    valid = cotangents.new_ones((len(cotangents), 1), dtype=torch.bool)
-    return Cotangents(cotangents[:, None], valid, valid[:, 0].long())
 
 
 def weighted_maps(

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from gcfast._checks import require_tensor
 from gcfast.builder.loader import check_embeddings
-from gcfast.explain.direct.own_maps import cotangent_maps, one_each, weighted_maps
+from gcfast.explain.direct.own_maps import cotangent_maps, weighted_maps
 from gcfast.explain.result import Finish
 from gcfast.method.head import normalized, vjp_grad_weights
+from gcfast.method.pairs import Cotangents
 from gcfast.method.settings import Settings
 from gcfast.model.network import Network
 
@@ -56,7 +57,7 @@ def toward_maps(
         cotangents = cotangents.expand(embeddings.shape)
         if settings.is_elementwise:
             return cotangent_maps(network, captured, cotangents, settings.l2_normalize, finish)
-        parts = [one_each(cotangents)]
+        parts = [Cotangents.one_each(cotangents)]
         weights = vjp_grad_weights(captured, embeddings, parts, method, network)
     return weighted_maps(captured, weights, settings, finish, mean)
 
