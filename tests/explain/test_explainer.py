@@ -359,7 +359,7 @@ def test_explain_triplet_refuses_other_counts_and_a_center_without_database() ->
     one, (x, _) = gcfast.Explainer(common(), "backbone", channels=5), pictures(4)
     with pytest.raises(ValueError, match="must have the same B, got 2, 2, 1"):
         one.explain_triplet(x[:2], x[:2], x[:1])
-    with pytest.raises(gcfast.NoDatabaseError, match="there is no database"):
+    with pytest.raises(gcfast.NoDatabaseError, match="`center` must be 0 without a database"):
         one.explain_triplet(x[:2], x[:2], x[2:], center=1.0)
     with pytest.raises(TypeError, match=r"`positive` must be a torch.Tensor, got list"):
         one.explain_triplet(x, [x], x)  # type: ignore[arg-type]
