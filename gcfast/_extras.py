@@ -39,6 +39,8 @@ def needs_extra(extra: str, module: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        if error.name is None:  # the library is there, and says why it does not work
+            raise
         raise MissingExtraError(
             f"`{module}` needs {error.name}, which is not installed: pip install 'gcfast[{extra}]'"
         ) from error

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from libraries import library
 from networks import loader, pictures
 from PIL import Image
 
 import gcfast
 
-transformers = pytest.importorskip("transformers")
+transformers = library("transformers")
 from gcfast.adapters.hf import EmbeddingGradCAM  # noqa: E402
 
 
