@@ -247,6 +247,11 @@ class _Build(UnfinishedBuild):
         numbers = np.flatnonzero(pc.equal(table[ERROR], "").to_numpy())
         numbers = numbers[pc.sort_indices(table[order].take(numbers)).to_numpy()]
         N = len(numbers)
+        if (values := pc.count_distinct(table[order].take(numbers)).as_py()) < N:
+            raise ValueError(
+                f"`order` must be a column with another value in each row, got {values} values of "
+                f"{order!r} in {N} rows"
+            )
         at = np.full(len(table), -1, np.int64)
         at[numbers] = np.arange(N)
         table = table.take(numbers)

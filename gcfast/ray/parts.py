@@ -177,7 +177,14 @@ def written(
 
     Raises:
         GcfastError, ValueError, TypeError, OSError: what a task or an actor raised, as it was.
+        ValueError: a key is missing, or comes twice; of batches with the same keys one would be
+            left, so that nothing of this run is.
     """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    before = listed(folder)
+    already = sum(pq.read_metadata(file).num_rows for file in before)
     rows, began = 0, time.monotonic()
     written = dataset.map_batches(Write(folder, key).__call__, batch_size=part_rows)
     with (
@@ -188,6 +195,17 @@ def written(
         for part in written.iter_rows():
             rows += part["rows"]
             shown.update(part["rows"])
+    now = listed(folder)
+    keys = pc.count_distinct(read(folder, [key])[key]).as_py() if now else 0
+    if keys < already + rows:
+        for file in set(now).difference(before):
+            file.unlink()
+        if not before:
+            (folder / RUN).unlink()
+        raise ValueError(
+            f"the column {key!r} must have another value in each row, got {keys} values in "
+            f"{already + rows} rows"
+        )
     logger.info("%s: %d %s in %.1f s", what, rows, unit, time.monotonic() - began)
     return rows
 

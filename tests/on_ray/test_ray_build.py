@@ -113,7 +113,12 @@ def test_wrong_calls(pictures, tmp_path):
         on_cluster(files(pictures), tmp_path / "ray", preprocessing=None)
     with pytest.raises(UnreadableImageError, match=r"cannot read .*05\.png"):
         on_cluster(files(pictures), tmp_path / "ray", strict=True)
+    twice = files(pictures).map(lambda row: row | {"id": row["id"].replace("class3", "class2")})
+    with pytest.raises(ValueError, match=r"'id' must have another value .*, got 100 values in 133"):
+        on_cluster(twice, tmp_path / "ray")
     assert not os.listdir(tmp_path)
+    with pytest.raises(ValueError, match=r"`order` must be .* got 5 values of 'label' in 132 rows"):
+        on_cluster(files(pictures), tmp_path / "ordered", order="label")
     (tmp_path / "ray.parts").mkdir()
     with pytest.raises(FileExistsError, match=r"must have a build\.json .*ray\.parts"):
         on_cluster(files(pictures), tmp_path / "ray", resume=True)

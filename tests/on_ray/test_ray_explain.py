@@ -134,6 +134,22 @@ def test_explain_and_continue(pictures, database, tmp_path):
         run(whole, resume=True)
 
 
+@pytest.mark.parametrize("ids", [list("abcdabcd"), list("abcdefga"), [*"abcdefg", None]], ids=str)
+def test_ids_that_come_twice(pictures, database, tmp_path, ids):
+    """Batches of the same ids would have one file for both."""
+    import ray
+    from ray_case import model
+
+    from gcfast.ray import explain
+
+    path = some(pictures)[0][0]
+    dataset = ray.data.from_items([{"image": path, "id": name} for name in ids])
+    got = len(set(ids) - {None})
+    with pytest.raises(ValueError, match=f"'id' must have another .*, got {got} values in 8 rows"):
+        explain(dataset, model, database, tmp_path / "maps", batch_size=4, part_rows=4)
+    assert not list((tmp_path / "maps").iterdir())
+
+
 def test_parquet_holds_tensors(pictures, database, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
