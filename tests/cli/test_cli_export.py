@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -56,8 +57,18 @@ def test_a_graph(here, capsys, tmp_path):
             ("--out", "net.pt2", "--tables", "inputs"),
             "`--tables` must be inside for a .pt2, got inputs",
         ),
+        (("--out", "net.onnx", "--batch-size", "0"), "`--batch-size` must be at least 1, got 0"),
+        (
+            ("--out", "no/net.pt2"),
+            "`--out` must lie in a folder that is there, got no/net.pt2",
+        ),
+        (
+            ("--out", "net.onnx", "--tables", "external"),
+            "`--out` must be new, net.onnx.data exists; --force replaces it",
+        ),
     ],
 )
 @pytest.mark.usefixtures("here")
 def test_what_is_refused(capsys, more, words):
+    Path("net.onnx.data").touch()
     assert fails(capsys, *GIVEN, *more) == f"gcfast: {words}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gcfast._checks import require_int
 from gcfast.cli.inputs import open_database
 
 SUFFIXES = (".onnx", ".pt2")
@@ -17,7 +18,8 @@ def export_database(options: argparse.Namespace) -> None:
     """Write the file that the options name, and tell what it takes.
 
     Raises:
-        FileExistsError: it is there, and ``--force`` is not given.
+        FileExistsError: it is there, or what goes beside it, and ``--force`` is not given.
+        FileNotFoundError: its folder is not there.
         ValueError: another ending; tables outside a package of AOTInductor's; the database does not
             say how its pictures were prepared.
         GcfastError: the model or the database cannot be used, or not be exported; the extra is not
@@ -28,8 +30,15 @@ def export_database(options: argparse.Namespace) -> None:
         raise ValueError(f"`--out` must end with {' or '.join(SUFFIXES)}, got {options.out}")
     if kind == ".pt2" and options.tables != "inside":
         raise ValueError(f"`--tables` must be inside for a .pt2, got {options.tables}")
-    if options.out.exists() and not options.force:
-        raise FileExistsError(f"`--out` must be new, {options.out} exists; --force replaces it")
+    require_int("batch_size", options.batch_size, 1)
+    files = [options.out]
+    if options.tables == "external":
+        files.append(options.out.with_name(f"{options.out.name}.data"))
+    for file in files:
+        if file.exists() and not options.force:
+            raise FileExistsError(f"`--out` must be new, {file} exists; --force replaces it")
+    if not options.out.parent.is_dir():  # told before what takes minutes
+        raise FileNotFoundError(f"`--out` must lie in a folder that is there, got {options.out}")
     opened = open_database(options, k=options.k, refine=options.refine)
     explainer = opened.explainer
     # Noise, in which no two places are alike, of the size that the pictures have. A pass tells what
