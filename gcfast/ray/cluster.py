@@ -120,7 +120,7 @@ def require_columns(dataset: Any, **columns: str | None) -> list[str]:
 
     Raises:
         TypeError: not a data set.
-        ValueError: it lacks one of them.
+        ValueError: it lacks one of them, or image and id are one.
     """
     ray = import_ray("dataset")
     if not isinstance(dataset, ray.data.Dataset):
@@ -132,4 +132,9 @@ def require_columns(dataset: Any, **columns: str | None) -> list[str]:
                 f"`{argument}` must be a column of the data set, which has "
                 f"{', '.join(map(repr, there))}, got {name!r}"
             )
+    if columns.get("image") == columns.get("id"):
+        raise ValueError(
+            f"`id` must be another column than `image`, which results do not keep, got "
+            f"{columns['id']!r} for both"
+        )
     return [name for name in columns.values() if name is not None]

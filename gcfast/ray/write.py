@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gcfast._checks import require_choice, require_int
 from gcfast._extras import import_ray, needs_extra
+from gcfast.database.manifest import read_manifest
 from gcfast.explain.result import MapOptions
 from gcfast.ray import parts
 from gcfast.ray.actors import Explain, Model, check_maps
@@ -89,6 +90,7 @@ def explain(
     require_int("part_rows", part_rows, 1)
     check_maps(maps, options or {})
     require_columns(dataset, image=image, id=id)
+    read_manifest(Path(database))  # here, and not first in an actor, whose errors are long
     if format == "zarr":
         _import_zarr()
     folder = Path(out).absolute()

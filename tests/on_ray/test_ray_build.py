@@ -102,23 +102,33 @@ def test_killed_and_resumed(pictures, tmp_path, caplog):
     assert stage.args[1] == 133 - done
 
 
+@pytest.mark.filterwarnings("ignore:unreadable pictures")
+def test_an_order_with_ties(pictures, tmp_path):
+    from ray_case import files
+
+    with pytest.raises(ValueError, match=r"`order` must be .* got 5 values of 'label' in 132 rows"):
+        on_cluster(files(pictures), tmp_path / "ordered", order="label")
+
+
 def test_wrong_calls(pictures, tmp_path):
+    import ray
     from ray_case import files
 
     with pytest.raises(ValueError, match=r"`label` must be a column .* has 'image'"):
         on_cluster(files(pictures), tmp_path / "ray", label="class")
+    with pytest.raises(ValueError, match="`id` must be another column than `image`"):
+        on_cluster(files(pictures), tmp_path / "ray", id="image")
     with pytest.raises(TypeError, match=r"`dataset` must be a ray.data.Dataset, got list"):
         on_cluster([], tmp_path / "ray")
     with pytest.raises(TypeError, match="`preprocessing` must be a gcfast"):
         on_cluster(files(pictures), tmp_path / "ray", preprocessing=None)
+    rows = files(pictures).take_all()
+    rows = [row | {"id": row["id"].replace("class3", "class2")} for row in rows]
+    with pytest.raises(ValueError, match=r"'id' must have another value .*, got 100 values in 133"):
+        on_cluster(ray.data.from_items(rows), tmp_path / "ray")
     with pytest.raises(UnreadableImageError, match=r"cannot read .*05\.png"):
         on_cluster(files(pictures), tmp_path / "ray", strict=True)
-    twice = files(pictures).map(lambda row: row | {"id": row["id"].replace("class3", "class2")})
-    with pytest.raises(ValueError, match=r"'id' must have another value .*, got 100 values in 133"):
-        on_cluster(twice, tmp_path / "ray")
     assert not os.listdir(tmp_path)
-    with pytest.raises(ValueError, match=r"`order` must be .* got 5 values of 'label' in 132 rows"):
-        on_cluster(files(pictures), tmp_path / "ordered", order="label")
     (tmp_path / "ray.parts").mkdir()
     with pytest.raises(FileExistsError, match=r"must have a build\.json .*ray\.parts"):
         on_cluster(files(pictures), tmp_path / "ray", resume=True)

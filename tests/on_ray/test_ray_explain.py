@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gcfast
+from gcfast.errors import NoDatabaseError
 from gcfast.images.folder import ImageFolder
 from gcfast.images.loader import UnreadableImageError
 
@@ -148,6 +149,8 @@ def test_ids_that_come_twice(pictures, database, tmp_path, ids):
     with pytest.raises(ValueError, match=f"'id' must have another .*, got {got} values in 8 rows"):
         explain(dataset, model, database, tmp_path / "maps", batch_size=4, part_rows=4)
     assert not list((tmp_path / "maps").iterdir())
+    with pytest.raises(NoDatabaseError, match="there is no database at"):
+        explain(dataset, model, tmp_path / "none", tmp_path / "maps")
 
 
 def test_parquet_holds_tensors(pictures, database, tmp_path):
