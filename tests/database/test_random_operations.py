@@ -46,6 +46,10 @@ class Row(NamedTuple):
     image: int
 
 
+# Without a row of another label, those that are appended have no triplet, and are refused.
+TWO_LABELS = precondition(lambda self: len({r.label for r in self.rows}) > 1)
+
+
 class Store(RuleBasedStateMachine):
     """A database folder beside the list of its rows."""
 
@@ -87,6 +91,7 @@ class Store(RuleBasedStateMachine):
         explainer = gcfast.Explainer(MODEL, "backbone", channels=5, triplets=3)
         self._settled(lambda: explainer.build(given, out=self.folder), rows)
 
+    @TWO_LABELS
     @rule(pairs=st.integers(1, 3), start=st.integers(0, 63))
     def append(self, pairs: int, start: int) -> None:
         rows, given = self._new(2 * pairs, start)
@@ -133,6 +138,7 @@ class Store(RuleBasedStateMachine):
             self.folder.rename(other)
         other.rename(self.folder)
 
+    @TWO_LABELS
     @rule(point=st.integers(1, 16), start=st.integers(0, 63))
     def killed_append(self, point: int, start: int) -> None:
         rows, given = self._new(4, start)
@@ -148,6 +154,7 @@ class Store(RuleBasedStateMachine):
         if len(Database.open(self.folder)) > len(self.rows):
             self.rows = self.rows + rows
 
+    @TWO_LABELS
     @rule()
     def another_writer(self) -> None:
         """One that opened it before the other changed it."""
@@ -183,7 +190,7 @@ class Store(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("examples", "steps"), [(4, 8), pytest.param(100, 40, marks=pytest.mark.slow)]
+    ("examples", "steps"), [(4, 8), pytest.param(50, 40, marks=pytest.mark.slow)]
 )
 def test_random_operations(examples: int, steps: int) -> None:
     run_state_machine_as_test(
