@@ -327,6 +327,14 @@ def _add_from_database(
 ) -> None:
     """Add the database, how maps are refined, and the output folder."""
     parser.add_argument("--database", type=Path, required=required, metavar="DB")
+    _add_refine(parser, refine)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--force", action="store_true", help="write into a folder that is not empty"
+    )
+
+
+def _add_refine(parser: argparse._ActionsContainer, refine: str | None) -> None:
     parser.add_argument(
         "--refine",
         type=_layers,
@@ -335,13 +343,21 @@ def _add_from_database(
         help='earlier layers whose outputs make maps finer: "auto", their names from coarse to '
         f'fine, as "layer3,layer2", or "none"; default: {refine or "none"}',
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+
+def _add_lent(parser: argparse._ActionsContainer, *, index: bool = True) -> None:
+    """Add which rows lend their weights, and what is taken out of their maps."""
+    parser.add_argument("--k", type=int, default=1, help="neighbors that lend their weights")
+    if index:
+        parser.add_argument(
+            "--index", default="exact", help='"exact", "stored" or a FAISS factory string'
+        )
     parser.add_argument(
-        "--force", action="store_true", help="write into a folder that is not empty"
+        "--center", type=float, default=0.0, help="share of the mean response to subtract"
     )
 
 
-def _add_moved(parser: argparse.ArgumentParser) -> None:
+def _add_moved(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="the database's pictures, if they moved"
     )
@@ -411,10 +427,15 @@ def _add_source(parser: Any) -> None:
     parser.add_argument("--device", help='"cpu", "cuda", …; default: cuda if there is one')
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model and machine")
+def _add_spec(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    model = parser.add_argument_group(title)
     model.add_argument("--model", required=True, metavar="SPEC", help="see gcfast --help")
     _add_source(model)
+    return model
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    model = _add_spec(parser, "model and machine")
     model.add_argument(
         "--batch-size", type=int, default=32, metavar="B", help="pictures in a batch"
     )

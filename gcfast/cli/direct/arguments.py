@@ -8,9 +8,10 @@ from typing import Any
 
 from gcfast.cli.arguments import (
     _add_from_database,
+    _add_lent,
     _add_model,
     _add_moved,
-    _add_source,
+    _add_spec,
     _add_view,
     _command,
 )
@@ -35,13 +36,7 @@ def add_explain(commands: Any) -> None:
         metavar="TEXT",
         help='texts whose mean is taken out of --text, if any; default: texts such as "a photo"',
     )
-    explain.add_argument("--k", type=int, default=1, help="neighbors that lend their weights")
-    explain.add_argument(
-        "--index", default="exact", help='"exact", "stored" or a FAISS factory string'
-    )
-    explain.add_argument(
-        "--center", type=float, default=0.0, help="share of the mean response to subtract"
-    )
+    _add_lent(explain)
     explain.add_argument(
         "--requery",
         action="store_true",
@@ -83,9 +78,7 @@ def add_pair(commands: Any) -> None:
     )
     _add_overlays(pair)
     _add_alone(pair)
-    model = pair.add_argument_group("model and machine")
-    model.add_argument("--model", required=True, metavar="SPEC", help="see gcfast --help")
-    _add_source(model)
+    _add_spec(pair, "model and machine")
     pair.set_defaults(images=None)  # neighbors' pictures are not shown
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gcfast.cli.arguments import _add_source, _command, _layers
+from gcfast.cli.arguments import _add_lent, _add_refine, _add_spec, _command
 
 
 def add_export(commands: Any) -> None:
@@ -45,19 +45,8 @@ def add_export(commands: Any) -> None:
         action="store_true",
         help="also give embeddings, neighbors, distances and labels",
     )
-    export.add_argument("--k", type=int, default=1, help="neighbors that lend their weights")
-    export.add_argument(
-        "--center", type=float, default=0.0, help="share of the mean response to subtract"
-    )
-    export.add_argument(
-        "--refine",
-        type=_layers,
-        default="auto",
-        metavar="LAYERS",
-        help='as for gcfast explain: "auto", names or "none"',
-    )
+    _add_lent(export, index=False)
+    _add_refine(export, "auto")
     export.set_defaults(images=None)
 
-    model = export.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="SPEC", help="see gcfast --help")
-    _add_source(model)
+    _add_spec(export, "model")

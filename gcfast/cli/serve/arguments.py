@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gcfast.cli.arguments import _add_source, _command, _layers
+from gcfast.cli.arguments import _add_lent, _add_moved, _add_refine, _add_spec, _command
 
 
 def add_serve(commands: Any) -> None:
@@ -54,23 +54,9 @@ def add_serve(commands: Any) -> None:
     )
 
     answers = serve.add_argument_group("answers")
-    answers.add_argument(
-        "--refine",
-        type=_layers,
-        default="auto",
-        metavar="LAYERS",
-        help='as for gcfast explain: "auto", names or "none"',
-    )
-    answers.add_argument("--k", type=int, default=1, help="neighbors that lend their weights")
-    answers.add_argument(
-        "--index", default="exact", help='"exact", "stored" or a FAISS factory string'
-    )
-    answers.add_argument(
-        "--center", type=float, default=0.0, help="share of the mean response to subtract"
-    )
-    answers.add_argument(
-        "--images", type=Path, metavar="DIR", help="the database's pictures, if they moved"
-    )
+    _add_refine(answers, "auto")
+    _add_lent(answers)
+    _add_moved(answers)
     answers.add_argument(
         "--no-pictures", action="store_true", help="never show the database's own pictures"
     )
@@ -82,6 +68,4 @@ def add_serve(commands: Any) -> None:
         help="between looks whether the database was exchanged; 0: on SIGHUP alone",
     )
 
-    model = serve.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="SPEC", help="see gcfast --help")
-    _add_source(model)
+    _add_spec(serve, "model")
