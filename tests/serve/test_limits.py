@@ -38,7 +38,7 @@ def picture(kind="PNG", size=(40, 40)):
 
 def refusal(answer):
     """(status, detail), of an answer that gives nothing away."""
-    for secret in ("Traceback", "/work", "/tmp", ".py", "site-packages"):
+    for secret in ("Traceback", "/srv", "/tmp", ".py", "site-packages"):
         assert secret not in answer.text
     return answer.status_code, answer.json()["detail"]
 
@@ -232,7 +232,7 @@ def test_an_error_that_nothing_expects(serving, monkeypatch, caplog):
     from gcfast.serve.served import Served
 
     def fails(*_args, **_settings):
-        raise RuntimeError("no memory in /work/secret.py")
+        raise RuntimeError("no memory in /srv/secret.py")
 
     with serving() as client:
         monkeypatch.setattr(Served, "explain", fails)
@@ -242,7 +242,7 @@ def test_an_error_that_nothing_expects(serving, monkeypatch, caplog):
     assert status == 500
     name = detail.removeprefix("internal error, request ")
     assert f"unexpected error: id={name}" in caplog.text
-    assert "no memory in /work/secret.py" in caplog.text
+    assert "no memory in /srv/secret.py" in caplog.text
 
 
 def test_only_requests_to_its_own_names(serving):

@@ -87,7 +87,7 @@ def test_a_picture_and_its_nearest_row(serving, paths):
 
 def test_refusals(serving, paths, monkeypatch):
     def refuses(*_):
-        raise UnsupportedModelError("in /work/some/file")
+        raise UnsupportedModelError("in /srv/some/file")
 
     with serving() as client:
         other = {**files(paths), "other": b"no picture"}
