@@ -5,6 +5,13 @@ Networks*, WACV 2020 (arXiv:2001.06538).
 """
 
 from importlib.metadata import version
+from importlib.util import find_spec
+
+if find_spec("gcfast._core") is None:
+    raise ImportError(
+        f"gcfast was imported from {__path__[0]}, its source code, which has no compiled module: "
+        "run in another folder, or install it with pip install --no-build-isolation -e ."
+    )
 
 from gcfast.database.database import Database
 from gcfast.errors import (

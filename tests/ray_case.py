@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 
 # Before Ray is imported, and for its workers: nothing is reported to anyone.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -24,14 +24,16 @@ SETTINGS = {"layer": "backbone", "channels": 5, "triplets": 7}
 @contextmanager
 def cluster(folder, cpus=2) -> Iterator[None]:
     """A cluster whose temporary files are in a folder, for as long as it is used."""
-    ray.init(
-        num_cpus=cpus,
-        object_store_memory=128 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=str(folder),
-    )
+    # Workers import from the driver's folder first: at the root that would be the source tree.
+    with chdir(folder):
+        ray.init(
+            num_cpus=cpus,
+            object_store_memory=128 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(folder),
+        )
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False

@@ -75,3 +75,15 @@ def test_importing_the_package_is_lean():
     )
     # Not at the root of the source, which would be imported in the place of the installed package.
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+def test_the_source_tree_says_so():
+    """Without its compiled module the package would fail where that is first needed."""
+    root = Path(__file__).parents[1]
+    # -S: without an editable installation, which would find the module.
+    program = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(root)!r})"]
+    program[-1] += "; import gcfast"
+    run = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    wanted = f"gcfast was imported from {root / 'gcfast'}, its source code, which has no compiled"
+    assert wanted in run.stderr
