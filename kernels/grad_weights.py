@@ -197,7 +197,7 @@ def _load_tile(
         pixel += (offs_p % W).to(tl.int64) * stride_gradients_w
     pixel += t.to(tl.int64) * stride_gradients_t
     # A triplet that is not valid is not read: its lanes are off.
-    used = used & (offs_p < P)
+    used = offs_p < tl.where(used, P, 0)
     mask = mask_c[:, None] & used[None, :]
     return tl.load(rows[:, None] + pixel[None, :], mask=mask, other=0.0), used
 
@@ -249,7 +249,7 @@ def _grad_weights_tile_kernel(
         # The next one is on its way while this one is added up; of the last one nothing is read.
         ahead, ahead_used = _load_tile(
             rows, valid_ptr, stride_gradients_t, stride_gradients_h, stride_gradients_w,
-            stride_valid_t, mask_c & (step + 1 < first + steps), step + 1, T, P, W,
+            stride_valid_t, offs_c < tl.where(step + 1 < first + steps, C, 0), step + 1, T, P, W,
             HAS_VALID, IS_FLAT, IS_LAST, BLOCK_P,
         )  # fmt: skip
         g = g.to(tl.float32)

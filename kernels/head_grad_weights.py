@@ -92,19 +92,20 @@ def _head_project_kernel(
     tall = 4 * quads
     half = tall.to(tl.int64) * deep * (B if IS_PLUS else 1)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = (offs_d < D) & (i_b < B)
+    is_image = i_b < B
+    mask_d = offs_d < tl.where(is_image, D, 0)
     columns = cotangents_ptr + i_b * stride_cotangents_b + offs_d * stride_cotangents_d
     f = tl.zeros((BLOCK_D,), tl.float32)
     length = tl.full((), 1.0, tl.float32)
     if HAS_NORMS:
         unit = embeddings_ptr + i_b * stride_embeddings_b + offs_d * stride_embeddings_d
         f = tl.load(unit, mask=mask_d, other=0.0).to(tl.float32)
-        length = tl.load(norms_ptr + i_b * stride_norms_b, mask=i_b < B, other=1.0).to(tl.float32)
+        length = tl.load(norms_ptr + i_b * stride_norms_b, mask=is_image, other=1.0).to(tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
     count = 0
     for start in range(0, tall if IS_PLUS else T, BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        used = (offs_t < T) & (i_b < B)
+        used = offs_t < tl.where(is_image, T, 0)
         if HAS_VALID:
             row = valid_ptr + i_b * stride_valid_b + offs_t * stride_valid_t
             used = tl.load(row, mask=used, other=0) != 0

@@ -55,15 +55,16 @@ def _low_resolution(
     found = 0
     for i_k in range(0, K):
         row = tl.load(neighbors_ptr + i_k * stride_nei_k)
-        # An id that is out of range is not followed.
+        # An id that is out of range is not followed: it has no channels.
         is_row = (row >= 0) & (row < N)
+        end_m = tl.where(is_row, M, 0)
         found += is_row.to(tl.int32)
         mixed = 1.0
         if HAS_MIXING:
             mixed = tl.load(mixing_ptr + i_k * stride_mix_k).to(tl.float32)
         for start in range(0, M, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
-            mask_m = is_row & (offs_m < M)
+            mask_m = offs_m < end_m
             channel = channels_ptr + row * stride_cha_n + offs_m.to(tl.int64) * stride_cha_m
             channel = tl.load(channel, mask=mask_m, other=-1)
             weight = weights_ptr + row * stride_wei_n + offs_m.to(tl.int64) * stride_wei_m

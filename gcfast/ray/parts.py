@@ -93,8 +93,19 @@ class Unfinished:
         return table.filter(places(known, keys) < 0)
 
 
+def claim(folder: Path) -> str:
+    """Have tasks of earlier runs write nothing more to a folder; returns the name of this run."""
+    run = uuid.uuid4().hex
+    folder.mkdir(parents=True, exist_ok=True)
+    files.replace(folder / RUN, run.encode())
+    return run
+
+
 def without_finished(dataset: Any, folder: Path, key: str) -> Any:
     """Return the data set without the rows that a folder has."""
+    # What is finished is read when nothing more of a killed run can come.
+    if (folder / RUN).exists():
+        claim(folder)
     if not listed(folder):
         return dataset
     return dataset.map_batches(
@@ -111,9 +122,7 @@ class Write:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder
         self.key = key
-        self.run = uuid.uuid4().hex
-        folder.mkdir(parents=True, exist_ok=True)
-        files.replace(folder / RUN, self.run.encode())
+        self.run = claim(folder)
         for left in folder.glob("part-*.new"):
             left.unlink(missing_ok=True)
 

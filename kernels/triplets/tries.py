@@ -109,7 +109,7 @@ def _pairs(
     at_n = tl.umulhi(to_n, (zero + Q).to(tl.uint64)).to(tl.int64)
     at_p += ((own >= 0) & (at_p >= own)).to(tl.int64)
     at_n += tl.where(at_n >= start, end - start, 0)
-    mask = (zero == 0) & is_wanted
+    mask = zero < tl.where(is_wanted, 1, 0)
     return tl.load(by_label_ptr + at_p, mask=mask, other=0), tl.load(
         by_label_ptr + at_n, mask=mask, other=0
     )

@@ -74,10 +74,15 @@ def test_a_dataset_in_another_order(pictures, tmp_path):
     assert (database.weights - wanted.weights).abs().max() < 1e-6 * wanted.weights.abs().max()
 
 
-def test_killed_and_resumed(pictures, tmp_path, caplog):
+def test_killed_and_resumed(pictures, tmp_path, monkeypatch, caplog):
     """A driver that is killed with SIGKILL: the next run embeds what is missing, and no more."""
     import pyarrow.parquet as pq
     from ray_case import files, same
+
+    from gcfast.ray.parts import Unfinished, listed
+
+    def rows(folder):
+        return sum(pq.ParquetFile(file).metadata.num_rows for file in listed(folder))
 
     serial(pictures, tmp_path / "serial")
     program = [sys.executable, "-P", __file__, str(pictures), str(tmp_path / "ray")]
@@ -90,8 +95,14 @@ def test_killed_and_resumed(pictures, tmp_path, caplog):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = sum(pq.ParquetFile(file).metadata.num_rows for file in parts.glob("part-*.parquet"))
-    assert 0 < done < 133
+    # Its actors may write a little longer: what is done is what the next run finds.
+    done = []
+    find = Unfinished.__init__
+    monkeypatch.setattr(
+        Unfinished,
+        "__init__",
+        lambda self, folder, key: done.append(rows(folder)) or find(self, folder, key),
+    )
     with pytest.raises(FileExistsError, match="resume=True"):
         on_cluster(files(pictures), tmp_path / "ray")
     with warnings.catch_warnings(), caplog.at_level(logging.INFO, "gcfast.ray"):
@@ -99,7 +110,8 @@ def test_killed_and_resumed(pictures, tmp_path, caplog):
         on_cluster(files(pictures), tmp_path / "ray", resume=True)
     assert same(tmp_path / "serial", tmp_path / "ray")
     (stage,) = [r for r in caplog.records if r.name == "gcfast.ray" and r.args[0] == "embedding"]
-    assert stage.args[1] == 133 - done
+    assert 0 < done[0] < 133
+    assert stage.args[1] == 133 - done[0]
 
 
 @pytest.mark.filterwarnings("ignore:unreadable pictures")
