@@ -43,7 +43,7 @@ from gcfast.method.labels import Labels, Values
 from gcfast.ray import parts
 from gcfast.ray.actors import Model
 from gcfast.ray.cluster import Pool, in_batches, in_order, pool, require_columns
-from gcfast.ray.pictures import DOUBT, ERROR, VIEW, Prepare, Prepared
+from gcfast.ray.pictures import DOUBT, ERROR, VIEW, Batch, Prepare, Prepared
 from gcfast.ray.stages import ROW_COLUMNS, EmbedAll, SecondPass, Weigh
 
 EMBEDDINGS = "embeddings"  # the folder of stage 1's results
@@ -223,17 +223,21 @@ class _Build(UnfinishedBuild):
 
     def _first_batch(self) -> AffineHead | None:
         """Return the head, probed as a build does, on the first batch that can be read."""
+        views = parts.unwrapped(self._first_views)
+        images = self.prepare.normalized(views[VIEW][views[ERROR] == ""])
+        images = on_device(images, self.network)
+        head = head_of(self.network, images, self.settings)
+        forward(self.network, images, self.settings, head)
+        return head
+
+    def _first_views(self) -> Batch:
+        """Return the first batch that has pictures that can be read."""
         batches = self.loader.iter_batches(batch_size=self.batch_size)
-        with parts.unwrapped(), in_order(self.loader):
+        with in_order(self.loader):
             for batch in batches:
                 views = self.prepare(batch)
-                good = views[ERROR] == ""
-                if good.any():
-                    images = self.prepare.normalized(views[VIEW][good])
-                    images = on_device(images, self.network)
-                    head = head_of(self.network, images, self.settings)
-                    forward(self.network, images, self.settings, head)
-                    return head
+                if (views[ERROR] == "").any():
+                    return views
         raise UnreadableImageError("`dataset` must have pictures that can be read, got none")
 
     def _join(self, folder: Path, spool: KeptSpool, totals: Totals) -> None:

@@ -5,15 +5,16 @@ What a killed run has finished is there; the next one leaves those rows out befo
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from gcfast.ray.cluster import in_order
 from gcfast.ray.pictures import ERROR, Batch
 
 logger = logging.getLogger("gcfast.ray")
+
+T = TypeVar("T")
 
 PART = re.compile(r"part-[0-9a-f]{32}\.parquet")
 RUN = "run"  # a file that names the run that writes
@@ -194,16 +197,18 @@ def written(
 
     before = listed(folder)
     already = sum(pq.read_metadata(file).num_rows for file in before)
-    rows, began = 0, time.monotonic()
-    written = dataset.map_batches(Write(folder, key).__call__, batch_size=part_rows)
-    with (
-        unwrapped(),
-        in_order(written),
-        Progress(what, unit, total=None, show=show) as shown,
-    ):
-        for part in written.iter_rows():
-            rows += part["rows"]
-            shown.update(part["rows"])
+    began = time.monotonic()
+
+    def run() -> int:
+        parts = dataset.map_batches(Write(folder, key).__call__, batch_size=part_rows)
+        rows = 0
+        with in_order(parts), Progress(what, unit, total=None, show=show) as shown:
+            for part in parts.iter_rows():
+                rows += part["rows"]
+                shown.update(part["rows"])
+        return rows
+
+    rows = unwrapped(run)
     now = listed(folder)
     keys = pc.count_distinct(read(folder, [key])[key]).as_py() if now else 0
     if keys < already + rows:
@@ -219,25 +224,34 @@ def written(
     return rows
 
 
-class unwrapped:  # noqa: N801 - used as a statement
-    """Raise the error of a task or an actor as it was, without Ray's around it."""
+def unwrapped(run: Callable[[], T]) -> T:
+    """Return what a call returns; raise the error of a task or an actor without Ray's around it.
 
-    def __enter__(self) -> None:
-        pass
+    Nothing of the failed run is kept: frames in a traceback would keep its actors and their CPUs
+    for as long as somebody holds the error, and the next run would wait for them.
+    """
+    try:
+        return run()
+    except BaseException as error:
+        logger.debug("failed on Ray", exc_info=True)
+        raised = _own(error) or error
+    raised.__cause__ = raised.__context__ = None
+    raised = raised.with_traceback(None)
+    gc.collect()  # Ray's errors and their frames are in cycles
+    raise raised
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Look for an error of ours in what Ray raised."""
-        ray = import_ray("unwrapped")
-        inner = error
-        while inner is not None:
-            if isinstance(inner, ray.exceptions.RayTaskError):
-                inner = inner.cause
-                continue
-            if isinstance(inner, GcfastError | ValueError | TypeError | OSError):
-                if inner is not error:
-                    raise inner from None
-                return
-            inner = inner.__cause__
+
+def _own(error: BaseException | None) -> BaseException | None:
+    """Return the error of ours in what Ray raised, if there is one."""
+    ray = import_ray("unwrapped")
+    while error is not None:
+        if isinstance(error, ray.exceptions.RayTaskError):
+            error = error.cause
+        elif isinstance(error, GcfastError | ValueError | TypeError | OSError):
+            return error
+        else:
+            error = error.__cause__
+    return None
 
 
 def scattered(

@@ -169,8 +169,8 @@ def to_zarr(folder: Path) -> None:
     placed = list(zip(order, starts, strict=False))
     whole = [[pair] for pair in placed if files[pair[0]] == size]
     task = ray.remote(copy)
-    with parts.unwrapped():
-        ray.get([task.remote(some) for some in [*whole, placed[len(whole) :]]])
+    jobs = [*whole, placed[len(whole) :]]
+    parts.unwrapped(lambda: ray.get([task.remote(some) for some in jobs]))
     rest = [field.name for field in schema if field.name not in wide]
     with pq.ParquetWriter(folder / f"{ROWS}.new", pa.schema([schema.field(n) for n in rest])) as to:
         for file in order:
