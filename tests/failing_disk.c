@@ -1,4 +1,5 @@
 // A disk that fails: from the n-th call on that changes a file below a folder, calls return an error.
+// Meanwhile the clock jumps ten years back or forth whenever it is read.
 // Preloaded into the process of tests/failing_disk.py, which arms it after a fork.
 
 #define _GNU_SOURCE
@@ -10,6 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/types.h>
+#include <time.h>
 #include <unistd.h>
 
 static long left = LONG_MAX; // calls that still succeed
@@ -55,3 +57,11 @@ int fsync(int file) { return fails_on(file) ? -1 : REAL(fsync)(file); }
 int ftruncate64(int file, off64_t size) { return fails_on(file) ? -1 : REAL(ftruncate64)(file, size); }
 int rename(const char *from, const char *to) { return fails(to) ? -1 : REAL(rename)(from, to); }
 int mkdir(const char *path, mode_t mode) { return fails(path) ? -1 : REAL(mkdir)(path, mode); }
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static const long years = 10L * 365 * 24 * 3600;
+    static long reading = 0;
+    int status = REAL(clock_gettime)(clock, now);
+    if (failure != 0 && clock == CLOCK_REALTIME) now->tv_sec += reading++ % 2 ? years : -years;
+    return status;
+}

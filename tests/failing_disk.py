@@ -3,10 +3,10 @@
     python tests/failing_disk.py FOLDER OPERATION
 
 Started with the library of tests/failing_disk.c in LD_PRELOAD. Each child's disk is full (ENOSPC)
-or broken (EIO) from its n-th write, flush, renaming or new folder on, and stays so. The operation
-has to end in an OSError with words, the folder has to hold the old rows or the new ones, whole, and
-once the disk works again the operation has to succeed. Prints a line of JSON for each failure, and
-tracebacks on stderr.
+or broken (EIO) from its n-th write, flush, renaming or new folder on, and stays so, and the clock
+jumps by years whenever it is read. The operation has to end in an OSError with words, the folder
+has to hold the old rows or the new ones, whole, and once the disk works again the operation has to
+succeed. Prints a line of JSON for each failure, and tracebacks on stderr.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -107,6 +108,7 @@ def on_a_failing_disk(
     """The operation, and what it raised as a line of JSON in a file."""
     code = (errno.ENOSPC, errno.EIO)[successes % 2]
     disk.disk_fails_after(successes, code, f"{folder}/".encode())
+    assert abs(time.time() - time.time()) > 1e8
     error = None
     try:
         run(folder)

@@ -133,7 +133,7 @@ def write_report(
     page = _template().generate(
         title=title,
         lead=[p for p in re.split(r"\n\s*\n", lead.strip()) if p],
-        scale=["#" + color.tobytes().hex() for color in ANCHORS[::3]],
+        base_style=base_style(),
         colors=ANCHORS[::3].tolist(),
         facts=facts,
         tiles=_columns(len(facts)),
@@ -152,6 +152,13 @@ def write_report(
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def base_style() -> str:
+    """Return the style sheet that all of gcfast's pages begin with, with the colors of heat."""
+    colors = ", ".join("#" + color.tobytes().hex() for color in ANCHORS[::3])
+    scale = f":root {{\n  --scale: linear-gradient(90deg, {colors});\n}}\n"
+    return scale + (resources.files("gcfast.images") / "base.css").read_text("utf-8")
 
 
 @functools.cache

@@ -46,8 +46,14 @@ class Labels:
         if isinstance(labels, Tensor) and (labels.is_floating_point() or labels.is_complex()):
             raise TypeError(f"`labels` must be whole numbers or strings, got {labels.dtype}")
         values = _elements(labels, count)
-        if all(isinstance(v, str) for v in values):
+        named = [isinstance(v, str) for v in values]
+        if all(named):
             return [str(v) for v in values]
+        if any(named):
+            raise TypeError(
+                f"`labels` must be whole numbers or strings, all of one kind, got "
+                f"{values[named.index(False)]!r} beside {values[named.index(True)]!r}"
+            )
         out: list[int] = []
         for value in values:
             item = value.item() if hasattr(value, "item") else value

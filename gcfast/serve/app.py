@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from gcfast.images.html import base_style
 from gcfast.images.preprocessing import View
 from gcfast.serve import answers
 from gcfast.serve.answers import Format, Include, PairInclude
@@ -30,7 +31,6 @@ _FORMAT = Query(description="instead of Accept")
 _INCLUDE = Query(description="pictures and arrays to put into JSON, in base64")
 _NO_PICTURE = "no picture of the nearest row is shown here"
 
-_FILES = {"page.js": "text/javascript", "page.css": "text/css"}
 # The page loads nothing from elsewhere, and runs no script but its own.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -248,13 +248,13 @@ def _add_pages(api: FastAPI) -> None:
 
         api.add_api_route(path, page, include_in_schema=False)
 
-    def file(name: str) -> Callable[[], str]:
-        text = (folder / name).read_text(encoding="utf-8")
-        return lambda: text
+    def text(name: str) -> str:
+        return (folder / name).read_text(encoding="utf-8")
 
-    add("/", file("page.html"), "text/html")
-    for name, media_type in _FILES.items():
-        add(f"/{name}", file(name), media_type)
+    page, script, style = text("page.html"), text("page.js"), base_style() + text("page.css")
+    add("/", lambda: page, "text/html")
+    add("/page.js", lambda: script, "text/javascript")
+    add("/page.css", lambda: style, "text/css")
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    docs = template.from_string((folder / "docs.html").read_text(encoding="utf-8"))
+    docs = template.from_string(text("docs.html"))
     add("/docs", lambda: docs.render(api=api.openapi()), "text/html")

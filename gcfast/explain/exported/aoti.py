@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 
 from torch import Tensor
 
 from gcfast.explain.exported.module import ExportedExplainer
-from gcfast.explain.exported.program import decomposed, quiet
+from gcfast.explain.exported.program import decomposed, quiet, staged
 
 SUFFIX = ".pt2"
 
@@ -25,7 +26,7 @@ def export_aoti(
     if not path.endswith(SUFFIX):
         raise ValueError(f"`path` must end with {SUFFIX}, as PyTorch asks for, got {path}")
     program = decomposed(module, images, dynamic)
-    with quiet():
+    with quiet(), staged(Path(path)) as made:
         from torch._inductor import aoti_compile_and_package
 
-        aoti_compile_and_package(program, package_path=path)
+        aoti_compile_and_package(program, package_path=os.fspath(made))

@@ -19,7 +19,7 @@ from gcfast._extras import needs_extra
 from gcfast.database.database import Database
 from gcfast.errors import ModelMismatchError
 from gcfast.explain.exported.module import ExportedExplainer
-from gcfast.explain.exported.program import AXES, ROWS, TABLE_AXES, decomposed, quiet
+from gcfast.explain.exported.program import AXES, ROWS, TABLE_AXES, decomposed, quiet, staged
 from gcfast.explain.maps import proxies_of
 from gcfast.model.fingerprint import difference
 from gcfast.search.faiss_search import ExactSearch, temperature
@@ -80,11 +80,8 @@ def export_onnx(
         "class_names": manifest["class_names"],
     }
     model.metadata_props[METADATA] = json.dumps(_facts(manifest) | facts)
-    path = Path(path)
-    if tables == "external":
-        ir.save(model, path, external_data=f"{path.name}.data")
-    else:
-        ir.save(model, path)
+    with staged(Path(path)) as path:
+        ir.save(model, path, external_data=f"{path.name}.data" if tables == "external" else None)
 
 
 def table_inputs(

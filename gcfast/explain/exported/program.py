@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +89,21 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Give a path to write to: only what is written whole takes the place of ``path``.
+
+    It may have files beside it, whose names begin with its own and which replace theirs.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        yield Path(folder) / path.name
+        *beside, graph = sorted(Path(folder).iterdir(), key=lambda made: made.name == path.name)
+        if beside:  # an old graph would be read with the new data
+            path.unlink(missing_ok=True)
+        for made in (*beside, graph):
+            os.replace(made, path.with_name(made.name))
 
 
 def _any_rows(tables: dict[str, Tensor]) -> dict[str, Tensor]:

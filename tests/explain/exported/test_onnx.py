@@ -1,5 +1,6 @@
 """Explainer.export_onnx: graphs that ONNX Runtime runs as explain_batch does."""
 
+import os
 import sys
 
 import numpy as np
@@ -141,6 +142,42 @@ def test_external_data(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_failure_leaves_the_old_graph(tmp_path, monkeypatch):
+    import onnx_ir
+
+    path = tmp_path / "graph.onnx"
+    explainer = made(common())
+    explainer.export_onnx(path)
+    before, save = path.read_bytes(), onnx_ir.save
+
+    def cut(model, to, **options):
+        save(model, to, **options)
+        to.write_bytes(to.read_bytes()[:100])
+        raise OSError("no space")
+
+    monkeypatch.setattr(onnx_ir, "save", cut)
+    with pytest.raises(OSError, match="no space"):
+        explainer.export_onnx(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_no_old_graph_with_new_data(tmp_path, monkeypatch):
+    path = tmp_path / "graph.onnx"
+    made(common()).export_onnx(path, tables="external")
+    replace = os.replace
+
+    def stop(source, target):
+        if os.fspath(target) == os.fspath(path):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        made(common(), 31).export_onnx(path, tables="external")
+    assert os.listdir(tmp_path) == [f"{path.name}.data"]
+
+
 def test_a_transformer(tmp_path):
     path = tmp_path / "net.onnx"
     explainer = made(TokenNet(), layer="first", reshape=TokenGrid(prefix=1), **GRADIENTS)
