@@ -141,12 +141,11 @@ def test_external_data(tmp_path):
     check(session(path), explainer, pictures(4)[0], relu=False, size=(5, 7))
 
 
-@pytest.mark.slow
 def test_a_failure_leaves_the_old_graph(tmp_path, monkeypatch):
     import onnx_ir
 
     path = tmp_path / "graph.onnx"
-    explainer = made(common())
+    explainer = made(common(), **GRADIENTS)
     explainer.export_onnx(path)
     before, save = path.read_bytes(), onnx_ir.save
 
@@ -164,7 +163,7 @@ def test_a_failure_leaves_the_old_graph(tmp_path, monkeypatch):
 
 def test_no_old_graph_with_new_data(tmp_path, monkeypatch):
     path = tmp_path / "graph.onnx"
-    made(common()).export_onnx(path, tables="external")
+    made(common(), **GRADIENTS).export_onnx(path, tables="external")
     replace = os.replace
 
     def stop(source, target):
@@ -174,10 +173,11 @@ def test_no_old_graph_with_new_data(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        made(common(), 31).export_onnx(path, tables="external")
+        made(common(), 31, **GRADIENTS).export_onnx(path, tables="external")
     assert os.listdir(tmp_path) == [f"{path.name}.data"]
 
 
+@pytest.mark.slow
 def test_a_transformer(tmp_path):
     path = tmp_path / "net.onnx"
     explainer = made(TokenNet(), layer="first", reshape=TokenGrid(prefix=1), **GRADIENTS)
