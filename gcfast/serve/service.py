@@ -16,6 +16,7 @@ from gcfast._log import tell
 from gcfast.database.manifest import read_manifest
 from gcfast.errors import UnsupportedModelError
 from gcfast.serve.batcher import Batcher, Job
+from gcfast.serve.memory import Release
 from gcfast.serve.metrics import Metrics
 from gcfast.serve.served import Answer, PairAnswer, Served, version_of
 from gcfast.serve.settings import ServeSettings
@@ -50,6 +51,7 @@ class Service:
         self.threads = ThreadPoolExecutor(settings.decoders, "gcfast-decode")
         path = self.served.database.path
         self.watcher = Watcher(path, settings.watch, self.reload)
+        self.release = Release()
         self.metrics.follow(
             lambda: self.batcher.waiting,
             lambda: self.in_flight,
@@ -60,9 +62,11 @@ class Service:
         """Start the threads."""
         self.batcher.start()
         self.watcher.start()
+        self.release.start()
 
     def close(self) -> None:
         """Finish what waits, and stop the threads."""
+        self.release.close()
         self.watcher.close()
         self.batcher.close()
         self.threads.shutdown()
