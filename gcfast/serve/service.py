@@ -16,11 +16,10 @@ from gcfast._log import tell
 from gcfast.database.manifest import read_manifest
 from gcfast.errors import UnsupportedModelError
 from gcfast.serve.batcher import Batcher, Job
-from gcfast.serve.memory import Release
 from gcfast.serve.metrics import Metrics
 from gcfast.serve.served import Answer, PairAnswer, Served, version_of
 from gcfast.serve.settings import ServeSettings
-from gcfast.serve.watch import Watcher
+from gcfast.serve.watch import Release, Watcher
 
 T = TypeVar("T")
 

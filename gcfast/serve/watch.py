@@ -1,13 +1,15 @@
-"""A database that is exchanged while it is served."""
+"""What goes on beside requests: a database is exchanged, memory is given back."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gcfast.database.manifest import MANIFEST
 
@@ -78,3 +80,32 @@ class Watcher:
                 self._failures = 0 if well else self._failures + 1
                 pause = min(self.every * 2**self._failures, _LONGEST_PAUSE)
                 self._again = math.inf if well or not self.every else time.monotonic() + pause
+
+
+class Release:
+    """A thread that gives free memory back every minute; does nothing where glibc is not used.
+
+    Tensors of many sizes leave holes in malloc's heap. It keeps them, and so several times what the
+    process uses, which would seem to grow for minutes.
+    """
+
+    def __init__(self, seconds: float = 60) -> None:
+        self.seconds = seconds  # a call takes a tenth of one, and pages are made anew after it
+        self._trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="gcfast-memory", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        if self._trim is not None:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stopped.set()
+        if self._trim is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while not self._stopped.wait(self.seconds):
+            self._trim(0)

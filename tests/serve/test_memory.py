@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gcfast.serve.memory import Release
+from gcfast.serve.watch import Release
 
 MIB = 2**20
 
