@@ -78,6 +78,7 @@ def _words(command: argparse.ArgumentParser) -> dict[str, str]:
         "loader": pictures,
         "labels_csv": "--labels",
         "reshape": "--tokens",
+        "hosts": "--allow-host",
         **words,
     }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib import resources
 from importlib.metadata import version
@@ -11,9 +12,11 @@ from typing import Annotated, Any
 
 import jinja2
 from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gcfast.images.html import base_style
 from gcfast.images.preprocessing import View
@@ -38,7 +41,7 @@ _POLICY = (
 )
 
 _REFUSALS = {
-    400: "not well formed, or without a picture",
+    400: "not well formed, without a picture, or addressed to a name that the server has not",
     406: "no format that the request accepts",
     408: "it came in too slowly",
     413: "too many bytes or pixels",
@@ -83,14 +86,45 @@ def create_app(source: Callable[[], Served], settings: ServeSettings | None = No
     )
     api.state.service = service
     if settings.hosts:
-        api.add_middleware(
-            TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False
-        )
+        api.add_middleware(_Addressed, hosts=settings.hosts)
     api.add_middleware(Recorder, metrics=service.metrics)
+    api.add_exception_handler(RequestValidationError, _unknown_value)
     _add_explain(api, service)
     _add_state(api, service)
     _add_pages(api)
     return api
+
+
+class _Addressed:
+    """Middleware: answer requests to these names alone, whatever address they came to.
+
+    A page from elsewhere can have its own name lead to this machine, and its script would then read
+    what the server answers (DNS rebinding).
+    """
+
+    _HEADER = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app, self.hosts = app, [host.lower() for host in hosts]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            called = Headers(scope=scope).get("host", "")
+            header = self._HEADER.fullmatch(called)
+            if header is None or not self._has(header[1].lower()):
+                detail = (
+                    "a request must be addressed to a name that the server has (--allow-host), "
+                    f"got {called!r}"
+                )
+                await JSONResponse({"detail": detail}, 400)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _has(self, name: str) -> bool:
+        return any(
+            host in ("*", name) or (host.startswith("*.") and name.endswith(host[1:]))
+            for host in self.hosts
+        )
 
 
 @asynccontextmanager
@@ -100,6 +134,14 @@ async def _within(seconds: float, status: int, detail: str) -> AsyncIterator[Non
             yield
     except TimeoutError:
         raise HTTPException(status, detail) from None
+
+
+async def _unknown_value(_: Request, error: Exception) -> JSONResponse:
+    """Refuse a parameter's value in a sentence, as everything else is refused."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    must = first["msg"].replace("Input should be", "must be")
+    return JSONResponse({"detail": f"`{first['loc'][1]}` {must}, got {first['input']!r}"}, 422)
 
 
 def _takes(*names: str) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def run(
                 at=where,
             )
         elif not settings.hosts:
-            settings = replace(settings, hosts=tuple({*_LOOPBACK_NAMES, name, host}))
+            own = {*_LOOPBACK_NAMES, name} | ({host} if ":" not in host else set())
+            settings = replace(settings, hosts=tuple(own))
         # Uvicorn waits for its requests, and then raises the signal again.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         app = create_app(source, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 
 from gcfast._checks import require_int
@@ -10,6 +11,9 @@ from gcfast.images.decode import Limits
 
 # Those that browsers show, and TIFF; Pillow's readers of anything else stay out of reach.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+
+# "*" is any, "*.shop.example" any that ends so; addresses of IPv6 stand in brackets, as in a URL.
+_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?|\[[0-9a-f:.]+\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class ServeSettings:
         decoders: threads that decode pictures and encode answers.
         center: as for :meth:`gcfast.Explainer.explain_batch`.
         watch: seconds between looks at the database's manifest; 0 for none: then SIGHUP alone.
-        hosts: names that a request may be addressed to; empty for any.
+        hosts: names that a request may be addressed to, "*.shop.example" for all that end so; empty
+            for any.
 
     Raises:
         TypeError, ValueError: a setting of the wrong kind or out of range.
@@ -58,6 +63,12 @@ class ServeSettings:
                 raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}")
         if isinstance(self.hosts, str):
             raise TypeError(f"`hosts` must be a tuple of names, got {self.hosts!r}")
+        for host in self.hosts:
+            if not isinstance(host, str) or not _NAME.fullmatch(host):
+                raise ValueError(
+                    "`hosts` must be names without scheme, port and path, addresses of IPv6 in "
+                    f"brackets, got {host!r}"
+                )
         if self.timeout <= 0:
             raise ValueError(f"`timeout` must be above 0, got {self.timeout}")
 

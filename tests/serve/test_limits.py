@@ -245,7 +245,27 @@ def test_an_error_that_nothing_expects(serving, monkeypatch, caplog):
     assert "no memory in /srv/secret.py" in caplog.text
 
 
+@pytest.mark.parametrize("path", ["/explain", "/pair"])
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("format=jpeg", "`format` must be 'json', 'png' or 'npy', got 'jpeg'"),
+        ("include=picture&include=maps", "`include` must be 'overlay', 'map'"),
+    ],
+)
+def test_parameters(serving, path, query, says):
+    with serving() as client:
+        answer = client.post(f"{path}?{query}", files={"image": picture()})
+    status, detail = refusal(answer)
+    assert status == 422
+    assert says in detail
+
+
 def test_only_requests_to_its_own_names(serving):
-    with serving(hosts=("localhost", "[::1]")) as client:
-        for host, status in (("localhost:8000", 200), ("[::1]:8000", 200), ("evil.example", 400)):
-            assert client.get("/health", headers={"host": host}).status_code == status
+    with serving(hosts=("localhost", "[::1]", "*.shop.example")) as client:
+        for host in ("localhost:8000", "LOCALHOST", "[::1]:8000", "a.shop.example"):
+            assert client.get("/health", headers={"host": host}).status_code == 200
+        for host in ("evil.example", "shop.example", "[::1", "localhost:8000:1", "localhost@a", ""):
+            status, detail = refusal(client.get("/health", headers={"host": host}))
+            assert status == 400
+            assert f"(--allow-host), got {host!r}" in detail

@@ -181,6 +181,13 @@ class Idle:
         ({"timeout": float("nan")}, "`timeout` must be finite"),
         ({"center": "1"}, "`center` must be a number"),
         ({"hosts": "here"}, "`hosts` must be a tuple"),
+        (
+            {"hosts": ("https://here",)},
+            "`hosts` must be names without scheme, .* got 'https://here'",
+        ),
+        ({"hosts": ("here:8000",)}, "`hosts` must be names without scheme, port and path"),
+        ({"hosts": ("a", "::1")}, "addresses of IPv6 in brackets, got '::1'"),
+        ({"hosts": ("sh*.here",)}, "`hosts` must be names"),
     ],
 )
 def test_settings(settings, says):
