@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -56,6 +57,11 @@ BESIDE_SHARDS = {
 def encoded(manifest: dict[str, Any]) -> bytes:
     """Return the manifest as its file holds it."""
     return json.dumps(manifest, indent=1).encode()
+
+
+def version_of(manifest: dict[str, Any]) -> str:
+    """Return what tells a database from any other, and from itself after a change."""
+    return hashlib.sha256(encoded(manifest)).hexdigest()[:12]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 PART = re.compile(r"part-[0-9a-f]{32}\.parquet")
 RUN = "run"  # a file that names the run that writes
+MADE_WITH = b"gcfast"  # the entry of a part's metadata that says what its rows were made with
 PART_ROWS = 8_192  # how many rows a killed run loses at most, for each task that writes
 TABLE_ROWS = 65_536  # of a part that are in memory at once where parts are joined
 
@@ -61,6 +63,21 @@ def read(folder: Path, columns: list[str]) -> Any:
         [pq.read_table(file, columns=columns, partitioning=None) for file in listed(folder)],
         promote_options="permissive",
     )
+
+
+def require_same(folder: Path, made_with: dict[str, Any]) -> None:
+    """Raise ValueError where the parts of a folder were made with something else."""
+    import pyarrow.parquet as pq
+
+    for file in listed(folder)[:1]:  # all of a folder's are of one kind
+        held = json.loads((pq.read_schema(file).metadata or {}).get(MADE_WITH, b"{}"))
+        wanted = json.loads(json.dumps(made_with))
+        other = [name for name in {**held, **wanted} if held.get(name) != wanted.get(name)]
+        if other:
+            raise ValueError(
+                f"`out` must have results of the same {', '.join(other)} to be continued, got "
+                f"{folder}: name another folder, or delete that one to start over"
+            )
 
 
 def encoded(keys: Any) -> NDArray[Any]:
@@ -122,9 +139,10 @@ class Write:
     A task of an earlier run, which was killed and is not dead yet, writes nothing more.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, made_with: dict[str, Any] | None = None) -> None:
         self.folder = folder
         self.key = key
+        self.made_with = None if made_with is None else {MADE_WITH: json.dumps(made_with)}
         self.run = claim(folder)
         for left in folder.glob("part-*.new"):
             left.unlink(missing_ok=True)
@@ -136,7 +154,7 @@ class Write:
         keys = batch[self.key].tolist()
         name = hashlib.sha256("\0".join(map(str, keys)).encode()).hexdigest()[:32]
         staged = self.folder / f"part-{name}.{uuid.uuid4().hex}.new"
-        table = as_table(batch)
+        table = as_table(batch).replace_schema_metadata(self.made_with)
         # Floats have no values in common, and maps of 8 bits take a third with one dictionary each.
         few = [
             name if batch[name].ndim == 1 else f"{name}.list.element"
@@ -183,9 +201,19 @@ def as_table(batch: Batch) -> Any:
 
 
 def written(
-    dataset: Any, folder: Path, key: str, *, part_rows: int, what: str, unit: str, show: bool
+    dataset: Any,
+    folder: Path,
+    key: str,
+    *,
+    part_rows: int,
+    what: str,
+    unit: str,
+    show: bool,
+    made_with: dict[str, Any] | None = None,
 ) -> int:
     """Run a data set and write what it gives; returns the number of rows.
+
+    ``made_with`` is what :func:`require_same` compares when the folder is continued.
 
     Raises:
         GcfastError, ValueError, TypeError, OSError: what a task or an actor raised, as it was.
@@ -200,7 +228,7 @@ def written(
     began = time.monotonic()
 
     def run() -> int:
-        parts = dataset.map_batches(Write(folder, key).__call__, batch_size=part_rows)
+        parts = dataset.map_batches(Write(folder, key, made_with).__call__, batch_size=part_rows)
         rows = 0
         with in_order(parts), Progress(what, unit, total=None, show=show) as shown:
             for part in parts.iter_rows():

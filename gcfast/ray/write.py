@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from gcfast._checks import require_choice, require_int
 from gcfast._extras import import_ray, needs_extra
-from gcfast.database.manifest import read_manifest
+from gcfast.database.manifest import read_manifest, version_of
 from gcfast.explain.result import MapOptions
+from gcfast.images.preprocessing import Preprocessing
 from gcfast.ray import parts
 from gcfast.ray.actors import Explain, Model, check_maps
 from gcfast.ray.cluster import Pool, in_batches, pool, require_columns
@@ -82,7 +83,8 @@ def explain(
     Raises:
         MissingExtraError: Ray is not installed, or Zarr for "zarr".
         FileExistsError: something is in ``out``, and ``resume`` is not set.
-        TypeError, ValueError, GcfastError: as :class:`Explain`; a column that is not there.
+        TypeError, ValueError, GcfastError: as :class:`Explain`; a column that is not there; maps in
+            ``out`` of another database, or made in another way, with ``resume``.
     """
     import_ray("gcfast.ray.explain")
     require_choice("format", format, FORMATS)
@@ -90,7 +92,8 @@ def explain(
     require_int("part_rows", part_rows, 1)
     check_maps(maps, options or {})
     require_columns(dataset, image=image, id=id)
-    read_manifest(Path(database))  # here, and not first in an actor, whose errors are long
+    place = Path(database).absolute()  # actors may work in another folder
+    manifest = read_manifest(place)  # here, and not first in an actor, whose errors are long
     if format == "zarr":
         _import_zarr()
     folder = Path(out).absolute()
@@ -100,9 +103,11 @@ def explain(
         raise FileExistsError(
             f"`out` must be a new or empty folder, got {folder}; resume=True leaves out what it has"
         )
+    made_with = _made_with(manifest, maps, preprocessing, {**(options or {}), **settings})
+    parts.require_same(folder, made_with)
     stage = in_batches(parts.without_finished(dataset, folder, id), batch_size).map_batches(
         Explain,
-        fn_constructor_args=(model, os.fspath(database)),
+        fn_constructor_args=(model, os.fspath(place)),
         fn_constructor_kwargs={
             "preprocessing": preprocessing,
             "image": image,
@@ -116,13 +121,35 @@ def explain(
     )
     rows = batch_size * -(-part_rows // batch_size)
     new = parts.written(
-        stage, folder, id, part_rows=rows, what="explaining", unit="pictures", show=progress
+        stage,
+        folder,
+        id,
+        part_rows=rows,
+        what="explaining",
+        unit="pictures",
+        show=progress,
+        made_with=made_with,
     )
     kept = parts.read(folder, [ERROR, "flat"])
     good = np.asarray(kept[ERROR].to_pylist()) == ""
     if format == "zarr":
         to_zarr(folder)
     return Written(len(kept), new, int((~good).sum()), int(kept["flat"].to_numpy()[good].sum()))
+
+
+def _made_with(
+    manifest: dict[str, Any], maps: str, preprocessing: Prepared | None, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what maps depend on, as far as JSON can hold it; without what is left at None."""
+    known: dict[str, Any] = {"database": version_of(manifest), "maps": maps}
+    if isinstance(preprocessing, Preprocessing):
+        known["preprocessing"] = preprocessing.to_dict()
+    return known | {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, (str, int, float, list, tuple))
+        and name not in ("device", "cuda_graphs")
+    }
 
 
 def to_zarr(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,7 +15,7 @@ from torch import Tensor
 import gcfast
 from gcfast.database.database import Database
 from gcfast.database.files import require_file
-from gcfast.database.manifest import encoded
+from gcfast.database.manifest import version_of
 from gcfast.images.preprocessing import Preprocessing
 
 
@@ -178,11 +177,6 @@ class Served:
             "scale_x": (x1 - x0) / heat.shape[1],
             "scale_y": (y1 - y0) / heat.shape[0],
         }
-
-
-def version_of(manifest: dict[str, Any]) -> str:
-    """Return what tells a database from any other, and from itself after a change."""
-    return hashlib.sha256(encoded(manifest)).hexdigest()[:12]
 
 
 def shown_id(name: str) -> str:

@@ -13,11 +13,11 @@ from fastapi import HTTPException
 from numpy.typing import NDArray
 
 from gcfast._log import tell
-from gcfast.database.manifest import read_manifest
+from gcfast.database.manifest import read_manifest, version_of
 from gcfast.errors import UnsupportedModelError
 from gcfast.serve.batcher import Batcher, Job
 from gcfast.serve.metrics import Metrics
-from gcfast.serve.served import Answer, PairAnswer, Served, version_of
+from gcfast.serve.served import Answer, PairAnswer, Served
 from gcfast.serve.settings import ServeSettings
 from gcfast.serve.watch import Release, Watcher
 

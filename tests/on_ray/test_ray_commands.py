@@ -5,6 +5,7 @@ import sys
 import pytest
 from cli_case import fails, run
 
+from gcfast import Database
 from gcfast.errors import MissingExtraError
 from gcfast.ray import pool
 
@@ -29,6 +30,8 @@ def test_the_commands(pictures, tmp_path, capsys):
     explain = ("explain", pictures / "class1", "--database", tmp_path / "ray", *MODEL, "--ray")
     words = fails(capsys, *explain, "--out", tmp_path / "maps", "--alpha", "0.5")
     assert "`--alpha` must be left out with --ray" in words
+    words = fails(capsys, *explain, "--out", tmp_path / "maps", "--force")
+    assert "`--force` must be left out with --ray" in words
     status, said, errors = run(capsys, *explain, "--out", tmp_path / "maps")
     assert status == 0, errors
     assert said == f"{tmp_path / 'maps'}: 33 pictures, 33 of them in this run\n"
@@ -37,6 +40,9 @@ def test_the_commands(pictures, tmp_path, capsys):
     assert "--resume" in fails(capsys, *explain, "--out", tmp_path / "maps")
     status, said, _ = run(capsys, *explain, "--out", tmp_path / "maps", "--resume")
     assert (status, said) == (0, f"{tmp_path / 'maps'}: 33 pictures, 0 of them in this run\n")
+    Database.open(tmp_path / "ray").relabel({"class2/00.png": "class3"})
+    words = fails(capsys, *explain, "--out", tmp_path / "maps", "--resume")
+    assert "`--out` must have results of the same database to be continued" in words
 
 
 def test_ray_is_not_installed(monkeypatch):

@@ -91,21 +91,24 @@ def test_sources(pictures, tmp_path, source):
     assert column not in batch
 
 
-def test_explain_and_continue(pictures, database, tmp_path):
+def test_explain_and_continue(pictures, database, tmp_path, monkeypatch):
     import pyarrow.parquet as pq
     from ray_case import BATCH, PREPROCESSING, files, model
 
     from gcfast.ray import explain
 
     def run(dataset, **settings):
-        return explain(
-            dataset, model, database, tmp_path / "maps", batch_size=BATCH, part_rows=16, **settings
-        )
+        settings |= {"batch_size": BATCH, "part_rows": 16}
+        return explain(dataset, model, database.name, tmp_path / "maps", **settings)
 
+    monkeypatch.chdir(database.parent)  # where the cluster was not started
     whole = files(pictures)
     assert run(whole.limit(40)).new == 40
     with pytest.raises(FileExistsError, match="resume=True"):
         run(whole)
+    for name, other in (("maps", {"maps": "float32"}), ("center", {"options": {"center": 1.0}})):
+        with pytest.raises(ValueError, match=f"results of the same {name} to be continued"):
+            run(whole, resume=True, **other)
     # Finished rows are left out; the store is made of all.
     done = run(whole, resume=True, format="zarr")
     assert (done.pictures, done.new, done.unreadable) == (133, 93, 1)

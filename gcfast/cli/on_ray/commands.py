@@ -71,9 +71,14 @@ def explain_on_ray(options: argparse.Namespace) -> None:
     """Explain the pictures that the options name; see :func:`gcfast.ray.explain`.
 
     Raises:
-        ValueError: an option of overlays or the page.
+        ValueError: an option of overlays or the page, or ``--force``.
         MissingExtraError, FileExistsError, GcfastError: as there.
     """
+    if options.force:
+        raise ValueError(
+            "`--force` must be left out with --ray, whose results are not replaced one by one: "
+            "--resume adds what --out lacks, and without its folder a run starts over"
+        )
     for name, default in options.of_pages.items():
         if getattr(options, name) != default:
             raise ValueError(
@@ -96,7 +101,7 @@ def explain_on_ray(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             strict=options.strict,
             options={"center": options.center},
-            resume=options.resume or options.force,
+            resume=options.resume,
             progress=True,
             k=options.k,
             index=options.index,
