@@ -120,12 +120,15 @@ def require_columns(dataset: Any, **columns: str | None) -> list[str]:
 
     Raises:
         TypeError: not a data set.
-        ValueError: it lacks one of them, or image and id are one.
+        ValueError: it has no rows, it lacks one of them, or image and id are one.
     """
     ray = import_ray("dataset")
     if not isinstance(dataset, ray.data.Dataset):
         raise TypeError(f"`dataset` must be a ray.data.Dataset, got {type(dataset).__name__}")
-    there = dataset.schema().names
+    schema = dataset.schema()
+    if schema is None:
+        raise ValueError("`dataset` must have rows, got none")
+    there = schema.names
     for argument, name in columns.items():
         if name is not None and name not in there:
             raise ValueError(

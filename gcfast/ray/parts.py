@@ -217,8 +217,8 @@ def written(
 
     Raises:
         GcfastError, ValueError, TypeError, OSError: what a task or an actor raised, as it was.
-        ValueError: a key is missing, or comes twice; of batches with the same keys one would be
-            left, so that nothing of this run is.
+        ValueError: there are no rows; a key is missing, or comes twice: of batches with the same
+            keys one would be left, so that nothing of this run is.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -238,7 +238,10 @@ def written(
 
     rows = unwrapped(run)
     now = listed(folder)
-    keys = pc.count_distinct(read(folder, [key])[key]).as_py() if now else 0
+    if not now:
+        (folder / RUN).unlink()
+        raise ValueError("`dataset` must have rows, got none")
+    keys = pc.count_distinct(read(folder, [key])[key]).as_py()
     if keys < already + rows:
         for file in set(now).difference(before):
             file.unlink()

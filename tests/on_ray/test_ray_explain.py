@@ -156,6 +156,20 @@ def test_ids_that_come_twice(pictures, database, tmp_path, ids):
         explain(dataset, model, tmp_path / "none", tmp_path / "maps")
 
 
+def test_no_rows(database, tmp_path):
+    import pyarrow as pa
+    import ray
+    from ray_case import model
+
+    from gcfast.ray import explain
+
+    columns = pa.table({name: pa.array([], pa.string()) for name in ("image", "id")})
+    for dataset in (ray.data.from_items([]), ray.data.from_arrow(columns)):
+        with pytest.raises(ValueError, match="`dataset` must have rows, got none"):
+            explain(dataset, model, database, tmp_path / "maps")
+        assert not list(tmp_path.rglob("*.*"))
+
+
 def test_parquet_holds_tensors(pictures, database, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
