@@ -339,7 +339,7 @@ def _check_mergeable(one: Database, two: Database, number: int) -> None:
             ("storage", one.storage, two.storage),
             (RELATIVE, one.relative, two.relative),
             ("channels kept", one.m, two.m),
-            ("preprocessing", *(_without_images(m.get("preprocessing")) for m in (a, b))),
+            ("preprocessing", *(without_images(m.get("preprocessing")) for m in (a, b))),
             ("kind of labels", *("names" if m["class_names"] else "numbers" for m in (a, b))),
         ]
         if x != y
@@ -351,7 +351,7 @@ def _check_mergeable(one: Database, two: Database, number: int) -> None:
         )
 
 
-def _without_images(preprocessing: Any) -> Any:
+def without_images(preprocessing: Any) -> Any:
     """Return what is known of the preprocessing, but for the folder of the pictures."""
     if not isinstance(preprocessing, dict):
         return preprocessing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -54,10 +55,14 @@ def export_database(options: argparse.Namespace) -> None:
         "details": options.details,
         "center": options.center,
     }
-    if kind == ".onnx":
-        explainer.export_onnx(options.out, tables=options.tables, **settings)
-    else:
-        explainer.export_aoti(options.out, **settings)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        if kind == ".onnx":
+            explainer.export_onnx(options.out, tables=options.tables, **settings)
+        else:
+            explainer.export_aoti(options.out, **settings)
+    for warning in told:
+        print(f"warning: {warning.message}", file=sys.stderr)
     print(f"pictures have to be prepared so: {opened.preprocessing}", file=sys.stderr)
     names = zip(("batch", None, "height", "width"), shape, strict=True)
     sides = ", ".join(str(name if name in dynamic else size) for name, size in names)

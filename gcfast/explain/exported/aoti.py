@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gcfast.errors import UnsupportedModelError
 from gcfast.explain.exported.module import ExportedExplainer
-from gcfast.explain.exported.program import decomposed, quiet, staged
+from gcfast.explain.exported.program import check_sizes, decomposed, first_line, quiet, staged
 
 SUFFIX = ".pt2"
 
@@ -27,6 +28,17 @@ def export_aoti(
         raise ValueError(f"`path` must end with {SUFFIX}, as PyTorch asks for, got {path}")
     program = decomposed(module, images, dynamic)
     with quiet(), staged(Path(path)) as made:
-        from torch._inductor import aoti_compile_and_package
+        from torch._inductor import aoti_compile_and_package, aoti_load_package
 
-        aoti_compile_and_package(program, package_path=os.fspath(made))
+        try:
+            aoti_compile_and_package(program, package_path=os.fspath(made))
+        except RuntimeError as error:  # PyTorch's compiler, or that it finds none of C++
+            raise UnsupportedModelError(
+                f"the model cannot be compiled ahead of time: {first_line(error)}"
+            ) from error
+
+        def run(images: Tensor) -> Tensor:
+            out = aoti_load_package(os.fspath(made))(images)
+            return out if isinstance(out, Tensor) else out[0]
+
+        check_sizes(run, module, images, dynamic)

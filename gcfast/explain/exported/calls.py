@@ -97,7 +97,9 @@ class ExportCalls(ExplainerBase):
                 PATH.data next to it, as more than 2 GB have to be; "inputs" of the graph, which
                 then explains from any database of the model, of any number of rows:
                 :func:`gcfast.explain.exported.onnx.table_inputs` gives the arrays.
-            dynamic: which of "batch", "height" and "width" may be others than in ``images``.
+            dynamic: which of "batch", "height" and "width" may be others than in ``images``. With
+                one of the sides, maps of a few other sizes are compared with those of the model,
+                and a warning says where they differ.
             details: as for :meth:`export`.
             **options: as for :meth:`explain_batch`, and fixed from now on.
 
@@ -106,7 +108,7 @@ class ExportCalls(ExplainerBase):
             NoDatabaseError, TypeError, ValueError: as :meth:`export`; no ``images`` before the
                 first pass; more than 2 GB for one file.
             UnsupportedModelError: a model that cannot be copied, or not be exported with
-                ``dynamic``, or at all.
+                ``dynamic``, or at all; a graph that is wrong for each of those other sizes.
         """
         module = self.export(details=details, **options)
         assert self._database is not None
@@ -142,7 +144,8 @@ class ExportCalls(ExplainerBase):
             **options: as for :meth:`explain_batch`, and fixed from now on.
 
         Raises:
-            NoDatabaseError, TypeError, ValueError, UnsupportedModelError: as :meth:`export_onnx`.
+            NoDatabaseError, TypeError, ValueError, UnsupportedModelError: as :meth:`export_onnx`;
+                no C++ compiler.
         """
         module = self.export(details=details, **options)
         export_aoti(module, path, self._example(images), dynamic=dynamic)

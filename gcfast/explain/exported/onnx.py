@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,22 @@ from torch import Tensor
 from gcfast._checks import require_choice
 from gcfast._extras import needs_extra
 from gcfast.database.database import Database
-from gcfast.errors import ModelMismatchError
+from gcfast.database.edit import without_images
+from gcfast.errors import ModelMismatchError, UnsupportedModelError
 from gcfast.explain.exported.module import ExportedExplainer
-from gcfast.explain.exported.program import AXES, ROWS, TABLE_AXES, decomposed, quiet, staged
+from gcfast.explain.exported.program import (
+    AXES,
+    ROWS,
+    TABLE_AXES,
+    check_sizes,
+    decomposed,
+    first_line,
+    quiet,
+    require_free,
+    staged,
+)
 from gcfast.explain.maps import proxies_of
-from gcfast.model.fingerprint import difference
+from gcfast.model.fingerprint import difference, outputs_differ
 from gcfast.search.faiss_search import ExactSearch, temperature
 
 if TYPE_CHECKING:
@@ -47,6 +59,7 @@ def export_onnx(
     require_choice("tables", tables, TABLES)
     with needs_extra("onnx", "export_onnx"):
         import onnx_ir as ir
+        import onnxruntime
         import onnxscript  # noqa: F401, which PyTorch's exporter needs
     held = module.model if tables == "inputs" else module
     size = sum(t.nbytes for t in (*held.parameters(), *held.buffers()))
@@ -57,31 +70,53 @@ def export_onnx(
         )
     arguments = _arguments(module) if tables == "inputs" else None
     program = decomposed(module, images, dynamic, arguments)
-    with quiet():
-        made = torch.onnx.export(
-            program,
-            input_names=["images", *(arguments or ())],
-            output_names=DETAILS if module.details else DETAILS[:1],
-            verbose=False,
-        )
+    try:
+        with quiet():
+            made = torch.onnx.export(
+                program,
+                input_names=["images", *(arguments or ())],
+                output_names=DETAILS if module.details else DETAILS[:1],
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UnsupportedModelError(
+            f"the model cannot be written as an ONNX graph: {first_line(error.__cause__ or error)}"
+        ) from error
     assert made is not None
     model: Any = made.model
     _drop_unused(model)
     _narrow_channels(ir, model)
     _name_dimensions(ir, model, dynamic)
+    require_free(model.graph.inputs[0].shape, dynamic)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of this machine
-    prepared = dict(manifest.get("preprocessing") or {})
-    prepared.pop("images", None)  # a folder of this machine
-    facts = {
-        "k": module.k,
-        "unscaled": module.unscaled,
-        "preprocessing": prepared,
-        "class_names": manifest["class_names"],
-    }
-    model.metadata_props[METADATA] = json.dumps(_facts(manifest) | facts)
+    facts = _facts(manifest) | {"k": module.k, "unscaled": module.unscaled}
+    if arguments is None:  # of another database, labels have other names
+        facts["class_names"] = manifest["class_names"]
+    model.metadata_props[METADATA] = json.dumps(facts)
     with staged(Path(path)) as path:
         ir.save(model, path, external_data=f"{path.name}.data" if tables == "external" else None)
+        check_sizes(_running(onnxruntime, path, arguments or {}), module, images, dynamic)
+
+
+def _running(onnxruntime: Any, path: Path, tables: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """A graph's file as a function from images to maps."""
+
+    @functools.cache
+    def opened() -> Any:
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        session = opened()
+        given = {name: table.cpu().numpy() for name, table in tables.items()}
+        if "channels" in given:
+            given["channels"] = given["channels"].astype(np.int32)
+        wanted = {entry.name for entry in session.get_inputs()}
+        given = {name: array for name, array in given.items() if name in wanted}
+        (maps,) = session.run(["maps"], {"images": images.cpu().numpy()} | given)
+        return torch.from_numpy(maps)
+
+    return run
 
 
 def table_inputs(
@@ -102,16 +137,21 @@ def table_inputs(
     Raises:
         ValueError: a graph that gcfast has not exported; rows without a scale for one that was
             exported with ``normalize=None``.
-        ModelMismatchError: a database of another model, layer or method than the graph's, or with
-            another number of channels a row.
+        ModelMismatchError: a database of another model, layer or method than the graph's, of
+            pictures that were prepared otherwise, or with another number of channels a row or
+            kind of labels.
     """
     known = session.get_modelmeta().custom_metadata_map.get(METADATA)
     if known is None:
         raise ValueError("`session` must be of a graph that export_onnx has written")
-    facts, own = json.loads(known), _facts(database.manifest)
+    facts, own = json.loads(known), json.loads(json.dumps(_facts(database.manifest)))
     differs = difference(facts["fingerprint"], own["fingerprint"])
-    for name in ("layer", "l2_normalize", "method"):
-        if differs is None and facts[name] != own[name]:
+    if differs is None and outputs_differ(facts["fingerprint"], own["fingerprint"]):
+        differs = "other outputs for the same images"
+    for name in ("layer", "l2_normalize", "method", "preprocessing"):
+        # What a database does not say of its pictures is for the caller to know.
+        unsaid = name == "preprocessing" and not (facts[name] and own[name])
+        if differs is None and facts[name] != own[name] and not unsaid:
             differs = f"{name} {own[name]!r}, not {facts[name]!r}"
     if differs is not None:
         raise ModelMismatchError(f"the database is not of the graph's model and method: {differs}")
@@ -131,6 +171,14 @@ def table_inputs(
         raise ModelMismatchError(
             f"the database is not of the graph's: {M} channels a row, not {wanted['channels'][1]}"
         )
+    kinds = {entry.name: entry.type for entry in session.get_inputs()}
+    if "row_labels" in kinds and (kinds["row_labels"] == "tensor(int64)") == (
+        tables["row_labels"].is_floating_point()
+    ):
+        raise ModelMismatchError(
+            "the database is not of the graph's: labels are real numbers in one, and classes in "
+            "the other"
+        )
     if "temperature" in wanted:
         tables["temperature"] = torch.tensor(temperature(database.embeddings, facts["k"]))
     if "proxy_rows" in wanted:
@@ -144,14 +192,15 @@ def table_inputs(
 
 def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a database and a graph must have in common."""
-    kept = ("version", "architecture", "parameters", "buffers", "dtype")
-    fingerprint, method = manifest["fingerprint"], manifest["settings"].get("method")
+    method = manifest["settings"].get("method")
     return {
-        "fingerprint": {name: fingerprint[name] for name in kept if name in fingerprint},
+        "fingerprint": manifest["fingerprint"],
         "layer": manifest["layer"],
         "l2_normalize": manifest["settings"]["l2_normalize"],
         # Either of the two that keep channels will do.
         "method": {"gradcam++": "gradcam"}.get(method, method),
+        # The folder of the pictures is one of this machine.
+        "preprocessing": without_images(manifest.get("preprocessing")) or {},
     }
 
 

@@ -7,6 +7,7 @@ import torch
 from networks import common, loader, pictures
 
 from gcfast import Explainer
+from gcfast.errors import UnsupportedModelError
 
 
 @pytest.mark.slow
@@ -26,3 +27,16 @@ def test_any_batch_and_sides(tmp_path):
         torch.testing.assert_close(distances, wanted.distances)
         assert torch.equal(neighbors, wanted.neighbors)
         assert torch.equal(labels, wanted.labels)
+
+
+def test_without_a_compiler(tmp_path, monkeypatch):
+    explainer = Explainer(common().eval(), channels=4, triplets=5)
+    explainer.build(loader(*pictures(30)))
+    explainer.explain_batch(pictures(2)[0])
+    monkeypatch.setenv("PATH", "")
+    with (
+        torch._inductor.config.patch("cpp.cxx", (None, "/nowhere/g++")),
+        pytest.raises(UnsupportedModelError, match=r"compiled ahead of time: .*No working C"),
+    ):
+        explainer.export_aoti(tmp_path / "net.pt2")
+    assert not list(tmp_path.iterdir())

@@ -1,17 +1,19 @@
 """Explainer.export_onnx: graphs that ONNX Runtime runs as explain_batch does."""
 
+import json
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from networks import AFFINE_HEADS, CHANNELS, Net, TokenNet, common, loader, pictures
+from networks import AFFINE_HEADS, CHANNELS, OTHER_HEADS, Net, TokenNet, common, loader, pictures
 
 import gcfast.explain.exported.onnx as exported
-from gcfast import BEST, Explainer, TokenGrid
+from gcfast import BEST, Explainer, RankLoss, TokenGrid
 from gcfast.errors import MissingExtraError, ModelMismatchError, UnsupportedModelError
 from gcfast.explain.exported.onnx import DETAILS, table_inputs
 
@@ -67,6 +69,8 @@ def test_one_graph_for_every_database_of_a_model(tmp_path):
     explainers = [made(model, count, **BEST) for count in (30, 50, 6)]
     explainers[0].export_onnx(path, tables="inputs", details=True)
     run = session(path)
+    # Labels are those of the database that is given.
+    assert "class_names" not in json.loads(run.get_modelmeta().custom_metadata_map["gcfast"])
     names = {entry.name for entry in run.get_inputs()} - {"images"}
     assert names == {"table", "squares", "row_labels", "proxy_rows", "proxy_vectors"}
     assert not names & set(initializers(path))
@@ -78,6 +82,55 @@ def test_one_graph_for_every_database_of_a_model(tmp_path):
     rows = made(model, **GRADIENTS)
     with pytest.raises(ModelMismatchError, match="method 'gradcam', not 'proxy'"):
         table_inputs(run, rows.database)
+
+
+class Graph:
+    """What table_inputs reads of a session, of a graph made with this database."""
+
+    def __init__(self, database, **facts):
+        facts = exported._facts(database.manifest) | {"k": 1, "unscaled": False} | facts
+        self.custom_metadata_map = {exported.METADATA: json.dumps(facts)}
+
+    def get_modelmeta(self):
+        return self
+
+    def get_inputs(self):
+        return [SimpleNamespace(name="row_labels", shape=["rows"], type="tensor(int64)")]
+
+
+def test_tables_of_another_use_of_the_model():
+    model = Switched().eval()
+    images, labels = pictures(30)
+    one = Explainer(model, "net.backbone", **GRADIENTS)
+    prepared = {"size": 8, "images": "/somewhere"}
+    graph = Graph(one.build(loader(images, labels), preprocessing=prepared))
+    assert "somewhere" not in graph.custom_metadata_map[exported.METADATA]
+
+    def tables(labels=labels, **options):
+        other = Explainer(model, "net.backbone", **(GRADIENTS | options.pop("settings", {})))
+        return table_inputs(graph, other.build(loader(images, labels), **options))
+
+    assert set(tables(preprocessing=prepared | {"images": "elsewhere"})) == {"row_labels"}
+    assert set(tables()) == {"row_labels"}
+    with pytest.raises(ModelMismatchError, match=r"preprocessing \{'size': 9\}, not \{'size': 8\}"):
+        tables(preprocessing={"size": 9})
+    real = {"objective": RankLoss(torch.nn.Linear(6, 2))}
+    with pytest.raises(ModelMismatchError, match="labels are real numbers in one, and classes in"):
+        tables(labels + 0.5, settings=real)
+    model.flips = True
+    with pytest.raises(ModelMismatchError, match="other outputs for the same images"):
+        tables()
+
+
+class Switched(torch.nn.Module):
+    """A network whose outputs a flag changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.flips = common(), False
+
+    def forward(self, images):
+        return self.net(images.flip(1) if self.flips else images)
 
 
 def test_tables_that_do_not_fit_the_graph(tmp_path):
@@ -231,6 +284,33 @@ def test_more_than_one_file_holds(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"`tables` must be 'external' for [\d,]+ bytes"):
         explainer.export_onnx(path)
     assert not path.exists()
+
+
+class Odd(torch.nn.Module):
+    """An operation that ONNX has not."""
+
+    def forward(self, maps):
+        return torch.special.i1e(maps.mean((2, 3)))
+
+
+def test_an_operation_that_onnx_has_not(tmp_path):
+    explainer = made(Net(Odd()), **GRADIENTS)
+    with pytest.raises(UnsupportedModelError, match=r"written as an ONNX graph: .*bessel_i1e"):
+        explainer.export_onnx(tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_pool_that_is_cut_up_by_the_size(tmp_path):
+    path = tmp_path / "net.onnx"
+    explainer = Explainer(Net(OTHER_HEADS["flatten"](CHANNELS)).eval(), **GRADIENTS)
+    images, labels = pictures(30, size=(30, 30))
+    explainer.build(loader(images, labels))
+    explainer.explain_batch(images[:2])
+    with pytest.warns(UserWarning, match=r"images of .*, and others for .*: what the model does"):
+        explainer.export_onnx(path, dynamic=("batch", "height", "width"))
+    explainer.export_onnx(path)
+    check(session(path), explainer, images[:3])
 
 
 def test_a_graph_of_others(tmp_path):
