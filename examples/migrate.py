@@ -51,7 +51,7 @@ def torchcam() -> None:
     with torch.inference_mode(), EmbeddingGradCAM(model, layer, database="birds.gcfast") as cam:
         embeddings = model(images)
         (maps,) = cam(scores=embeddings)
-    mask = Image.fromarray((255 * maps[0]).byte().numpy())
+    mask = Image.fromarray(maps[0].numpy())  # in [0, 1]: torch-cam squares it
     overlay_mask(Image.fromarray(picture), mask, alpha=0.5).save("torch-cam.png")
 
 

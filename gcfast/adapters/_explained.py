@@ -22,6 +22,9 @@ def explainer_of(
 ) -> Explainer:
     """Return the Explainer of an open database or of its path, with the stored settings.
 
+    Of a ``layer`` that ends the database's, or is ended by it, the output is the same: examples of
+    other libraries name ``layer4[-1]`` where a database has ``layer4``.
+
     Raises:
         TypeError, ValueError, GcfastError: as :func:`gcfast.load`.
     """
@@ -31,7 +34,19 @@ def explainer_of(
         raise TypeError(
             f"`database` must be a gcfast.Database or a path, got {type(database).__name__}"
         )
+    modules = dict(model.named_modules())
+    given, own = settings.get("layer"), modules.get(database.manifest["layer"])
+    given = modules.get(given) if isinstance(given, str) else given
+    if given is not None and own is not None and _last(given) is _last(own):
+        settings["layer"] = None
     return stored_explainer(database, model, **settings)
+
+
+def _last(module: nn.Module) -> nn.Module:
+    """Return what gives a module's output: of a sequence its last module."""
+    while type(module) is nn.Sequential and len(module):
+        module = module[-1]
+    return module
 
 
 def coarse_explainer(

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from networks import AFFINE_HEADS, CHANNELS, Net, pictures
+from torch import nn
 
 import gcfast
-from gcfast.adapters._explained import coarse_explainer, layer_maps
+from gcfast.adapters._explained import coarse_explainer, explainer_of, layer_maps
+from gcfast.errors import ModelMismatchError
 
 
 def network() -> Net:
@@ -55,3 +57,16 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     database = gcfast.Explainer(model, "backbone", method=method, **kept).build([pictures(24)])
     with pytest.raises(ValueError, match=words):
         coarse_explainer(database, model, **settings)
+
+
+@pytest.mark.parametrize(("own", "given"), [("layer4", "layer4.1"), ("layer4.1", "layer4")])
+def test_the_last_module_of_the_layer_is_the_layer(own: str, given: str) -> None:
+    """Code for other libraries names ``layer4[-1]``, where a database has ``layer4``."""
+    model = nn.Sequential()
+    model.add_module("layer4", nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)))
+    model.add_module("pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    database = gcfast.Explainer(model, own, channels=5).build([pictures(24)])
+    for layer in (given, model.get_submodule(given)):
+        assert explainer_of(database, model, layer=layer).layer_name == own
+    with pytest.raises(ModelMismatchError, match=rf"the layer '{own}', not with 'layer4\.0'"):
+        explainer_of(database, model, layer="layer4.0")

@@ -95,9 +95,10 @@ def test_its_functions(built: Any) -> None:
         maps = cam(scores=model(x))
         fused = cam.fuse_cams([maps[0], F.interpolate(maps[0][:, None], size=8)[:, 0]])
     assert fused.shape == (3, 8, 8)
-    picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
-    mask = Image.fromarray((maps[0][0] * 255).byte().numpy())
-    assert overlay_mask(picture, mask, alpha=0.5).size == (8, 8)
+    picture = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+    shown = overlay_mask(picture, Image.fromarray(maps[0][0].numpy()), "gray", alpha=0.5)
+    wanted = maps[0][0].square() * 255 / 2
+    np.testing.assert_allclose(np.asarray(shown)[..., 0], wanted.numpy(), atol=1.5)
 
 
 def test_an_inplace_layer_behind_it() -> None:
