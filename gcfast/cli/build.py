@@ -124,10 +124,9 @@ def build_database(options: argparse.Namespace) -> None:
     classes = len(set(database.labels.tolist()))
     there = classes if images is None else len(images.class_names)
     of_all = "" if classes == there else f" of {there}"
-    print(
-        f"{options.out}: {len(database)} rows, {classes}{of_all} classes, "
-        f"layer {database.manifest['layer']}"
-    )
+    made = database.made_labels
+    kinds = f"{classes}{of_all} classes" if made is None else f"without labels ({made})"
+    print(f"{options.out}: {len(database)} rows, {kinds}, layer {database.manifest['layer']}")
 
 
 def _refuse_without_embeddings(options: argparse.Namespace) -> None:

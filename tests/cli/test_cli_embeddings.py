@@ -58,12 +58,13 @@ def test_an_array_gives_the_database_of_the_pictures(given, capsys, tmp_path):
     assert status == 0, told
 
 
-def test_norms_and_clusters(given, capsys):
-    database, _ = build(
+def test_without_labels(given, capsys):
+    database, said = build(
         capsys, given, "--embeddings", given / "vectors.npy", "--labels", "kmeans:2",
         "--paths", given / "paths.txt",
     )  # fmt: skip
     assert database.made_labels == "kmeans:2"
+    assert "18 rows, without labels (kmeans:2), layer" in said
 
 
 def test_an_index_with_ids_of_its_own(given, capsys):

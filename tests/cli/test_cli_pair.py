@@ -10,7 +10,9 @@ from cli_case import SETTINGS, fails, run
 from PIL import Image
 
 import gcfast
+from gcfast.cli.direct.alike import Alike
 from gcfast.cli.direct.drawn import seen
+from gcfast.cli.direct.pair import _facts
 from gcfast.images.preprocessing import Preprocessing
 
 ONE, TWO, THIRD = "pictures/red/0.png", "pictures/red/3.png", "pictures/blue/0.png"
@@ -46,6 +48,13 @@ def test_pair_equals_the_library(capsys, tmp_path):
     assert page.count("<img ") == 4
     assert page.count("<script>") == 1
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    zero = torch.tensor([-1e-9])
+    why = gcfast.PairMaps(zero, zero, zero, zero, zero, zero, zero)
+    for against in ("none", "mean"):
+        assert not any("-0" in value for _, value in _facts(Alike((), why, ()), against))
 
 
 @pytest.mark.usefixtures("here")

@@ -85,11 +85,11 @@ def _lead(against: str) -> str:
 def _facts(pair: Alike, against: str) -> list[tuple[str, str]]:
     why = pair.why
     what = "cosine" if against == "none" else "difference"
-    facts = [("cosine", f"{float(why.similarity):.4f}")]
+    facts = [("cosine", f"{float(why.similarity):z.4f}")]
     if against != "none":
         sums = (float(parts.sum()) for parts in (why.query_parts, why.match_parts))
-        facts.append(("left of it for the query, the match", ", ".join(f"{v:.4f}" for v in sums)))
-    rest = ", ".join(f"{float(v):.4f}" for v in (why.query_rest, why.match_rest))
+        facts.append(("left of it for the query, the match", ", ".join(f"{v:z.4f}" for v in sums)))
+    rest = ", ".join(f"{float(v):z.4f}" for v in (why.query_rest, why.match_rest))
     return [*facts, (f"of the {what}, belongs to no place: query, match", rest)]
 
 
