@@ -23,6 +23,7 @@ print(f"summed over the query's places {why.query_parts.sum().item():.4f}")
 print(f"summed over the match's places {why.match_parts.sum().item():.4f}")
 print(f"of which no place has {why.query_rest.item():.4f}")
 
+# All of it: to this network any two birds are alike. What is it that a third one has not?
 told = explainer.explain_pair(query, match, unlike=unlike)
 for bird, heat, name in ((one, told.query, "query"), (two, told.match, "match")):
     Image.fromarray(overlay(bird.image, heat[0].numpy())).save(f"{name}.png")

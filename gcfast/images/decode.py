@@ -214,7 +214,7 @@ def _formats(limits: Limits | None = None) -> tuple[str, ...]:
 
 def _hint(path: str | os.PathLike[str]) -> str:
     if ending_of(path) in HEIF_ENDINGS and ending_of(path) not in image_extensions():
-        return ": HEIC is read with pip install gcfast[images]"
+        return ": HEIC is read with pip install 'gcfast[images]'"
     return ""
 
 

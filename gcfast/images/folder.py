@@ -94,7 +94,7 @@ def in_words(passed_over: Counter[str]) -> str:
     """Return ".heic 12, .txt 3, without an ending 1", and how HEIC could be read if it is there."""
     counts = ", ".join(f"{e or 'without an ending'} {n}" for e, n in passed_over.most_common())
     if set(passed_over) & (set(HEIF_ENDINGS) - set(image_extensions())):
-        counts += "; pip install gcfast[images] to read HEIC"
+        counts += "; pip install 'gcfast[images]' to read HEIC"
     return counts
 
 

@@ -212,8 +212,8 @@ def test_heic_says_what_reads_it(tmp_path):
     (tmp_path / "c" / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
     with pytest.raises(OSError, match=r"cannot identify .*: HEIC is read with pip install"):
         decode(tmp_path / "c" / "x.heic")
-    assert in_words(Counter({".heic": 2})) == ".heic 2; pip install gcfast[images] to read HEIC"
-    with pytest.raises(ValueError, match=r"has none: .heic 1; pip install gcfast\[images\]"):
+    assert in_words(Counter({".heic": 2})) == ".heic 2; pip install 'gcfast[images]' to read HEIC"
+    with pytest.raises(ValueError, match=r"has none: .heic 1; pip install 'gcfast\[images\]'"):
         ImageFolder(tmp_path)
 
 
