@@ -481,6 +481,7 @@ def test_a_model_with_a_compiled_part_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")
 def test_a_scripted_model_is_refused() -> None:
     model = nn.Sequential(torch.jit.script(nn.Conv2d(3, 4, 3)), Pool())
     with pytest.raises(gcfast.UnsupportedModelError, match="got a ScriptModule at '0'"):
