@@ -438,13 +438,14 @@ class Database(Columns):
 
         Args:
             path: the folder.
-            verify: whether to compare each shard with its checksum, which reads all of it. True:
-                now. False: never. None: now if the shards have at most
-                ``gcfast.database.database.VERIFY_BYTES`` together, else when rows are first used.
+            verify: whether to compare files with their checksums, which reads all of them. True:
+                every file now, members and index too. False: never. None: the shards now if they
+                have at most ``gcfast.database.database.VERIFY_BYTES`` together, else when rows are
+                first used; members and index when they are read.
 
         Raises:
             NoDatabaseError: there is no database at ``path``.
-            DamagedDatabaseError: the manifest or a shard is missing, truncated or not as written.
+            DamagedDatabaseError: the manifest or a file is missing, truncated or not as written.
             GcfastError: written by a newer version.
         """
         folder = Path(path).absolute()
@@ -463,4 +464,8 @@ class Database(Columns):
             one._members_file, one.members = members, members.members
         if verify or (verify is None and sum(file.bytes for file in files) <= VERIFY_BYTES):
             _ = one.shards
+        if verify and members is not None:
+            members.verify()
+        if verify and "index" in manifest:
+            stored_index.verify_file(folder, manifest["index"])
         return one

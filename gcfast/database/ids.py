@@ -42,6 +42,14 @@ class IdTable(NamedTuple):
         return cls(torch.from_numpy(ends), torch.from_numpy(content))
 
 
+def rising(ends: Tensor, last: int) -> bool:
+    """Whether these are the ends of consecutive parts, the last of which is ``last``."""
+    if not len(ends) or int(ends[-1]) != last:
+        return False
+    # NumPy: PyTorch has no threads in a forked process.
+    return bool((np.diff(ends.numpy(), prepend=0) >= 0).all())
+
+
 def repeated(*parts: Sequence[str]) -> tuple[str, int, int] | None:
     """Return the first id that comes again in these sequences, and its two places in them.
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gcfast._extras import import_faiss
+from gcfast.database.files import require_file
 from gcfast.database.manifest import read_manifest, require_same_rows
 from gcfast.database.shards import Shard
 from gcfast.database.write import INDEX, commit, disk_errors, write_file, writing
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
 
+AGAIN = "gcfast index, or Database.build_index, makes it again"
 TRAINING_ROWS = 2**20  # an index is trained on at most so many, evenly spread
 
 
@@ -123,34 +126,56 @@ def read(
 
 
 def _read(faiss: Any, folder: Path, entry: dict[str, Any], rows: int, *, verify: bool) -> Any:
-    again = "gcfast index, or Database.build_index, makes it again"
     if entry["rows"] != rows:
         raise GcfastError(
             f"the index of {folder} was made of {entry['rows']} rows and the database has {rows}: "
-            f"{again}"
+            f"{AGAIN}"
         )
+    with _opened(folder, entry, verify=verify) as file:
+        try:
+            return faiss.read_index(faiss.PyCallbackIOReader(file.read))
+        except RuntimeError as error:
+            raise DamagedDatabaseError(
+                f"the index {file.name} cannot be read: {error}; {AGAIN}"
+            ) from error
+
+
+@contextmanager
+def _opened(folder: Path, entry: dict[str, Any], *, verify: bool) -> Iterator[IO[bytes]]:
+    """Open the file of an index; raises DamagedDatabaseError where it is not what was written."""
     path = folder / entry["file"]
     try:
-        # One descriptor for all: the file may be deleted at any moment.
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != entry["bytes"]:
-                raise DamagedDatabaseError(
-                    f"the index {path} is truncated or changed: {entry['bytes']} bytes were "
-                    f"written, it has {size}; {again}"
-                )
-            if verify:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if digest != entry["sha256"]:
-                    raise DamagedDatabaseError(
-                        f"the index {path} is changed: its checksum differs; {again}"
-                    )
-                file.seek(0)
-            return faiss.read_index(faiss.PyCallbackIOReader(file.read))
+        require_file(path)  # to open a pipe may never end
+        file = path.open("rb")
     except FileNotFoundError:
-        raise DamagedDatabaseError(f"the index {path} is missing; {again}") from None
-    except RuntimeError as error:
-        raise DamagedDatabaseError(f"the index {path} cannot be read: {error}; {again}") from error
+        raise DamagedDatabaseError(f"the index {path} is missing; {AGAIN}") from None
+    except ValueError as error:
+        raise DamagedDatabaseError(f"the index {path}: {error}; {AGAIN}") from error
+    # One descriptor for all: the file may be deleted at any moment.
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry["bytes"]:
+            raise DamagedDatabaseError(
+                f"the index {path} is truncated or changed: {entry['bytes']} bytes were "
+                f"written, it has {size}; {AGAIN}"
+            )
+        if verify:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise DamagedDatabaseError(
+                    f"the index {path} is changed: its checksum differs; {AGAIN}"
+                )
+            file.seek(0)
+        yield file
+
+
+def verify_file(folder: Path, entry: dict[str, Any]) -> None:
+    """Compare the file of an index with its size and checksum; FAISS does not read it.
+
+    Raises:
+        DamagedDatabaseError: it is missing, truncated, or not what was written.
+    """
+    with _opened(folder, entry, verify=True):
+        pass
 
 
 def spread_rows(count: int, most: int) -> Tensor:

@@ -12,7 +12,7 @@ from gcfast.database.files import read_json
 from gcfast.database.members import MembersFile
 from gcfast.database.shards import ClassesFile, ShardFile
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
-from gcfast.method.settings import PROXY, Settings
+from gcfast.method.settings import ELEMENTWISE, PROXY, Settings
 from gcfast.model.fingerprint import check_stored
 
 FORMAT = "gcfast-database"
@@ -126,6 +126,11 @@ def _check_values(manifest: dict[str, Any]) -> None:
     """Raise KeyError, TypeError, ValueError or OverflowError where a value cannot be one."""
     Settings.described(manifest["settings"])
     check_stored(manifest["fingerprint"])
+    for name, count in manifest["report"].items():
+        if type(count) is not int:
+            raise TypeError(f"the report's {name!r} must be a whole number, got {count!r:.60}")
+    if manifest["report"]["images"] < 1:
+        raise ValueError(f"the report's 'images' must be positive, got {manifest['report']!r:.60}")
     if not all(isinstance(name, str) for name in manifest["class_names"]):
         raise TypeError("'class_names' must be strings")
     if not manifest["mean_activation"]:
@@ -160,8 +165,10 @@ def opened(path: Path) -> Opened:
             C, names = len(manifest["mean_activation"]), len(manifest["class_names"])
             files = [ShardFile(folder, entry, C, names) for entry in manifest["shards"]]
             _check_widths(folder, files)
+            _check_method(folder, manifest, files[0])
             if "members" in manifest:
                 members = MembersFile(folder, manifest["members"])
+                _check_count(folder, members, sum(len(f.ids.ends) for f in files))
             if "classes" in manifest:
                 classes = ClassesFile(folder, manifest["classes"], manifest)
         except DamagedDatabaseError as error:
@@ -186,6 +193,30 @@ def _check_widths(folder: Path, files: list[ShardFile]) -> None:
     if len(found) != 1:
         raise DamagedDatabaseError(
             f"the shards of {folder} do not belong together: their rows have other shapes or dtypes"
+        )
+
+
+def _check_method(folder: Path, manifest: dict[str, Any], file: ShardFile) -> None:
+    """Raise DamagedDatabaseError where rows are not of the manifest's method, or its labels."""
+    method, rows = manifest["settings"].get("method"), file.tensors
+    D, M, width = (t.shape[1] for t in (rows.embeddings, rows.channels, rows.weights))
+    wanted = {PROXY: (0, 0), ELEMENTWISE: (0, D)}.get(method, (max(M, 1), max(M, 1)))
+    if (M, width) != wanted:
+        raise DamagedDatabaseError(
+            f"the shards of {folder} are not of method={method!r}: their rows have {M} channels "
+            f"and {width} weights"
+        )
+    if rows.labels.is_floating_point() and (manifest["class_names"] or method == PROXY):
+        raise DamagedDatabaseError(
+            f"the shards of {folder} have real numbers for labels, and classes in the manifest"
+        )
+
+
+def _check_count(folder: Path, members: MembersFile, rows: int) -> None:
+    """Raise DamagedDatabaseError where there are not members for each row."""
+    if (centers := len(members.members.ends)) != rows:
+        raise DamagedDatabaseError(
+            f"the members file of {folder} must be of its {rows} rows, got members of {centers}"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gcfast.database.ids import IdTable
+from gcfast.database.ids import IdTable, rising
 from gcfast.database.shards import MappedFile
 from gcfast.errors import DamagedDatabaseError
 
@@ -58,17 +58,10 @@ class MembersFile(MappedFile):
         else:
             ids = IdTable(self.columns["id_ends"], self.columns["id_bytes"])
             self.members = Members(ends, ids)
-            sound = len(ends) > 0 and int(ends[-1]) == len(ids.ends)
+            sound = rising(ends, len(ids.ends)) and rising(ids.ends, len(ids.content))
             what = f"{len(ids.ends)} members"
         if not sound:
             raise DamagedDatabaseError(f"the members file {self.path} must hold {what}")
-
-
-def rising(ends: Tensor, last: int) -> bool:
-    """Whether these are the ends of consecutive parts, the last of which is ``last``."""
-    if not len(ends) or int(ends[-1]) != last:
-        return False
-    return bool((ends.diff(prepend=ends.new_zeros(1)) >= 0).all())
 
 
 class Members(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gcfast.database.files import require_file
-from gcfast.database.ids import IdTable
+from gcfast.database.ids import IdTable, rising
 from gcfast.errors import DamagedDatabaseError
 from gcfast.method.proxies import Classes
 
@@ -127,19 +127,30 @@ class MappedFile:
             )
 
     def verify(self) -> None:
-        """Compare the content with its checksum, once.
+        """Compare the content with its checksum, and its numbers with what they may be, once.
 
         Raises:
-            DamagedDatabaseError: it differs.
+            DamagedDatabaseError: they differ.
         """
         with self._lock:
-            if self._unverified is None:
+            content = self._unverified
+            if content is None:
                 return
-            if hashlib.sha256(self._unverified.numpy().data).hexdigest() != self.sha256:
+            if hashlib.sha256(content.numpy().data).hexdigest() != self.sha256:
                 raise DamagedDatabaseError(
                     f"the {self.KIND} {self.path} is changed: its checksum differs"
                 )
+            self._check_numbers({n: _same(column, content) for n, column in self.columns.items()})
             self._unverified = None
+
+    def _check_numbers(self, columns: dict[str, Tensor]) -> None:
+        """Raise DamagedDatabaseError where a number cannot be one."""
+
+
+def _same(column: Tensor, content: Tensor) -> Tensor:
+    """The column in another mapping of its file."""
+    start = column.storage_offset() * column.element_size()
+    return content[start : start + column.nbytes].view(column.dtype).view(column.shape)
 
 
 def _mapped_columns(
@@ -205,25 +216,23 @@ class ShardFile(MappedFile):
         self.ids = IdTable(self.columns["id_ends"], self.columns["id_bytes"])
         self.tensors = Shard(**{name: self.columns[name] for name in FIELDS})
 
-    def verify(self) -> None:
-        """Compare the content with its checksum, and its numbers with the manifest, once.
-
-        A kernel that is given a channel that there is not would read beyond the activations.
-
-        Raises:
-            DamagedDatabaseError: they differ.
-        """
-        super().verify()
+    def _check_numbers(self, columns: dict[str, Tensor]) -> None:
+        # A kernel that is given a channel that there is not would read beyond the activations.
         C, names = self._limits
-        self._within("channels", C)
-        if names and not self.tensors.labels.is_floating_point():
-            self._within("labels", names)
+        self._within("channels", columns["channels"], C)
+        if names and not columns["labels"].is_floating_point():
+            self._within("labels", columns["labels"], names)
+        ends, count = columns["id_ends"], len(columns["id_bytes"])
+        if len(ends) and not rising(ends, count):
+            raise DamagedDatabaseError(
+                f"the shard {self.path} must have ids that follow one another, up to byte {count}"
+            )
 
-    def _within(self, name: str, limit: int) -> None:
-        column = self.columns[name]
+    def _within(self, name: str, column: Tensor, limit: int) -> None:
         if column.numel() == 0:
             return
-        low, high = (int(value) for value in column.aminmax())
+        numbers = column.numpy()  # not PyTorch, which has no threads in a forked process
+        low, high = int(numbers.min()), int(numbers.max())
         if low < 0 or high >= limit:
             raise DamagedDatabaseError(
                 f"the shard {self.path} must have {name} from 0 to {limit - 1}, got "
