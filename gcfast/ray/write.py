@@ -22,6 +22,10 @@ from gcfast.ray.pictures import ERROR, Prepared
 
 FORMATS = ("parquet", "zarr")
 ZARR, ROWS = "maps.zarr", "rows.parquet"
+# The command line gives these, a program leaves them out: the maps are the same.
+_DEFAULTS: dict[str, Any] = {
+    "k": 1, "index": "exact", "requery": False, "center": 0, "normalize": "max", "relu": True
+}  # fmt: skip
 
 
 class Written(NamedTuple):
@@ -98,7 +102,10 @@ def explain(
         _import_zarr()
     folder = Path(out).absolute()
     if (folder / ZARR).exists():
-        raise FileExistsError(f"`out` must not be finished, got {folder}, which has {ZARR}")
+        raise FileExistsError(
+            f"`out` must not be finished, got {folder}, which has {ZARR}: name another folder, or "
+            "delete that one to start over"
+        )
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise FileExistsError(
             f"`out` must be a new or empty folder, got {folder}; resume=True leaves out what it has"
@@ -140,7 +147,7 @@ def explain(
 def _made_with(
     manifest: dict[str, Any], maps: str, preprocessing: Prepared | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what maps depend on, as far as JSON can hold it; without what is left at None."""
+    """Return what maps depend on, as far as JSON can hold it; without what is at its default."""
     known: dict[str, Any] = {"database": version_of(manifest), "maps": maps}
     if isinstance(preprocessing, Preprocessing):
         known["preprocessing"] = preprocessing.to_dict()
@@ -149,6 +156,7 @@ def _made_with(
         for name, value in settings.items()
         if isinstance(value, (str, int, float, list, tuple))
         and name not in ("device", "cuda_graphs")
+        and value != _DEFAULTS.get(name)
     }
 
 
