@@ -27,7 +27,7 @@ def tell(logger: str, event: str, level: int = logging.INFO, /, **facts: Any) ->
     """Log an event of the logger "gcfast.LOGGER"."""
     to = ROOT.getChild(logger)
     if to.isEnabledFor(level):
-        text = ", ".join(f"{name}={value}" for name, value in facts.items())
+        text = ", ".join(f"{name}={_shown(value)}" for name, value in facts.items())
         line = f"{event}: {text}" if text else event
         to.log(level, "%s", line, extra={"facts": {"event": event, **facts}})
 
@@ -47,6 +47,11 @@ def told(logger: str, what: str, **facts: Any) -> Iterator[dict[str, Any]]:
     tell(logger, f"{what} ended", **found, seconds=_seconds(began))
 
 
+def _shown(value: Any) -> str:
+    """A value in a line of text: an error of several lines, and names that are not UTF-8, too."""
+    return " ".join(str(value).splitlines()).encode(errors="backslashreplace").decode()
+
+
 def _seconds(began: float) -> float:
     return round(time.monotonic() - began, 3)
 
@@ -64,7 +69,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return json.dumps(line, default=str)  # ASCII: a path that is not UTF-8 is escaped
 
 
 @contextmanager

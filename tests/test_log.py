@@ -106,6 +106,23 @@ def test_lines_on_standard_error_come_once(capsys):
     assert root.records == []
 
 
+def test_a_line_is_one_line_of_any_text(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    with (
+        written("info", path),
+        pytest.raises(ValueError, match="first"),
+        told("build", "build", out="caf\udce9"),  # a name that is not UTF-8
+    ):
+        raise ValueError("first\nsecond")
+    lines = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+    assert [line["event"] for line in lines] == ["build begins", "build failed"]
+    assert lines[0]["out"] == "caf\udce9"
+    assert lines[1]["error"] == "ValueError: first\nsecond"
+    begins, failed = capsys.readouterr().err.splitlines()
+    assert begins.endswith("INFO gcfast.build: build begins: out=caf\\udce9")
+    assert failed.endswith("error=ValueError: first second")
+
+
 def test_an_exception_is_in_the_json():
     try:
         raise RuntimeError("so")

@@ -26,6 +26,7 @@ from torch import nn
 import gcfast
 from gcfast._checks import listed, require_choice, require_int
 from gcfast._extras import import_ray
+from gcfast._log import told
 from gcfast.builder.describe import identity
 from gcfast.builder.embed import Embedded, Totals, complete, forward, head_of, other_images
 from gcfast.builder.loader import on_device
@@ -137,8 +138,11 @@ def build(
             "continues it; to start over, delete that folder"
         )
     same = identity(work.network, work.settings, kept, storage)
+    facts = {"method": work.settings.method, "out": os.fspath(out), "resume": resume, "on": "ray"}
     try:
-        database = work.run(same, resume=resume, overwrite=overwrite)
+        with told("build", "build", **facts) as found:
+            database = work.run(same, resume=resume, overwrite=overwrite)
+            found |= {"layer": database.manifest["layer"], **database.report}
     except BaseException:
         if not parts.listed(work.parts / EMBEDDINGS):
             shutil.rmtree(work.parts, ignore_errors=True)

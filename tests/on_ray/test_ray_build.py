@@ -46,16 +46,20 @@ def on_cluster(dataset, out, head="linear", **settings):
         ("linear", {"method": "proxy", "triplets": 50, "channels": 50}),
     ],
 )
-def test_as_on_one_machine(pictures, tmp_path, monkeypatch, head, settings):
+def test_as_on_one_machine(pictures, tmp_path, monkeypatch, caplog, head, settings):
     from ray_case import files, same
 
     # Rows are left out, so that shards do not begin where units of work do.
     monkeypatch.setattr(shards, "SHARD_ROWS", 10)
     monkeypatch.setattr("gcfast.ray.distributed.UNIT_ROWS", 64)
     serial(pictures, tmp_path / "serial", head, **settings)
+    caplog.set_level(logging.INFO, "gcfast.build")
     with pytest.warns(UserWarning, match=r"unreadable pictures, left out: 1 \(class1/05.png: Un"):
         database = on_cluster(files(pictures), tmp_path / "ray", head, **settings)
     assert same(tmp_path / "serial", tmp_path / "ray")
+    begins, ended = [record.facts for record in caplog.records if record.name == "gcfast.build"]
+    assert (begins["event"], begins["on"], ended["event"]) == ("build begins", "ray", "build ended")
+    assert ended["rows"] == len(database)
     assert len(database.shards) == 14
     assert sorted(os.listdir(tmp_path)) == ["ray", "serial"]
 

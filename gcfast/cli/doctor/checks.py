@@ -6,7 +6,8 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,9 +45,8 @@ class Result(NamedTuple):
 Found = tuple[str, dict[str, float]]
 
 
-def run_all() -> list[Result]:
-    """Run every check; an exception fails its own check alone."""
-    results = []
+def run_all() -> Iterator[Result]:
+    """Run every check, and yield what it found; an exception fails its own check alone."""
     for name, check in CHECKS.items():
         began = time.perf_counter()
         figures: dict[str, float] = {}
@@ -56,11 +56,14 @@ def run_all() -> list[Result]:
         except AbsentError as absent:
             status, detail = "absent", str(absent)
         except Exception as error:  # whatever a broken installation raises
-            said = str(error).strip().splitlines()
-            status, detail = "failed", f"{type(error).__name__}: {said[0] if said else ''}"
-        seconds = round(time.perf_counter() - began, 2)
-        results.append(Result(name, status, detail, figures, seconds))
-    return results
+            status, detail = "failed", in_a_line(error)
+        yield Result(name, status, detail, figures, round(time.perf_counter() - began, 2))
+
+
+def in_a_line(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else ''}"
 
 
 def _device() -> torch.device:
@@ -181,7 +184,9 @@ def cuda_graphs() -> Found:
     images = _queries(device)
     wanted = _explainer(device, cuda_graphs=False).explain_batch(images)
     graphed = _explainer(device, cuda_graphs=True)
-    graphed.explain_batch(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # of what cannot be captured, and runs plain
+        graphed.explain_batch(images)
     worst = _difference(graphed.explain_batch(images), wanted, "those without a graph")
     return f"replayed maps are those without a graph ({worst:.1e})", {"map_difference": worst}
 
@@ -238,6 +243,8 @@ def onnx_runtime() -> Found:
 
 def _gpu() -> torch.device:
     if not torch.cuda.is_available():
+        if torch.cuda.device_count():  # its driver is there
+            torch.cuda.init()  # type: ignore[no-untyped-call] # raises, and says why
         raise AbsentError("no CUDA device, or a PyTorch without CUDA")
     return torch.device("cuda")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gcfast.cli.doctor.checks import Result, run_all
+from gcfast.cli.doctor.checks import in_a_line, run_all
 from gcfast.errors import GcfastError
 
 # By the names of their distributions; of several, the one that is installed.
@@ -34,26 +34,31 @@ def examine(options: argparse.Namespace) -> None:
     Raises:
         GcfastError: a check of what is installed here failed.
     """
-    versions, devices, results = _versions(), _devices(), run_all()
+    versions, devices, results = _versions(), _devices(), []
+    if not options.json:
+        _print(versions, devices)
+    for result in run_all():
+        results.append(result)
+        if not options.json:  # at once: a broken library may end the process in the next one
+            print(
+                f"{result.name:<18} {result.status:<7} {result.seconds:5.1f} s  {result.detail}",
+                flush=True,
+            )
     if options.json:
         checks = [result._asdict() for result in results]
         facts = {"versions": versions, "devices": devices, "checks": checks}
         print(json.dumps(facts, indent=2))
-    else:
-        _print(versions, devices, results)
     failed = [result.name for result in results if result.status == "failed"]
     if failed:
         raise GcfastError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}")
 
 
-def _print(versions: dict[str, str], devices: list[dict[str, Any]], results: list[Result]) -> None:
+def _print(versions: dict[str, str], devices: list[dict[str, Any]]) -> None:
     for name, value in versions.items():
         print(f"{name:<18} {value}")
     for device in devices:
         print(f"{device['device']:<18} {', '.join(str(v) for v in list(device.values())[1:])}")
-    print()
-    for result in results:
-        print(f"{result.name:<18} {result.status:<7} {result.seconds:5.1f} s  {result.detail}")
+    print(flush=True)
 
 
 def _versions() -> dict[str, str]:
@@ -89,10 +94,15 @@ def _devices() -> list[dict[str, Any]]:
         }
     ]
     for number in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(number)
+        name = f"cuda:{number}"
+        try:
+            properties = torch.cuda.get_device_properties(number)
+        except Exception as error:  # its driver counts a device that CUDA cannot use
+            devices.append({"device": name, "name": f"cannot be used: {in_a_line(error)}"})
+            continue
         devices.append(
             {
-                "device": f"cuda:{number}",
+                "device": name,
                 "name": properties.name,
                 "capability": f"sm_{properties.major}{properties.minor}",
                 "memory": f"{properties.total_memory / 2**30:.0f} GiB",
