@@ -76,9 +76,9 @@ def build(
     """Build a database from labelled pictures on a Ray cluster.
 
     The database is the one that :meth:`gcfast.Explainer.build` makes of the same pictures in the
-    order of their ids (or of ``order``), bit for bit where the data set is in that order and the
-    processors are of one kind. Results go to ``{out}.parts`` as they are made, which is removed at
-    the end.
+    order of their ids (or of ``order``), bit for bit where the data set is in that order, the
+    processors are of one kind and as many threads compute (an actor has one for each CPU). Results
+    go to ``{out}.parts`` as they are made, which is removed at the end.
 
     Args:
         dataset: a ``ray.data.Dataset`` with these columns.
