@@ -55,7 +55,7 @@ def open_on(loaded: Loaded, options: argparse.Namespace, **settings: Any) -> Ope
     """Open ``--database`` on a network that is loaded; raises as :func:`open_database`."""
     network, device, output_key = loaded
     kept = read_manifest(options.database).get("preprocessing")
-    if not kept:
+    if not kept or not isinstance(kept, dict):
         raise ValueError(
             "`--database` must say how its pictures were prepared, and was built without that: "
             "give build(…, preprocessing=gcfast.images.folder.Preprocessing(…).to_dict())"

@@ -467,5 +467,5 @@ class Database(Columns):
         if verify and members is not None:
             members.verify()
         if verify and "index" in manifest:
-            stored_index.verify_file(folder, manifest["index"])
+            stored_index.verify_file(folder, manifest)
         return one

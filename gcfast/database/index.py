@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from gcfast.database.manifest import read_manifest, require_same_rows
 from gcfast.database.shards import Shard
 from gcfast.database.write import INDEX, commit, disk_errors, write_file, writing
 from gcfast.errors import DamagedDatabaseError, GcfastError, NoDatabaseError
+
+Used = TypeVar("Used")
 
 AGAIN = "gcfast index, or Database.build_index, makes it again"
 TRAINING_ROWS = 2**20  # an index is trained on at most so many, evenly spread
@@ -96,12 +98,40 @@ def store(index: Any, factory: str, folder: Path, manifest: dict[str, Any]) -> d
 def read(
     folder: Path | None, manifest: dict[str, Any], rows: int, *, verify: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the stored index and its entry; see :meth:`gcfast.Database.read_index`.
+    """Return the stored index and its entry; see :meth:`gcfast.Database.read_index`."""
+    faiss = import_faiss("index")
+    return _newest(folder, manifest, lambda f, entry: _read(faiss, f, entry, rows, verify=verify))
+
+
+def verify_file(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare the file of an index with its size and checksum; FAISS does not read it.
+
+    Raises:
+        DamagedDatabaseError: it is missing, truncated, or not what was written.
+    """
+
+    def read_all(folder: Path, entry: dict[str, Any]) -> None:
+        with _opened(folder, entry, verify=True):
+            pass
+
+    try:
+        _newest(folder, manifest, read_all)
+    except DamagedDatabaseError:
+        raise
+    except GcfastError:
+        pass  # the folder has another database by now, or this one without an index
+
+
+def _newest(
+    folder: Path | None,
+    manifest: dict[str, Any],
+    use: Callable[[Path, dict[str, Any]], Used],
+) -> tuple[Used, dict[str, Any]]:
+    """Return what is made of the stored index, and its entry.
 
     The given manifest may be older than the folder's: if its index is gone, the newer one's of the
-    same rows is read.
+    same rows is used.
     """
-    faiss = import_faiss("index")
     entry = manifest.get("index")
     none = (
         f"there is no index with the database {folder or 'in memory'}: gcfast index, or "
@@ -111,7 +141,7 @@ def read(
         raise NoDatabaseError(none)
     while True:
         try:
-            return _read(faiss, folder, entry, rows, verify=verify), entry
+            return use(folder, entry), entry
         except DamagedDatabaseError:
             try:
                 now = read_manifest(folder)
@@ -166,16 +196,6 @@ def _opened(folder: Path, entry: dict[str, Any], *, verify: bool) -> Iterator[IO
                 )
             file.seek(0)
         yield file
-
-
-def verify_file(folder: Path, entry: dict[str, Any]) -> None:
-    """Compare the file of an index with its size and checksum; FAISS does not read it.
-
-    Raises:
-        DamagedDatabaseError: it is missing, truncated, or not what was written.
-    """
-    with _opened(folder, entry, verify=True):
-        pass
 
 
 def spread_rows(count: int, most: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -72,3 +73,14 @@ def test_a_graph(here, capsys, tmp_path):
 def test_what_is_refused(capsys, more, words):
     Path("net.onnx.data").touch()
     assert fails(capsys, *GIVEN, *more) == f"gcfast: {words}"
+
+
+@pytest.mark.usefixtures("here")
+def test_pictures_prepared_in_a_way_that_is_not_ours(capsys, tmp_path):
+    folder = shutil.copytree("db", tmp_path / "db")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"preprocessing": 224}))
+    said = fails(
+        capsys, "export", "--database", folder, "--model", "cli_net:build", "--out", "net.pt2"
+    )
+    assert said.startswith("gcfast: `--database` must say how its pictures were prepared, and was")

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 import gcfast
 from gcfast import Database, Explainer
 from gcfast.cli import main
+from gcfast.database import index
 from gcfast.errors import DamagedDatabaseError
 
 NAMES = ("robin", "wren", "tit")
@@ -151,6 +152,27 @@ def test_every_checksum_is_compared(sound, tmp_path, capsys, name, kind):
     capsys.readouterr()
     assert main(["info", os.fspath(folder), "--verify"]) == 2
     assert "its checksum differs" in capsys.readouterr().err
+
+
+def test_an_index_that_is_exchanged_meanwhile(sound, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    folder = copied(sound, tmp_path, "gradcam")
+    Database.open(folder).build_index("Flat")
+    seen = index.verify_file
+
+    def exchanged(*arguments):
+        Database.open(folder).build_index("PCA4,Flat")  # whose file takes the place of the other
+        seen(*arguments)
+
+    monkeypatch.setattr(index, "verify_file", exchanged)
+    assert len(Database.open(folder, verify=True)) == 12
+
+    def dropped(*arguments):
+        Database.open(folder).save(folder, overwrite=True)
+        seen(*arguments)
+
+    monkeypatch.setattr(index, "verify_file", dropped)
+    assert len(Database.open(folder, verify=True)) == 12
 
 
 def test_an_index_that_is_no_file(sound, tmp_path):

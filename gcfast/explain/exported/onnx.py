@@ -135,12 +135,18 @@ def table_inputs(
         [classes + 1, C] float32.
 
     Raises:
+        TypeError: not a database.
         ValueError: a graph that gcfast has not exported; rows without a scale for one that was
             exported with ``normalize=None``.
         ModelMismatchError: a database of another model, layer or method than the graph's, of
             pictures that were prepared otherwise, or with another number of channels a row or
             kind of labels.
     """
+    if not isinstance(database, Database):
+        raise TypeError(
+            f"`database` must be a gcfast.Database, got {type(database).__name__}; "
+            "gcfast.Database.open reads one"
+        )
     known = session.get_modelmeta().custom_metadata_map.get(METADATA)
     if known is None:
         raise ValueError("`session` must be of a graph that export_onnx has written")

@@ -322,3 +322,5 @@ def test_a_graph_of_others(tmp_path):
     onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), path)
     with pytest.raises(ValueError, match="of a graph that export_onnx has written"):
         table_inputs(session(path), made(common(), **GRADIENTS).database)
+    with pytest.raises(TypeError, match=r"`database` must be a gcfast.Database, got str; gcf"):
+        table_inputs(session(path), "birds.gcfast")
