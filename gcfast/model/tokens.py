@@ -184,7 +184,7 @@ def patch_of(places: int, image_size: tuple[int, int]) -> tuple[int, int] | None
         exact = image_size[0] % side == 0 and image_size[1] % side == 0
         return exact, whole, side
 
-    best = max(fits, key=rank)
+    best = sorted(fits, key=rank)[-1]  # PyTorch 2.10 does not trace max with a key
     return best, best
 
 

@@ -135,7 +135,7 @@ def test_layouts_agree():
 def test_takes_no_copy_of_the_output(memory_format):
     finer = torch.randn(8, 256, 32, 32).contiguous(memory_format=memory_format)  # 8 MiB
     maps = torch.rand(8, 4, 4)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         ops.refine(maps, finer)
     sizes = [event.cpu_memory_usage for event in profile.events()]
     assert max(sizes) < finer.numel() * 4 // 2
