@@ -34,7 +34,8 @@ def explainer_of(
         raise TypeError(
             f"`database` must be a gcfast.Database or a path, got {type(database).__name__}"
         )
-    modules = dict(model.named_modules())
+    # What is no module is refused further on.
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     given, own = settings.get("layer"), modules.get(database.manifest["layer"])
     given = modules.get(given) if isinstance(given, str) else given
     if given is not None and own is not None and _last(given) is _last(own):
