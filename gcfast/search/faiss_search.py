@@ -295,7 +295,7 @@ def _same(faiss: Any, index: Any, vectors: Any, rows: Any) -> np.ndarray[Any, An
         # What FAISS below 1.14 gives for a refined index may be no numbers at all.
         with np.errstate(over="ignore", invalid="ignore"):
             distances = np.linalg.norm(vectors - rows, axis=1)
-        return np.asarray(distances <= IDENTITY_TOLERANCE * np.linalg.norm(rows, axis=1))
+            return np.asarray(distances <= IDENTITY_TOLERANCE * np.linalg.norm(rows, axis=1))
 
     right = near(vectors, rows)
     if right.all():
