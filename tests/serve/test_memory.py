@@ -1,19 +1,14 @@
 """Memory that malloc holds is given back while the server runs."""
 
 import ctypes
-import os
 import time
-from pathlib import Path
 
 import pytest
+from helpers import resident
 
 from gcfast.serve.watch import Release
 
 MIB = 2**20
-
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
