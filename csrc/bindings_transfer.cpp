@@ -98,7 +98,7 @@ py::tuple arrays_of(TransferResult& result, const Outputs& outputs) {
 class PyEngine {
  public:
   PyEngine(const py::object& index, const py::list& shards, int64_t dim, int64_t width, int threads,
-           int64_t memory_bytes, bool exclusive)
+           int64_t memory_bytes)
       : shards_(shards) {
     require(threads >= 1, "`threads` must be at least 1");
     require(memory_bytes >= 1, "`memory_bytes` must be at least 1");
@@ -113,7 +113,7 @@ class PyEngine {
     require(index.attr("ntotal").cast<int64_t>() == table.rows(),
             "`index` must hold the database's " + std::to_string(table.rows()) + " rows, got " +
                 std::to_string(index.attr("ntotal").cast<int64_t>()));
-    engine_ = std::make_unique<TransferEngine>(std::move(table), search_function(index, exclusive),
+    engine_ = std::make_unique<TransferEngine>(std::move(table), search_function(index),
                                                TransferEngine::Options{threads, memory_bytes});
   }
 
@@ -178,12 +178,12 @@ void register_transfer(py::module_& module) {
       module, "TransferEngine",
       "Search through a FAISS index and gather of the rows it finds; see "
       "gcfast.search.transfer.\n\n"
-      "shards: [(embeddings, channels, weights, offsets, labels)], rows in order. exclusive: one\n"
-      "thread in the index at a time. memory_bytes bounds what is held at once beyond the result.\n"
+      "shards: [(embeddings, channels, weights, offsets, labels)], rows in order. memory_bytes\n"
+      "bounds what is held at once beyond the result.\n"
       "Calls release the interpreter lock; the index takes it back to be entered.")
-      .def(py::init<const py::object&, const py::list&, int64_t, int64_t, int, int64_t, bool>(),
+      .def(py::init<const py::object&, const py::list&, int64_t, int64_t, int, int64_t>(),
            py::arg("index"), py::arg("shards"), py::kw_only(), py::arg("dim"), py::arg("width"),
-           py::arg("threads"), py::arg("memory_bytes"), py::arg("exclusive") = false)
+           py::arg("threads"), py::arg("memory_bytes"))
       .def("transfer", &PyEngine::transfer, py::arg("queries").noconvert(), py::kw_only(),
            py::arg("k"), py::arg("temperature") = 1.0, py::arg("buffers") = py::none(),
            "(neighbors [B,K], distances [B,K], labels [B,K], rows [B,1], channels [B,W],\n"

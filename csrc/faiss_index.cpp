@@ -1,10 +1,7 @@
 #include "faiss_index.hpp"
 
 #include <cstdint>
-#include <iterator>
 #include <memory>
-#include <mutex>
-#include <unordered_map>
 
 namespace py = pybind11;
 
@@ -12,23 +9,6 @@ namespace gcfast {
 namespace {
 
 using std::int64_t;
-
-// The locks of indices that one thread may enter at a time, by the index's address; unused ones are
-// dropped when the next one is asked for. Guarded by the interpreter lock.
-std::shared_ptr<std::mutex> lock_of(std::uintptr_t index) {
-  static auto* const locks = new std::unordered_map<std::uintptr_t, std::weak_ptr<std::mutex>>;
-  for (auto at = locks->begin(); at != locks->end();)
-    at = at->second.expired() ? locks->erase(at) : std::next(at);
-  auto lock = (*locks)[index].lock();
-  if (lock == nullptr) (*locks)[index] = lock = std::make_shared<std::mutex>();
-  return lock;
-}
-
-// The C++ index's address where there is one, so that two Python objects of one index share a lock.
-std::uintptr_t address_of(const py::object& index) {
-  if (py::hasattr(index, "this")) return py::int_(index.attr("this")).cast<std::uintptr_t>();
-  return reinterpret_cast<std::uintptr_t>(index.ptr());
-}
 
 // FAISS's Python object for a pointer. It holds just the address, so the last object is reused: in
 // a loop over batches of one size, allocators return the same addresses. Guarded by the interpreter
@@ -67,13 +47,9 @@ struct FaissIndex {
 }  // namespace
 
 // The interpreter lock is taken to enter the index; FAISS releases it while it searches.
-SearchFunction search_function(const py::object& object, bool exclusive) {
+SearchFunction search_function(const py::object& object) {
   const auto index = std::make_shared<FaissIndex>(object);
-  const auto lock = exclusive ? lock_of(address_of(object)) : nullptr;
-  return [index, lock](int64_t n, const float* queries, int64_t k, float* distances,
-                       int64_t* found) {
-    // Before the interpreter lock, which the thread inside the index needs to leave it.
-    const auto turn = lock ? std::unique_lock<std::mutex>(*lock) : std::unique_lock<std::mutex>();
+  return [index](int64_t n, const float* queries, int64_t k, float* distances, int64_t* found) {
     const py::gil_scoped_acquire locked;
     index->search(n, queries, k, distances, found);
   };

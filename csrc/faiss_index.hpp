@@ -8,8 +8,8 @@
 namespace gcfast {
 
 // The search_c of a FAISS index, or of what stands in for one. It may be called without the
-// interpreter lock, which must be held where the function is destroyed. With `exclusive` one thread
-// at a time is inside, whichever engine it comes from. Exceptions are pybind11's.
-SearchFunction search_function(const pybind11::object& index, bool exclusive);
+// interpreter lock, which must be held where the function is destroyed.
+// Exceptions are pybind11's.
+SearchFunction search_function(const pybind11::object& index);
 
 }  // namespace gcfast

@@ -47,7 +47,6 @@ class TransferEngine:
         width: int,
         threads: int,
         memory_bytes: int,
-        exclusive: bool = False,
     ) -> None: ...
     def transfer(
         self,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
-import threading
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,8 @@ from gcfast import ops
 from gcfast._extras import import_faiss
 from gcfast.database.index import as_array, made, rows_at, spread, spread_rows
 from gcfast.database.shards import Shard
+from gcfast.search.faiss_gpu import gpus_of, on_gpu, readable, turn
+from gcfast.search.wrapped import Overridden, numbered, overrides_search
 
 TEMPERATURE_ROWS = 1024  # rows that the mixing temperature is averaged over, evenly spread
 NORM_ROWS = 1024  # rows whose norm is looked at, evenly spread
@@ -53,7 +52,9 @@ class ExactSearch:
         return search(queries, self.table, k, squares=self.squares)
 
 
-def open_index(index: Any, shards: list[Shard], device: torch.device, ids: Any = None) -> Any:
+def open_index(
+    index: Any, shards: list[Shard], device: torch.device, ids: Any = None, k: int = 1
+) -> Any:
     """Return a FAISS index of the shards' rows, whose ids are the rows' numbers.
 
     An index of the caller's is compared with IDENTITY_ROWS rows, evenly spread: the vector that it
@@ -65,11 +66,12 @@ def open_index(index: Any, shards: list[Shard], device: torch.device, ids: Any =
     Args:
         index: a factory string ("HNSW32", "IVF256,Flat", …; made, trained and filled here, on the
             device if FAISS and the index can), or a ``faiss.Index`` that holds the rows, or an
-            empty trained one, a copy of which is filled.
+            empty trained one on the CPU, a copy of which is filled.
         shards: the rows.
         device: where the queries come from.
         ids: [N] whole numbers, the id of each row in the caller's index; None where they are the
             rows' numbers.
+        k: neighbors that will be searched for, at most; GPUs have a limit.
 
     Raises:
         MissingExtraError: FAISS is not installed.
@@ -83,7 +85,7 @@ def open_index(index: Any, shards: list[Shard], device: torch.device, ids: Any =
     count = sum(len(shard.embeddings) for shard in shards)
     if isinstance(index, str):
         index = made(index, shards, name="index")
-        return _on_gpu(faiss, index, device) if device.type == "cuda" else index
+        return on_gpu(index, device, k) if device.type == "cuda" else index
     if not isinstance(index, faiss.Index):
         raise TypeError(
             "`index` must be 'exact', 'stored', a FAISS factory string or a faiss.Index, "
@@ -97,14 +99,15 @@ def open_index(index: Any, shards: list[Shard], device: torch.device, ids: Any =
     _check_metric(faiss, index, shards)
     numbers = None if ids is None else _row_ids(ids, count)
     if index.ntotal == 0:
-        return _numbered(_filled(faiss, index, shards, numbers), numbers)
+        return numbered(_filled(faiss, index, shards, numbers), numbers)
     if index.ntotal != count:
         raise ValueError(
             f"`index` must hold the database's {count} rows, got {index.ntotal}: add or remove "
             "rows until both have the same, or take index='Flat', which is made of the database"
         )
-    _check_rows(faiss, index, shards, numbers)
-    return _numbered(_Overridden(index) if _overrides_search(index) else index, numbers)
+    with turn(gpus_of(index)):  # another Explainer may be searching in it
+        _check_rows(faiss, index, shards, numbers)
+    return numbered(Overridden(index) if overrides_search(index) else index, numbers)
 
 
 def check_count(index: Any, count: int) -> None:
@@ -118,22 +121,6 @@ def check_count(index: Any, count: int) -> None:
             f"`index` must hold the database's {count} rows, as it did when it was given, got "
             f"{index.ntotal}: make an Explainer with an index and a database that agree"
         )
-
-
-def one_at_a_time(index: Any) -> bool:
-    """Whether an index runs on a GPU, wholly or in part, and so allows one thread at a time."""
-    faiss = import_faiss("index")
-    if not hasattr(faiss, "GpuIndex"):
-        return False
-    while isinstance(index, _Wrapped):
-        index = index.index
-    index = faiss.downcast_index(index) if hasattr(index, "this") else index
-    if isinstance(index, faiss.GpuIndex):
-        return True
-    parts = [getattr(index, name) for name in ("index", "base_index") if hasattr(index, name)]
-    if hasattr(index, "at") and hasattr(index, "count"):
-        parts += [index.at(i) for i in range(index.count())]
-    return any(one_at_a_time(part) for part in parts)
 
 
 def temperature(table: Tensor, k: int) -> float:
@@ -205,10 +192,14 @@ def _filled(faiss: Any, index: Any, shards: list[Shard], numbers: Any) -> Any:
     empty += type(index).__name__
     if not index.is_trained:
         raise ValueError(f"{empty} that is not trained: train it, or give its factory string")
-    if _overrides_search(index):
+    if overrides_search(index):
         raise ValueError(
             f"{empty}, which overrides `search` and cannot be copied: add the database's "
             "embeddings to it"
+        )
+    if gpus_of(index):
+        raise ValueError(
+            f"{empty} on a GPU, which FAISS does not copy: add the database's embeddings to it"
         )
     try:
         index = faiss.clone_index(index)
@@ -233,12 +224,13 @@ def _check_rows(faiss: Any, index: Any, shards: list[Shard], numbers: Any) -> No
     rows = as_array(rows_at(shards, asked))
     keys = asked if numbers is None else numbers[asked]
     right = None
-    held = _held(faiss, index, keys, rows)
+    copy = readable(index)
+    held = _held(faiss, copy, keys, rows)
     if held is not None:
         keys, vectors = held
         asked = _rows_of(keys, numbers, count)
-        right = _same(faiss, index, vectors, as_array(rows_at(shards, asked.clip(min=0))))
-    if right is None or (_overrides_search(index) and not right.all()):
+        right = _same(faiss, copy, vectors, as_array(rows_at(shards, asked.clip(min=0))))
+    if right is None or (overrides_search(index) and not right.all()):
         asked = spread_rows(count, IDENTITY_ROWS).numpy()
         keys = asked if numbers is None else numbers[asked]
         right = _finds_itself(index, rows, asked, shards, numbers)
@@ -277,7 +269,8 @@ def _held(faiss: Any, index: Any, keys: Any, rows: Any) -> tuple[Any, Any] | Non
         inner = _held(faiss, index.index, places, rows)
         return None if inner is None else (np.where(inner[0] < 0, -1, ids[inner[0]]), inner[1])
     try:
-        if isinstance(index, faiss.IndexIVF) or keys.max() < index.ntotal:
+        # A flat index reads whatever is at such a place, and on a GPU that ends the process.
+        if isinstance(index, faiss.IndexIVF) or (keys.min() >= 0 and keys.max() < index.ntotal):
             return keys, index.reconstruct_batch(keys)
     except RuntimeError:
         pass
@@ -304,6 +297,8 @@ def _same(faiss: Any, index: Any, vectors: Any, rows: Any) -> np.ndarray[Any, An
     while isinstance(index, (faiss.IndexIDMap, faiss.IndexHNSW)):
         index = index.index if isinstance(index, faiss.IndexIDMap) else index.storage
         index = faiss.downcast_index(index)
+    if hasattr(faiss, "GpuIndexFlat") and isinstance(index, faiss.GpuIndexFlat):
+        return right  # not lossy
     try:
         decoded = index.sa_decode(index.sa_encode(rows))
     except RuntimeError:
@@ -334,82 +329,3 @@ def _finds_itself(
     if itself.mean() >= SAME_CODES or (among.mean() >= 0.5 and itself.mean() > others):
         return np.ones(len(rows), dtype=bool)
     return np.asarray(itself)
-
-
-class _Wrapped:
-    """An index that is searched in another way."""
-
-    def __init__(self, index: Any) -> None:
-        self.index = index
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.index, name)
-
-
-class _Overridden(_Wrapped):
-    """An index whose class overrides ``search`` in Python: calls that."""
-
-    def search_c(self, n: int, queries: Any, k: int, distances: Any, ids: Any) -> None:
-        """As FAISS's: through pointers."""
-        D, I = self.index.search(_view(queries, ctypes.c_float, n, self.index.d), k)  # noqa: E741
-        _view(distances, ctypes.c_float, n, k)[:] = D
-        _view(ids, ctypes.c_int64, n, k)[:] = I
-
-
-class _Numbered(_Wrapped):
-    """An index that has ids of its own: returns the rows' numbers.
-
-    Args:
-        index: the index.
-        numbers: [N] int64, the id of each row.
-    """
-
-    def __init__(self, index: Any, numbers: np.ndarray[Any, Any]) -> None:
-        super().__init__(index)
-        self._order = numbers.argsort()
-        self._sorted = numbers[self._order]
-
-    def search_c(self, n: int, queries: Any, k: int, distances: Any, ids: Any) -> None:
-        """As FAISS's: through pointers."""
-        self.index.search_c(n, queries, k, distances, ids)
-        found = _view(ids, ctypes.c_int64, n, k)
-        places = np.searchsorted(self._sorted, found).clip(max=len(self._sorted) - 1)
-        known = self._sorted[places] == found
-        strange = found[~known & (found != -1)]
-        if len(strange):
-            raise ValueError(f"`ids` must name every row of `index`, it returned {strange[0]}")
-        found[:] = np.where(known, self._order[places], -1)
-
-
-def _numbered(index: Any, numbers: np.ndarray[Any, Any] | None) -> Any:
-    return index if numbers is None else _Numbered(index, numbers)
-
-
-def _overrides_search(index: Any) -> bool:
-    for kind in type(index).__mro__:
-        if "search" in vars(kind):
-            return not str(getattr(vars(kind)["search"], "__module__", "")).startswith("faiss")
-    return False
-
-
-def _view(pointer: Any, kind: Any, *shape: int) -> np.ndarray[Any, Any]:
-    whole = (kind * math.prod(shape)).from_address(int(pointer))
-    return np.ctypeslib.as_array(whole).reshape(shape)
-
-
-_gpu = threading.local()
-
-
-def _on_gpu(faiss: Any, index: Any, device: torch.device) -> Any:
-    """Return the index on the device, or itself where FAISS has no GPU code for it."""
-    number = device.index or 0
-    if not hasattr(faiss, "StandardGpuResources") or number >= faiss.get_num_gpus():
-        return index
-    # They take about 0.1 s to make, and threads must not share them: one per thread and device.
-    resources = vars(_gpu).setdefault("resources", {})
-    if number not in resources:
-        resources[number] = faiss.StandardGpuResources()
-    try:
-        return faiss.index_cpu_to_gpu(resources[number], number, index)
-    except RuntimeError:  # HNSW, for example, has none
-        return index

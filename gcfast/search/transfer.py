@@ -19,11 +19,11 @@ from gcfast.database.index import rows_at
 from gcfast.database.shards import Shard
 from gcfast.errors import GcfastError
 from gcfast.ops.precision import full_precision
+from gcfast.search.faiss_gpu import in_turn
 from gcfast.search.faiss_search import (
     ExactSearch,
     check_count,
     mean_distance,
-    one_at_a_time,
     open_index,
     temperature,
     temperature_queries,
@@ -136,7 +136,7 @@ class IndexTransfer:
         # What float16 weights were multiplied by to keep their digits.
         self.weight_scale = database.weight_scale
         self.device = device
-        self.index = open_index(index, shards, device, ids)
+        self.index = open_index(index, shards, device, ids, k + 1)
         self.count = len(database)
         self.width = shards[0].channels.shape[1]
         # Rows of cotangents, if they are: gathered here.
@@ -296,13 +296,12 @@ def make_engine(
             tensors[-1] = tensors[-1].view(torch.int64)
         parts.append(tuple(tensor.numpy() for tensor in tensors))
     return _core.TransferEngine(
-        index,
+        in_turn(index),
         parts,
         dim=shards[0].embeddings.shape[1],
         width=shards[0].channels.shape[1],
         threads=threads,
         memory_bytes=memory_bytes,
-        exclusive=one_at_a_time(index),
     )
 
 

@@ -184,6 +184,12 @@ def test_ids_that_do_not_fit_are_refused() -> None:
         gcfast.Explainer(common(), "backbone", index="Flat", ids=np.arange(3))
 
 
+def test_negative_ids_of_an_index_without_ids_are_refused() -> None:
+    rows = table()
+    with pytest.raises(ValueError, match=r"is not any row"):
+        opened(filled("Flat", rows), rows, -2 - np.arange(ROWS))
+
+
 def test_an_id_that_is_no_rows_is_refused_when_it_is_found() -> None:
     rows, ids = table(), np.arange(1, ROWS + 1)
 

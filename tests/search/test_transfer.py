@@ -25,7 +25,7 @@ from transfer_case import (
 )
 
 import gcfast
-from gcfast import _core, ops
+from gcfast import ops
 from gcfast.database.shards import Shard
 
 pytest.importorskip("faiss")
@@ -301,40 +301,6 @@ def test_eight_threads_on_one_engine() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-
-
-@pytest.mark.parametrize("exclusive", [True, False])
-def test_an_exclusive_index_is_entered_by_one_thread_at_a_time(exclusive: bool) -> None:
-    import time
-
-    whole = table(10)
-    inside, most = 0, 0
-
-    def answer(part: torch.Tensor, k: int) -> Any:
-        nonlocal inside, most
-        inside += 1
-        most = max(most, inside)
-        time.sleep(0.01)
-        inside -= 1
-        return np.zeros((len(part), k), np.int64)
-
-    index = Scripted(10, answer)
-    parts = [tuple(t.numpy() for t in whole[:5])]
-    pair = [
-        _core.TransferEngine(
-            index,
-            parts,
-            dim=WIDTH,
-            width=KEPT,
-            threads=1,
-            memory_bytes=1 << 20,
-            exclusive=exclusive,
-        )
-        for _ in range(2)
-    ]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: pair[i % 2].transfer(queries(1), k=1), range(16)))
-    assert (most == 1) == exclusive
 
 
 # --- through the Explainer
