@@ -15,6 +15,7 @@ from gcfast.database.shards import Shard
 from gcfast.search.transfer import IndexTransfer, make_engine
 
 WIDTH, KEPT, CHANNELS = 16, 7, 20
+CPU = torch.device("cpu")
 
 
 def table(rows: int, *, half: bool = False) -> Shard:
@@ -54,10 +55,12 @@ def engine(index: Any, shards: list[Shard], **options: Any) -> Any:
     return make_engine(index, shards, **{"threads": 2, **options})
 
 
-def transfer(index: Any, whole: Shard, k: int = 1) -> IndexTransfer:
-    """A transfer on the CPU from a database of these rows."""
+def transfer(
+    index: Any, whole: Shard, k: int = 1, *, device: torch.device = CPU, ids: Any = None
+) -> IndexTransfer:
+    """A transfer from a database of these rows."""
     database = Database(whole._asdict(), [str(row) for row in range(len(whole.labels))], {})
-    return IndexTransfer(database, torch.device("cpu"), k, index)
+    return IndexTransfer(database, device, k, index, ids)
 
 
 def queries(count: int) -> np.ndarray[Any, Any]:
