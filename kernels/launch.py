@@ -255,7 +255,7 @@ class TriesConfig(NamedTuple):
 
 def tries_config(D: int) -> TriesConfig:
     """The launch for embeddings of width D: two tiles of 2,048 numbers for 128 threads."""
-    block_d = min(128, max(16, 1 << (D - 1).bit_length()))
+    block_d = min(128, max(32, 1 << (D - 1).bit_length()))  # Triton to 3.7 fails to compile 16
     return TriesConfig(block_j=2048 // block_d, block_d=block_d, block_k=16, num_warps=4)
 
 

@@ -6,6 +6,13 @@ import os
 import traceback
 from collections.abc import Callable
 
+import pytest
+import torch
+
+# Of children that need a backward pass. Where there is a GPU, autograd has threads for it from its
+# first use on, which a child lacks.
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a fork that needs autograd")
+
 
 def forked(run: Callable[[], object]) -> int:
     """The id of a child that calls a function and ends: with status 1 where it raises."""

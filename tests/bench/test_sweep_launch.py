@@ -19,7 +19,7 @@ FEW = {  # axes short enough for Triton's interpreter
 
 
 @pytest.mark.parametrize("operation", sorted(FEW))
-def test_variants_agree_and_are_ordered_by_time(operation, monkeypatch):
+def test_variants_agree_and_are_ordered_by_time(operation, monkeypatch, device):
     monkeypatch.setattr(gpu_operations, "IMAGE", (6, 5))
     monkeypatch.setattr(gpu_operations, "DATABASE_ROWS", 20)
     monkeypatch.setattr(gpu_operations, "CLASSES", 4)
@@ -27,7 +27,7 @@ def test_variants_agree_and_are_ordered_by_time(operation, monkeypatch):
     found = sweep_launch.sweep(
         case,
         gpu_timing.HostClock(),
-        torch.device("cpu"),
+        device,
         axes=FEW[operation],
         seconds=1e-6,
         l2_bytes=0,
@@ -57,11 +57,11 @@ def test_axes_vary_only_what_a_configuration_has():
     assert list(sweep_launch.variants(tile, axes, case)) == [tile._replace(num_warps=4), tile]
 
 
-def swept_over_block_t():
+def swept_over_block_t(device):
     return sweep_launch.sweep(
         TINY["grad_weights"][0],
         gpu_timing.HostClock(),
-        torch.device("cpu"),
+        device,
         axes={"block_t": (1, 4)},
         seconds=1e-6,
         l2_bytes=0,
@@ -69,7 +69,7 @@ def swept_over_block_t():
     )
 
 
-def test_a_variant_with_another_result_is_named_and_not_timed(monkeypatch):
+def test_a_variant_with_another_result_is_named_and_not_timed(monkeypatch, device):
     real = sweep_launch.launch
 
     def wrong(operation, inputs, config):
@@ -77,14 +77,14 @@ def test_a_variant_with_another_result_is_named_and_not_timed(monkeypatch):
         return out + 1 if config is not None and config.block_t == 4 else out
 
     monkeypatch.setattr(sweep_launch, "launch", wrong)
-    found = swept_over_block_t()
+    found = swept_over_block_t(device)
     assert [one.config.block_t for one in found.tried] == [1]
     assert [config.block_t for config in found.wrong] == [4]
     text = sweep_launch.report(TINY["grad_weights"][0], found)
     assert f"1 GAVE ANOTHER RESULT, the first {found.wrong[0]!r}" in text
 
 
-def test_a_variant_without_room_is_counted(monkeypatch):
+def test_a_variant_without_room_is_counted(monkeypatch, device):
     real = sweep_launch.launch
 
     def small(operation, inputs, config):
@@ -93,11 +93,11 @@ def test_a_variant_without_room_is_counted(monkeypatch):
         return real(operation, inputs, config)
 
     monkeypatch.setattr(sweep_launch, "launch", small)
-    found = swept_over_block_t()
+    found = swept_over_block_t(device)
     assert ([one.config.block_t for one in found.tried], found.failed) == ([1], 1)
 
 
-def test_parts_compile_every_variant_once(monkeypatch):
+def test_parts_compile_every_variant_once(monkeypatch, device):
     launched = []
     monkeypatch.setattr(sweep_launch, "launch", lambda *arguments: launched.append(arguments[2]))
     monkeypatch.setattr(
@@ -105,7 +105,7 @@ def test_parts_compile_every_variant_once(monkeypatch):
     )
     case, axes = TINY["grad_weights"][0], sweep_launch.AXES["grad_weights"]
     for part in range(3):
-        sweep_launch.compile_part(case, torch.device("cpu"), axes=axes, part=part, parts=3)
+        sweep_launch.compile_part(case, device, axes=axes, part=part, parts=3)
     assert len(launched) == len(set(launched))
     present = sweep_launch.present_choice()
     assert set(launched) == set(sweep_launch.variants(present, axes, case))

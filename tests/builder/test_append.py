@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from forks import was_killed
+from forks import no_gpu, was_killed
 from kill_builds import Countdown
 from networks import common, loader, other, pictures
 
@@ -209,6 +209,7 @@ def test_a_rebuild_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sum(passed) < ALL
 
 
+@no_gpu
 def test_a_rebuild_killed_at_any_step_of_its_end_leaves_a_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

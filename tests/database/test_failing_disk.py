@@ -46,6 +46,7 @@ def test_whatever_fails_the_old_or_the_new_stays(
 ) -> None:
     program = [sys.executable, "-P", str(TESTS / "failing_disk.py"), str(tmp_path), operation]
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(TESTS)}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # whose threads do not survive a fork
     ran = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     cases = [json.loads(line) for line in ran.stdout.splitlines()]

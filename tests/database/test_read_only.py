@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from failing_disk import MODEL, OPERATIONS, batches, made, opened
-from forks import forked
+from forks import forked, no_gpu
 from networks import pictures
 
 import gcfast
@@ -77,7 +77,11 @@ def test_it_is_read(folder: Path) -> None:
     assert as_anyone(read) == 0
 
 
-@pytest.mark.parametrize(("folder", "operation"), [(o, o) for o in RAISES], indirect=["folder"])
+@pytest.mark.parametrize(
+    ("folder", "operation"),
+    [pytest.param(o, o, marks=[no_gpu][: o == "append"]) for o in RAISES],
+    indirect=["folder"],
+)
 def test_every_writer_says_so(folder: Path, operation: str) -> None:
     before = contents(folder)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import was_killed
+from forks import no_gpu, was_killed
 from kill_builds import Countdown
 from networks import common, loader, pictures
 
@@ -106,7 +106,7 @@ def _failing_at(name: str) -> Callable[[Path, Path], None]:
     return renaming
 
 
-@pytest.mark.parametrize("how", ["save", "save over", "append"])
+@pytest.mark.parametrize("how", ["save", "save over", pytest.param("append", marks=no_gpu)])
 def test_a_writer_killed_at_any_step_leaves_the_old_or_the_new(
     tmp_path: Path, given: Given, how: str
 ) -> None:

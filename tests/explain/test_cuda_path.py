@@ -42,7 +42,9 @@ def test_explain_batch_in_other_precisions(gpu):
     for dtype in (torch.float16, torch.bfloat16):
         plain, ours = twins(gpu, dtype=dtype)
         got = ours.explain_batch(images.to(gpu, dtype), details=True)
-        agree(got, plain.explain_batch(images.to(dtype), details=True), atol=1e-2)
+        # Maps reach 1; the two convolutions sum in another order.
+        atol = 10 * torch.finfo(dtype).eps
+        agree(got, plain.explain_batch(images.to(dtype), details=True), atol=atol)
         assert got.embeddings.dtype == got.maps.dtype == torch.float32
     plain, ours = twins(gpu)
     with torch.autocast("cuda", torch.bfloat16):

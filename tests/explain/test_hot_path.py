@@ -83,9 +83,10 @@ def test_class_proxies_neither_wait_nor_launch_much(k, most, monkeypatch):
 
 
 @pytest.mark.parametrize("refine", [None, "auto"])
-def test_the_kernels_give_what_the_reference_gives(refine, monkeypatch):
-    explainer = _explainer(k=2, refine=refine)
-    images = pictures(2)[0]
+def test_the_kernels_give_what_the_reference_gives(refine, monkeypatch, device):
+    explainer = _explainer(k=2, refine=refine, device=device)
+    images = pictures(2)[0].to(device)
+    monkeypatch.setattr(_operation, "uses_triton", lambda *_: False)
     wanted = _run(explainer, images, size=(5, 5), center=1.0)
     launched = []
     monkeypatch.setattr(_operation, "uses_triton", lambda *_: launched.append(1) or True)

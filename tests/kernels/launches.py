@@ -104,6 +104,7 @@ def _knn() -> None:
             (129, torch.float32, "ip"),
             (100, torch.float16, "l2"),
             (512, torch.bfloat16, "l2"),
+            (5, torch.float32, "l2"),
         ):
             queries = torch.empty(B, D, dtype=dtype)
             launch_knn(queries, torch.empty(10**6, D, dtype=dtype), 1, metric=metric)
@@ -120,7 +121,7 @@ def _ids(*shape: int) -> Tensor:
 
 
 def _tries() -> None:
-    for N, D, number in ((10**5, 128, 0), (10**5 + 1, 33, 2**40)):
+    for N, D, number in ((100, 5, 0), (10**5, 128, 0), (10**5 + 1, 33, 2**40)):
         anchors, table = torch.empty(64, D), torch.empty(N, D)
         with torch.cuda.device_of(table):
             ranges = label_ranges(_ids(64), _ids(64), _ids(N), _ids(N))
@@ -132,7 +133,7 @@ def _tries() -> None:
 
 
 def _near_rows() -> None:
-    for N, D in ((10**5, 128), (10**5 + 1, 33)):
+    for N, D in ((100, 5), (10**5, 128), (10**5 + 1, 33)):
         anchors, table = torch.empty(64, D), torch.empty(N, D)
         near = NearRows(table, _ids(N), near_config(132))
         with torch.cuda.device_of(table):
@@ -142,7 +143,7 @@ def _near_rows() -> None:
 
 
 def _thresholds() -> None:
-    for N, D in ((10**5, 128), (10**5 + 1, 33)):
+    for N, D in ((100, 5), (10**5, 128), (10**5 + 1, 33)):
         anchors, table = torch.empty(64, D), torch.empty(N, D)
         with torch.cuda.device_of(table):
             threshold_steps(

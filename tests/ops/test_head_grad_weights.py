@@ -233,8 +233,10 @@ def test_beyond_2_31_elements():
     ],
     ids=lambda v: "" if not isinstance(v, dict) else "-".join(v),
 )
-def test_bad_input(change, error, words):
+def test_bad_input(change, error, words, device):
     arguments = {"cotangents": torch.ones(2, 3, 4), "weight": torch.ones(4, 6), "pixels": 9}
     arguments.update(change)
+    for name, value in arguments.items():
+        arguments[name] = value.to(device) if torch.is_tensor(value) else value
     with pytest.raises(error, match=words):
         ops.head_grad_weights(arguments.pop("cotangents"), arguments.pop("weight"), **arguments)

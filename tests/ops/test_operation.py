@@ -93,7 +93,6 @@ def test_strides_of_results_do_not_follow_those_of_inputs(name):
 
 
 @each
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # Inductor's own
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_node_of_a_compiled_graph(name, backend):
     torch.compiler.reset()  # all operations are one call to it, whose graphs it limits
@@ -195,11 +194,13 @@ def test_documented_as_what_it_returns():
     assert inspect.signature(ops.top_m).return_annotation == tuple[torch.Tensor, torch.Tensor]
 
 
-def test_registered_operations_check_shapes_and_not_ids():
-    activations, rows = torch.ones(1, 2, 3, 3), torch.zeros(1, 1, dtype=torch.int64)
+def test_registered_operations_check_shapes_and_not_ids(device):
+    activations = torch.ones((1, 2, 3, 3), device=device)
+    rows = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    ones = activations[0, 0, :2, :2]
     with pytest.raises(ValueError, match=r"`weights` must have shape \[N, M\]"):
-        torch.ops.gcfast.sparse_cam(activations, rows, rows, torch.ones(2, 2), size=[3, 3])
-    outside = (activations, rows + 1, rows, torch.ones(1, 1))
+        torch.ops.gcfast.sparse_cam(activations, rows, rows, ones, size=[3, 3])
+    outside = (activations, rows + 1, rows, ones[:1, :1])
     maps = torch.ops.gcfast.sparse_cam(*outside, size=[3, 3], backend="triton")
     assert not maps.any()
     with pytest.raises(ValueError, match=r"`neighbors` must lie in \[-1, 1\), got 1 to 1"):
