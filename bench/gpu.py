@@ -14,6 +14,7 @@ on the GPU, torch-cam, captum, pytorch-grad-cam) are compared with where they ar
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -121,11 +122,9 @@ def _operation(name: str, *, quick: bool) -> Section:
     return Section(name if quick else f"{name}{MORE}", OPERATION_SECONDS, run)
 
 
-def _whole(name: str, seconds: float) -> Section:
+def _whole(name: str, seconds: float, module: str = "gpu_end_to_end") -> Section:
     def run(context: Context) -> Iterator[Row]:
-        import gpu_end_to_end
-
-        yield from getattr(gpu_end_to_end, name)(context)
+        yield from getattr(importlib.import_module(module), name)(context)
 
     return Section(name, seconds, run)
 
@@ -137,6 +136,7 @@ SECTIONS = (
     *(_operation(name, quick=True) for name in ("sparse_cam", "grad_weights", "knn")),
     _whole("explain", 120.0),
     _whole("build", 60.0),
+    _whole("transfer", 120.0, "gpu_transfer"),
     *(
         _operation(name, quick=True)
         for name in ("dense_cam", "head_grad_weights", "top_m", "sample_triplets")

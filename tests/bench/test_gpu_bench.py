@@ -10,6 +10,7 @@ import gpu_end_to_end
 import gpu_operations
 import gpu_runner
 import gpu_timing
+import gpu_transfer
 import paired
 import pytest
 import subjects
@@ -449,3 +450,53 @@ def test_peers_that_are_not_installed_are_named(small, monkeypatch):
     monkeypatch.setattr(gpu_end_to_end, "importable", lambda _: False)
     rows = list(gpu_end_to_end.peers(small))
     assert [row["text"] for row in rows] == ["not installed"] * 3
+
+
+@pytest.fixture
+def many(small, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(gpu_transfer, "images", subjects.images)
+    for name, value in {
+        "ROWS": (300, 400),
+        "LISTS": (4, 8),
+        "CHUNK": 256,
+        "BATCH": 4,
+        "DISTINCT": 2,
+        "BATCHES": 4,
+    }.items():
+        monkeypatch.setattr(gpu_transfer, name, value)
+    return small
+
+
+def test_a_stream_is_timed_beside_the_forward_pass(many):
+    many.quick = False
+    rows = list(gpu_transfer.transfer(many))
+    assert not [row for row in rows if "error" in row]
+    ratios = [row for row in rows if "ratio" in row]
+    assert len(ratios) == 6  # three ways to search, two numbers of rows
+    assert all(row["ratio"] > 0 and row["goal"] == "<= 1.05" for row in ratios)
+    assert [
+        row["recall"] for row in rows if row["case"].endswith("rows, Flat") and "recall" in row
+    ] == [1, 1]
+    assert sum(row["side"] == "search and gather of a batch" for row in rows) == 6
+    many.quick = True
+    assert {row["case"] for row in gpu_transfer.transfer(many)} == {
+        row["case"] for row in rows if "300 rows" in row["case"]
+    }
+
+
+def test_an_index_of_other_rows_is_not_timed(many, monkeypatch):
+    real = gpu_transfer.same_rows
+    monkeypatch.setattr(
+        gpu_transfer,
+        "same_rows",
+        lambda ours, exact, batch, **options: real(ours, other(exact), batch, **options),
+    )
+
+    def other(exact):
+        exact.attach().transfer.search.table.neg_()
+        return exact
+
+    rows = list(gpu_transfer.transfer(many))
+    assert len([row for row in rows if "error" in row]) == 2
+    assert [row["case"].endswith("exact") for row in rows if "ratio" in row] == [True]
