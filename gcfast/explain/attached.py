@@ -26,6 +26,7 @@ from gcfast.model.capture import Captured
 from gcfast.model.fingerprint import check_model
 from gcfast.model.network import Network
 from gcfast.ops.precision import full_precision
+from gcfast.search.faiss_gpu import on_gpu
 from gcfast.search.transfer import ExactTransfer, Transfer, make_transfer
 from gcfast.search.transferred import Transferred
 
@@ -73,6 +74,8 @@ class Attached:
         """
         if isinstance(index, str) and index == "stored":
             index = database.read_index()
+            if device.type == "cuda":
+                index = on_gpu(index, device, k + 1)
         calibration = Calibration.from_manifest(database.manifest)
         transfer = make_transfer(database, device, k, index, ids)
         proxies = proxies_of(database, device)

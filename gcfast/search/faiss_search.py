@@ -271,7 +271,9 @@ def _held(faiss: Any, index: Any, keys: Any, rows: Any) -> tuple[Any, Any] | Non
     try:
         # A flat index reads whatever is at such a place, and on a GPU that ends the process.
         if isinstance(index, faiss.IndexIVF) or (keys.min() >= 0 and keys.max() < index.ntotal):
-            return keys, index.reconstruct_batch(keys)
+            # Of more than 1000 FAISS asks from several threads, which ends the process on a GPU.
+            parts = np.array_split(keys, -(-len(keys) // 1000))
+            return keys, np.concatenate([index.reconstruct_batch(part) for part in parts])
     except RuntimeError:
         pass
     try:

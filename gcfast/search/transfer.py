@@ -240,8 +240,17 @@ class IndexTransfer:
             tensors[5] = rows_at(self.lent, numbers, "weights").float()
         if pinned is not None:
             # The pinned tensors themselves: PyTorch must know when their copy is over.
-            for i, buffer in zip(range(4, 7), pinned, strict=True):
-                tensors[i] = buffer[: tensors[i].numel()].view(tensors[i].shape)
+            buffers = dict(zip(range(4, 7), pinned, strict=True))
+            if self.lent is not None:
+                del buffers[5]
+            # The others pinned too: from elsewhere a copy may wait for the stream, and so for the
+            # next batch.
+            tensors = [
+                buffers[i][: tensor.numel()].view(tensor.shape)
+                if i in buffers
+                else tensor.pin_memory()
+                for i, tensor in enumerate(tensors)
+            ]
         neighbors, distances, labels, rows, channels, weights, offsets = (
             tensor.to(self.device, non_blocking=pinned is not None) for tensor in tensors
         )

@@ -10,10 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from networks import common, loader, pictures
 from transfer_case import WIDTH, Scripted, engine, flat, queries, table
 
+import gcfast
 from gcfast.search.faiss_gpu import gpus_of, in_turn, on_gpu, readable, turn
 from gcfast.search.faiss_search import open_index
+from gcfast.search.transfer import IndexTransfer
 
 faiss = pytest.importorskip("faiss")
 
@@ -132,6 +135,40 @@ def test_an_empty_one_is_refused_in_words() -> None:
     words = "got an empty OnGpu on a GPU, which FAISS does not copy: add the database's embeddings"
     with pytest.raises(ValueError, match=words):
         open_index(OnGpu(WIDTH), [table(30)], torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_vectors_are_asked_of_it_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, asked = table(3000), []
+
+    def reconstruct_batch(self: OnGpu, keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        asked.append(len(keys))
+        return np.stack([self.reconstruct(int(key)) for key in keys])
+
+    monkeypatch.setattr(OnGpu, "reconstruct_batch", reconstruct_batch)
+    open_index(filled(whole.embeddings), [whole], torch.device("cpu"))
+    assert sum(asked) == 1024
+    assert max(asked) <= 1000  # of more, FAISS asks from several
+
+
+@pytest.mark.parametrize("method", ["gradcam", "proxy", "elementwise"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_what_is_lent_through_pinned_buffers(
+    method: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: Any = {"channels": 5} if method == "gradcam" else {}
+    one = gcfast.Explainer(common(), "backbone", method=method, k=k, index="Flat", **settings)
+    database = one.build(loader(*pictures(30)))
+    made = one.attach().transfer
+    assert isinstance(made, IndexTransfer)
+    given = database.embeddings[:5].clone()
+    size = 5 * k * made.width
+    pinned = (torch.empty(size, dtype=torch.int64), torch.empty(size), torch.empty(5))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    for got, wanted in zip(
+        made._transferred(made._search(given.numpy(), pinned), pinned), made(given), strict=True
+    ):
+        assert (got is None and wanted is None) or torch.equal(got, wanted)
 
 
 # --- what stays on the CPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_case import agree, no_waits, twins
-from networks import pictures
+from networks import common, loader, pictures
 from torch import Tensor
 from transfer_case import (
     CPU,
@@ -360,3 +361,31 @@ def test_rows_that_are_mapped_from_disk(gpu: torch.device, tmp_path: Any) -> Non
         mapped.explain_stream(images.to(gpu) for images in given), given, strict=True
     ):
         agree(got, plain.explain_batch(images))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("method", ["proxy", "elementwise"])
+def test_methods_whose_rows_keep_no_channels(gpu: torch.device, method: str, k: int) -> None:
+    model = common().eval()
+    plain = gcfast.Explainer(model, "backbone", method=method, k=k)
+    plain.build(loader(*pictures(30)))
+    ours = gcfast.Explainer(
+        copy.deepcopy(model).to(gpu), database=plain.database, method=method, k=k, index="Flat"
+    )
+    given = [pictures(3)[0] for _ in range(3)]
+    for got, images in zip(
+        ours.explain_stream(images.to(gpu) for images in given), given, strict=True
+    ):
+        agree(got, plain.explain_batch(images))
+        agree(ours.explain_batch(images.to(gpu)), plain.explain_batch(images))
+
+
+def test_a_stored_index_goes_to_the_gpu(gpu: torch.device, tmp_path: Any) -> None:
+    plain, ours = twins(gpu, k=3)
+    assert plain.database is not None
+    plain.database.save(tmp_path / "rows")
+    gcfast.Database.open(tmp_path / "rows").build_index("Flat")
+    stored = gcfast.load(tmp_path / "rows", ours.network.model, index="stored", k=3)
+    images = pictures(3)[0]
+    agree(stored.explain_batch(images.to(gpu)), plain.explain_batch(images))
+    assert gpus_of(stored.attach().transfer.index) == (0,)  # type: ignore[attr-defined]
