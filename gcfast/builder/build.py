@@ -30,7 +30,7 @@ from gcfast.builder.spool import Spool
 from gcfast.database.database import Database
 from gcfast.database.manifest import STORAGES
 from gcfast.method.settings import Settings
-from gcfast.model.fingerprint import fingerprint
+from gcfast.model.fingerprint import fingerprint, with_outputs
 from gcfast.model.network import Network
 
 
@@ -117,7 +117,9 @@ def in_memory(
         embedded.labels, rows, hardest, estimated, zero, settings, alone=embedded.alone
     )
     (made,) = parts
-    known = None if model is None else model.result()
+    # The fixed images go through the model while its tensors are still being hashed.
+    outputs = {} if model is None else with_outputs({}, network)
+    known = None if model is None else model.result() | outputs
     same = identity(network, settings, preprocessing, "float32", model=known)
     manifest = describe(network, embedded, same, report)
     return Database(made.rows._asdict(), made.ids, manifest, classes=classes), made.images

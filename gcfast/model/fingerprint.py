@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 VERSION = 2  # 1 counted every buffer, and did not look at the outputs
 IMAGES = 2  # fixed ones
 MOST_VALUES = 3 * 16_384**2  # of a fixed image
+COPIED_NUMBERS = 2**22  # of a model on a GPU, at once
 NUMBERS = 64  # of each one's output that are kept
 # Largest norm-relative difference of the outputs for the same images. The same parameters on
 # another device, or with TF32, differ by up to 5e-3; a half-precision or int8 copy by more.
@@ -57,8 +59,11 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def with_outputs(stored: dict[str, Any], network: Network) -> dict[str, Any]:
-    """A fingerprint with what the model makes of fixed images of the size that it has seen."""
-    if network.image_shape is None:
+    """A fingerprint with what the model makes of fixed images of the size that it has seen.
+
+    One that has that already is returned as it is.
+    """
+    if network.image_shape is None or "outputs" in stored:
         return stored
     shape = list(network.image_shape)
     return stored | {"images": shape, "outputs": _outputs(network, shape).tolist()}
@@ -184,13 +189,44 @@ def _sorted(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 def _hash(tensors: Iterable[Tensor]) -> str:
     hashed = hashlib.sha256()
-    for tensor in tensors:
-        values = tensor.detach()
-        if values.is_floating_point():
-            values = values.float()
-        contiguous = values.cpu().contiguous().reshape(-1)
-        hashed.update(contiguous.view(torch.uint8).numpy().data)
+    for values in _on_host(tensors):
+        hashed.update(values.numpy().data)
     return hashed.hexdigest()
+
+
+def _on_host(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The bytes of tensors one after the other, floating point as float32, on the CPU.
+
+    From a GPU many are copied at once, on a stream of their own: on the current one each copy would
+    wait for what the model has been given to do meanwhile.
+    """
+    for device, own in groupby((tensor.detach() for tensor in tensors), lambda t: t.device):
+        if device.type != "cuda":
+            yield from (_bytes(tensor.cpu()) for tensor in own)
+            continue
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        for some in _groups(own):
+            with torch.cuda.stream(stream):
+                yield torch.cat([_bytes(tensor) for tensor in some]).cpu()
+
+
+def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in lists of COPIED_NUMBERS or a little more."""
+    some: list[Tensor] = []
+    for tensor in tensors:
+        some.append(tensor)
+        if sum(one.numel() for one in some) >= COPIED_NUMBERS:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A tensor's bytes in a row, of float32 where it is floating point."""
+    values = tensor.float() if tensor.is_floating_point() else tensor
+    return values.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> str:

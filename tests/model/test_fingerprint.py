@@ -23,6 +23,19 @@ def test_a_copy_has_the_same_fingerprint() -> None:
     assert difference(fingerprint(model), fingerprint(copy.deepcopy(model))) is None
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("numbers", [1, 100, 2**22])
+def test_a_gpu_gives_the_same(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, numbers: int
+) -> None:
+    model = common(norm=True).half()
+    model.register_buffer("mask", torch.tensor([True, False]))
+    model.register_buffer("none", torch.zeros(0))
+    before = fingerprint(model)
+    monkeypatch.setattr(fingerprint_module, "COPIED_NUMBERS", numbers)
+    assert fingerprint(model.to(gpu)) == before
+
+
 def test_wrappers_do_not_change_it() -> None:
     model = common()
     for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
