@@ -196,21 +196,23 @@ class Graphs:
         *,
         owner: object,
         key: Hashable,
+        prepared: Callable[[Tensor], Tensor],
     ) -> _R:
         """``take(function(images))``, by a replay where there is a graph.
 
         Args:
-            images: [B, 3, h, w] in the memory format that the model takes best.
+            images: [B, 3, h, w] in any memory format.
             function: a forward pass that waits for nothing on the device.
             take: makes what the caller keeps; must copy, since the next replay writes over it.
             owner: what the function rests on besides the model, by identity.
             key: what else the function depends on.
+            prepared: gives images the memory format that the model takes best. A graph has them in
+                it, so that what comes is copied once, whatever its format.
         """
         kind = images.device.type
         key = (
             key,
             images.shape,
-            images.stride(),
             images.dtype,
             images.device,
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
@@ -225,7 +227,7 @@ class Graphs:
                 with recorder.in_order():
                     captured = self._captured.get(key)
                     if captured is None:
-                        captured = self._capture(images, function, key, recorder)
+                        captured = self._capture(prepared(images), function, key, recorder)
                     if captured is not None:
                         self._captured.move_to_end(key)
                         captured.images.copy_(images)
@@ -256,8 +258,7 @@ class Graphs:
         try:
             # Outside inference mode, so that what is captured in it can be replayed outside.
             with torch.inference_mode(False), torch.no_grad():
-                own = torch.empty_like(images, memory_format=torch.preserve_format)
-                own.copy_(images)
+                own = images.clone()
                 recording, out = recorder.record(lambda: function(own))
             if before is not None and self._watch.numbers() != before[1]:
                 self._restless = True  # each pass would look like another model
@@ -284,13 +285,14 @@ class Graphs:
 
     def _drop_what_is_stale(self, owner: object) -> None:
         state = self._watch.state()
-        if state is None:
+        rebuilt = state is None  # of other modules, which may differ in what they do alone
+        if rebuilt:
             self._watch = Watch(self._model)
             state = self._watch.state()
         known = self._state
         if self._restless and state is not None and known is not None:
             state = (state[0], known[1])
-        if state != known or owner is not self._owner:
+        if rebuilt or state != known or owner is not self._owner:
             self._captured.clear()
             self._refused.clear()
             self._trials.clear()

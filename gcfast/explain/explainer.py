@@ -132,11 +132,12 @@ class Explainer(DatabaseCalls, DirectCalls, ExportCalls):
             return attached.result(attached.explain(images, finish, rates=rates), details)
         assert self._graphs is not None
         return self._graphs.run(
-            self.network.prepared(images),
+            images,
             lambda images: attached.explain(images, finish, rates=rates),
             lambda out: attached.result(out.copied() if details else out.copied_maps(), details),
             owner=attached,
-            key=(finish, rates),
+            key=(finish, rates, self.network.channels_last),
+            prepared=self.network.prepared,
         )
 
     @overload

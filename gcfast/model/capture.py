@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gcfast.model.watch import Modules
+
 if TYPE_CHECKING:
     from gcfast.model.network import Network
 
@@ -114,20 +116,6 @@ class Capture:
 current_capture: ContextVar[Capture | None] = ContextVar("gcfast_capture", default=None)
 
 
-def _in_training(model: nn.Module) -> list[nn.Module]:
-    """The modules whose flag is set: ``modules()`` without names, which take most of its time."""
-    found, pending = [], [model]
-    seen = {model}
-    for module in pending:  # grows as it is gone through
-        if module.training:
-            found.append(module)
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                pending.append(child)
-    return found
-
-
 class _EvalGuard:
     """Evaluation mode while any thread is inside; the flags come back when the last one leaves."""
 
@@ -136,10 +124,10 @@ class _EvalGuard:
         self.inside = 0
         self.training: list[nn.Module] = []
 
-    def enter(self, model: nn.Module) -> None:
+    def enter(self, modules: Modules) -> None:
         with self.lock:
             if self.inside == 0:
-                self.training = _in_training(model)
+                self.training = modules.in_training()
                 for module in self.training:
                     module.training = False
             self.inside += 1
@@ -158,11 +146,14 @@ _guards_lock = threading.Lock()
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode inside the block, whatever it was outside, for any thread."""
+def evaluating(model: nn.Module, modules: Modules | None = None) -> Iterator[None]:
+    """The model in evaluation mode inside the block, whatever it was outside, for any thread.
+
+    To list its ``modules`` anew for each block takes longer than to ask them.
+    """
     with _guards_lock:
         guard = _guards.setdefault(model, _EvalGuard())
-    guard.enter(model)
+    guard.enter(modules or Modules(model))
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -27,6 +27,7 @@ from gcfast.model.finer import Refine, check_finer, checked_names, finer_layers
 from gcfast.model.layers import Strides, candidates, default_of, layout_of, note_stride
 from gcfast.model.refusals import QUANTIZED, check_model_runs, is_quantized, no_default
 from gcfast.model.tokens import Layout, Reshape, TokenGrid, takes_image_size
+from gcfast.model.watch import Modules
 
 # What a RuntimeError says where a model cannot take channels-last input.
 LAYOUT_WORDS = ("view size is not compatible", "channels_last", "memory format", "stride")
@@ -102,6 +103,7 @@ class Network:
         self.clone: bool | None = None
         # Whether the model turns gradients off for a while itself, and back to what they were.
         self.switches_grad = False
+        self._modules = Modules(self.model)
         self._lock = threading.Lock()
         self._hooks = 0
         self._handle: torch.utils.hooks.RemovableHandle | None = None
@@ -120,11 +122,12 @@ class Network:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: all but the lock and the hook of passes under way."""
-        own = {"_lock": None, "_hooks": 0, "_handle": None, "compiled": None}
+        own = {"_lock": None, "_hooks": 0, "_handle": None, "_modules": None, "compiled": None}
         return vars(self) | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._modules = Modules(self.model)
         self._lock = threading.Lock()
 
     @property
@@ -256,15 +259,16 @@ class Network:
         finer: bool = False,
         also: tuple[Network, ...] = (),
     ) -> tuple[Capture, Tensor]:
-        with evaluating(self.model):
+        with evaluating(self.model, self._modules):
             if self.image_shape is None:
                 self.image_shape = tuple(images.shape[1:])
             if self.layer is None:
                 self._resolve(images)
             layers = (self.finer or ()) if finer else ()
-            with ExitStack() as hooks:
-                for network in (self, *layers, *also):
-                    hooks.enter_context(network._hooked())
+            hooked = (self, *layers, *also)
+            for network in hooked:
+                network._hook_layer()
+            try:
                 options = differentiable, replace, layers, also
                 try:
                     return self._forward(self.prepared(images), *options)
@@ -275,6 +279,9 @@ class Network:
                 result = self._forward(images.contiguous(), *options)
                 self.channels_last = False  # remembered only now that the other layout has worked
                 return result
+            finally:
+                for network in hooked:
+                    network._unhook_layer()
 
     def _run_compiled(
         self, images: Tensor, layers: tuple[Network, ...]
@@ -473,30 +480,30 @@ class Network:
         with torch.set_grad_enabled(output.requires_grad):
             return output.flatten(1)
 
-    @contextmanager
-    def _hooked(self) -> Iterator[None]:
-        """One hook on the layer, however many threads are inside."""
+    def _hook_layer(self) -> None:
+        """One hook on the layer, however many threads have asked for it."""
         assert self.layer is not None
         with self._lock:
             if self._hooks == 0:
                 self._handle = self.layer.register_forward_hook(self._hook)
             self._hooks += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._hooks -= 1
-                if self._hooks == 0 and self._handle is not None:
-                    self._handle.remove()
-                    self._handle = None
+
+    def _unhook_layer(self) -> None:
+        with self._lock:
+            self._hooks -= 1
+            if self._hooks == 0 and self._handle is not None:
+                self._handle.remove()
+                self._handle = None
 
     def _hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         del module, args
         capture = current_capture.get()
         if capture is None:
             return None  # another thread's own use of the model
-        own = next((one for one in capture.all() if one.network is self), None)
-        return None if own is None else own.take(output)
+        for one in capture.all():
+            if one.network is self:
+                return one.take(output)
+        return None
 
     def _resolve(self, images: Tensor) -> None:
         """Take the default layer of :mod:`gcfast.model.layers`."""

@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from operator import attrgetter, itemgetter
+from collections.abc import Hashable, Iterable, Mapping
+from itertools import chain
+from operator import attrgetter, call, itemgetter
+from typing import Any
 
 from torch import Tensor, nn
 
-_version = attrgetter("_version")
+_training, _version = attrgetter("training"), attrgetter("_version")
+
+
+class _Held:
+    """What many dicts hold, gathered in C: a model has hundreds, which each call asks."""
+
+    def __init__(self, dicts: Iterable[Mapping[str, Any]]) -> None:
+        dicts = list(dicts)
+        self._values = [held.values for held in dicts if held]
+        self._empty = [held for held in dicts if not held]
+
+    def now(self) -> list[Any] | None:
+        """The values of all, in order; None where one that was empty is not."""
+        return None if any(self._empty) else list(chain.from_iterable(map(call, self._values)))
+
+
+class Modules:
+    """A model's modules, listed again only where one has been added, taken out or exchanged."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._listed = self._list()
+
+    def current(self) -> list[nn.Module]:
+        """All modules, as ``model.modules()`` has them."""
+        modules, held, children = self._listed
+        if held.now() != children:  # by identity, since modules define no equality
+            # One assignment, since other threads may be asking.
+            modules, *_ = self._listed = self._list()
+        return modules
+
+    def in_training(self) -> list[nn.Module]:
+        """Those whose flag is set."""
+        return list(filter(_training, self.current()))
+
+    def _list(self) -> tuple[list[nn.Module], _Held, list[Any] | None]:
+        modules = list(self._model.modules())
+        held = _Held(m._modules for m in modules)
+        return modules, held, held.now()
 
 
 class Watch:
     """Whether a model's tensors are those they were, at a few microseconds a hundred tensors."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self.children = [(m._modules, name, c) for m in modules for name, c in m._modules.items()]
-        self.slots = [
-            (held, name)
-            for m in modules
-            for held in (m._parameters, m._buffers)
-            for name, tensor in held.items()
-            if tensor is not None
-        ]
+        self._modules = Modules(model)
+        self._watched = modules = self._modules.current()
+        self._slots = _Held(held for m in modules for held in (m._parameters, m._buffers))
+        self._count = len(_tensors(self._slots.now()))
         # `training` is ours during a pass. PyTorch's own modules, which are most, are not asked:
         # nobody turns a convolution's stride while it is in use.
         self.plain = [
@@ -56,11 +91,11 @@ class Watch:
         return None if tensors is None else (tuple(map(id, tensors)), self.numbers())
 
     def _tensors(self) -> list[Tensor] | None:
-        """The tensors in their slots; None where a module or a tensor is gone."""
-        if any(held.get(name) is not child for held, name, child in self.children):
+        """The tensors in their slots; None where a module is another, or a tensor new or gone."""
+        if self._modules.current() is not self._watched:
             return None
-        tensors = [held.get(name) for held, name in self.slots]
-        return None if any(tensor is None for tensor in tensors) else tensors  # type: ignore[return-value]
+        tensors = _tensors(self._slots.now())
+        return tensors if len(tensors) == self._count else None
 
     def numbers(self) -> Hashable:
         """The modules' own numbers, flags and names, as text; None where one is gone."""
@@ -68,6 +103,10 @@ class Watch:
             return str([get(held) for held, get in self.plain])
         except KeyError:
             return None
+
+
+def _tensors(values: list[Any] | None) -> list[Tensor]:
+    return [value for value in values or () if value is not None]
 
 
 def _is_plain(value: object) -> bool:

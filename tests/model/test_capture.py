@@ -88,6 +88,30 @@ def test_evaluation_mode_lasts_until_the_last_one_leaves() -> None:
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("how", ["exchanged", "appended", "first of its parent", "left"])
+def test_evaluation_mode_is_that_of_the_modules_there_are(how: str) -> None:
+    model, (images, _) = common(), pictures(3)
+    model.head.append(nn.Sequential(nn.Identity(), nn.Sequential()))
+    network = Network(model, "backbone")
+    network.embed(images)
+    late = nn.Dropout(0.5)
+    if how == "exchanged":
+        model.head[-1][0] = late
+    elif how == "appended":
+        model.head.append(late)
+    elif how == "first of its parent":
+        model.head[-1][1].append(late)
+    else:
+        del model.head[-1]
+    for _ in range(2):
+        output = network.embed(images).output
+        assert torch.equal(output, network.embed(images).output)
+    assert all(module.training for module in model.modules())
+    late.eval()
+    network.embed(images)
+    assert not late.training
+
+
 def test_no_gradient_enters_the_backbone_or_the_parameters() -> None:
     model = other()
     images, _ = pictures(3)
