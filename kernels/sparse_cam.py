@@ -338,7 +338,7 @@ def launch_sparse_cam(
         "BLOCK_OW": config.block_ow,
     }
     sizes = (rows, H / OH, W / OW)
-    programs = B * triton.cdiv(OH, rows)
+    programs = B * -(-OH // rows)
     with torch.cuda.device_of(activations):
         if config.block_p >= H * W:
             _sparse_cam_kernel[(programs,)](out, *inputs, OH, OW, *sizes, *choices, **low, **high)

@@ -231,8 +231,8 @@ class ExplainerBase:
 
         Args:
             finish: how maps are to be finished, to be checked.
-            images: [B, 3, h, w]; where a second look is wanted, the first ones are the probe of the
-                model's head.
+            images: [B, 3, h, w] on the model's device; where a second look is wanted, the first
+                ones are the probe of the model's head.
             rates: make a second look ready, as a calibration that has a confidence also does.
 
         Raises:
@@ -244,7 +244,8 @@ class ExplainerBase:
                 raise NoDatabaseError(
                     "there is no database to explain from: call build(loader), or gcfast.load"
                 )
-            device = self.network.device(torch.device("cpu"))
+            cpu = torch.device("cpu")
+            device = self.network.device(cpu) if images is None else images.device
             if self._attached is None or self._attached.device != device:
                 self._attached = Attached.make(
                     self.network,

@@ -81,15 +81,26 @@ def proxies_of(database: Database, device: torch.device) -> Proxies | None:
 
 def marked(embeddings: Tensor, found: Transferred) -> tuple[Tensor, Tensor]:
     """Rows and mixing weights such that an embedding that is not finite gives NaN maps."""
-    total = embeddings.sum(1, keepdim=True)  # [B, 1]
-    rows = found.rows
-    if found.labels is not None:
-        # An index finds nothing for NaN. Some row must be weighed for it to reach the map: row 0.
-        rows = rows * (total * 0 == 0)  # `where` would launch a kernel more, which fills its 0
-    # 0 times the total, which is NaN where that is not finite, on top of each weight, or of 1.
+    # 0 times what is finite if the embedding is, which is NaN where it is not, on top of each
+    # weight, or of 1.
+    telltale, rows = _telltale(embeddings, found), found.rows
+    if found.labels is None:
+        # Weights are made of the distances, and so NaN already.
+        mixing = found.mixing
+        return rows, torch.rsub(telltale, 1.0, alpha=0) if mixing is None else mixing
+    # Some row must be weighed for NaN to reach the map: row 0.
+    rows = rows * (telltale * 0 == 0)  # `where` would launch a kernel more, which fills its 0
     if found.mixing is None:
-        return rows, torch.rsub(total, 1.0, alpha=0).expand(rows.shape)
-    return rows, torch.add(found.mixing, total, alpha=0)
+        return rows, torch.rsub(telltale, 1.0, alpha=0).expand(rows.shape)
+    return rows, torch.add(found.mixing, telltale, alpha=0)
+
+
+def _telltale(embeddings: Tensor, found: Transferred) -> Tensor:
+    """[B, 1], finite where the embedding is."""
+    if found.labels is not None:  # through an index, which finds nothing for NaN
+        return embeddings.sum(1, keepdim=True)
+    distances = found.distances
+    return distances if distances.shape[1] == 1 else distances[:, :1]
 
 
 class Steps(NamedTuple):
@@ -190,12 +201,12 @@ def explained(
             places = proxies.places(found.labels)
         weights = proxy_weights(activations, proxies.mixed(places, found.mixing))
         if marks:
-            weights = torch.add(weights, embeddings.sum(1, keepdim=True), alpha=0)  # as `marked`
+            weights = torch.add(weights, _telltale(embeddings, found), alpha=0)  # as `marked`
         maps = cam(activations, weights, **finish.of_dense())
     elif pull_back is not None:
         cotangents = found.mixed
         if marks:
-            cotangents = torch.add(cotangents, embeddings.sum(1, keepdim=True), alpha=0)
+            cotangents = torch.add(cotangents, _telltale(embeddings, found), alpha=0)
         maps = elementwise_maps(activations, pull_back(cotangents), finish, cam)
     else:
         rows, mixing = marked(embeddings, found) if marks else (found.rows, found.mixing)

@@ -55,8 +55,8 @@ def mixing_weights(distances: Tensor, temperature: float | Tensor) -> Tensor:
     else:
         scale = max(temperature, tiny)
     # From the nearest on, so that where tau is 0 (a table of twins) that one weighs 1.
-    beyond = distances - distances[:, :1]
-    return torch.softmax(-beyond / scale, dim=1)
+    nearer = distances[:, :1] - distances
+    return torch.softmax(nearer / scale, dim=1)
 
 
 def from_tables(

@@ -317,7 +317,7 @@ def launch_group_bounds(
             BLOCK_D=SCALED_BLOCK_D, num_warps=1,
         )  # fmt: skip
         queries = scaled
-    _candidates_kernel[(triton.cdiv(B, config.block_b), config.splits)](
+    _candidates_kernel[(-(-B // config.block_b), config.splits)](
         *found, queries, query_squares, table, squares,
         *queries.stride(), *table.stride(), squares.stride(0), B, N, D,
         IS_L2=is_l2, SCALED=config.is_scaled, WHOLE=config.block_d >= D,
