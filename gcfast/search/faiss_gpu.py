@@ -19,6 +19,9 @@ from gcfast.search.wrapped import Wrapped
 # ends the process.
 LEAST_CAPABILITY = (7, 0)
 
+# Where an index holds another.
+PARTS = ("index", "base_index", "refine_index", "quantizer", "storage")
+
 _turns: dict[int, threading.RLock] = {}  # of the devices
 
 
@@ -32,7 +35,8 @@ def gpus_of(index: Any) -> tuple[int, ...]:
     index = faiss.downcast_index(index) if hasattr(index, "this") else index
     if isinstance(index, faiss.GpuIndex):
         return (index.getDevice(),)
-    parts = [getattr(index, name) for name in ("index", "base_index") if hasattr(index, name)]
+    named = (getattr(index, name, None) for name in PARTS)
+    parts = [part for part in named if isinstance(part, faiss.Index)]
     if hasattr(index, "at") and hasattr(index, "count"):
         parts += [index.at(i) for i in range(index.count())]
     return tuple(sorted({number for part in parts for number in gpus_of(part)}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from networks import common, loader, pictures
 from transfer_case import WIDTH, Scripted, engine, flat, queries, table
 
 import gcfast
-from gcfast.search.faiss_gpu import gpus_of, in_turn, on_gpu, readable, turn
+from gcfast.search.faiss_gpu import PARTS, gpus_of, in_turn, on_gpu, readable, turn
 from gcfast.search.faiss_search import open_index
 from gcfast.search.transfer import IndexTransfer
 
@@ -69,6 +70,9 @@ def test_the_gpus_of_an_index_are_found_in_its_parts() -> None:
     assert gpus_of(flat(whole)) == ()
     assert gpus_of(one) == (3,)
     assert gpus_of(Parts(one, flat(whole), two, one)) == (1, 3)
+    for name in PARTS:
+        assert gpus_of(SimpleNamespace(**{name: one})) == (3,)
+    assert gpus_of(SimpleNamespace(quantizer=flat(whole), storage=7)) == ()
     assert gpus_of(in_turn(Parts(one))) == (3,)
     assert in_turn(flat(whole)).__class__ is faiss.IndexFlatL2
     assert readable(one) is one
