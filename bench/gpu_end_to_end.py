@@ -144,6 +144,7 @@ def explain(context: Context) -> Iterator[Row]:
         for B in BATCHES:
             yield from _batch(subject, explainer, B)
     yield from _by_rows(context)
+    yield from _best(context)
     if context.quick:
         return
     other = Subject(context, torch.bfloat16, name=OTHER)
@@ -166,16 +167,9 @@ def _batch(subject: Subject, explainer: gcfast.Explainer, B: int) -> Iterator[Ro
         reshape=explainer.network.reshape,
     )
 
-    def settled() -> Callable[[], object]:
-        check(eager, batch)
-        for _ in range(TRIALS_UNTIMED + TRIALS + 2):
-            maps = explainer.explain_batch(written)
-            wait(device)
-        torch.testing.assert_close(maps, eager.explain_batch(written), atol=AGREEMENT, rtol=0)
-        return functools.partial(explainer.explain_batch, written)
-
     def beside(goals: tuple[str, str, str]) -> Iterator[Row]:
-        default = settled()
+        check(eager, batch)
+        default = settled(explainer, eager, written)
         forward = captured_forward(subject, batch)
         sides = (
             ("explain_batch", default, "model(x)", lambda: subject.forward(written)),
@@ -193,6 +187,36 @@ def _batch(subject: Subject, explainer: gcfast.Explainer, B: int) -> Iterator[Ro
 
     as_written = GOALS.get((subject.name, subject.precision), {}).get(B, "")
     yield from attempted(case, "explain_batch", beside((as_written, "<= 1.04", "<= 1.06")))
+
+
+def settled(
+    explainer: gcfast.Explainer, eager: gcfast.Explainer, batch: Tensor
+) -> Callable[[], object]:
+    """explain_batch once it has chosen a graph, or not; its maps are compared with eager ones."""
+    for _ in range(TRIALS_UNTIMED + TRIALS + 2):
+        maps = explainer.explain_batch(batch)
+        wait(batch.device)
+    torch.testing.assert_close(maps, eager.explain_batch(batch), atol=AGREEMENT, rtol=0)
+    return functools.partial(explainer.explain_batch, batch)
+
+
+def _best(context: Context) -> Iterator[Row]:
+    """The settings of gcfast.BEST: class proxies, and maps refined by two earlier outputs."""
+    subject = Subject(context, torch.float32)
+    settings = dict(gcfast.BEST)
+    explainer = explainer_with_rows(subject.model, subject.layer, ROWS[0], **settings)
+    settings["cuda_graphs"] = False
+    eager = gcfast.Explainer(subject.model, subject.layer, explainer.database, **settings)
+
+    def rows(case: str, batch: Tensor) -> Iterator[Row]:
+        default = settled(explainer, eager, batch)
+        with torch.inference_mode():
+            both, calls = alternate(default, captured_forward(subject, last(batch)), context.device)
+        yield from pair_rows(case, ("BEST", "captured forward pass"), both, calls, "<= 1.10")
+
+    for B in BATCHES[:4]:
+        case = f"{subject.title}, B {B}, {subject.precision}, gcfast.BEST"
+        yield from attempted(case, "explain_batch", rows(case, subject.images(B)))
 
 
 def captured_forward(subject: Subject, batch: Tensor) -> Callable[[], object]:

@@ -436,7 +436,8 @@ def test_an_explainer_that_is_wrong_is_not_timed(small, monkeypatch):
     rows = list(gpu_end_to_end.explain(small))
     wrong = [row for row in rows if "error" in row and row["side"] == "explain_batch"]
     assert len(wrong) == 7  # three sizes in two precisions, and a larger table
-    assert not [row for row in rows if "ratio" in row]
+    # Class proxies have maps of another operation.
+    assert not [row for row in rows if "ratio" in row and "BEST" not in row["case"]]
 
 
 def test_building_is_timed_beside_the_forward_pass(small):
