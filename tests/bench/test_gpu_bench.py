@@ -405,6 +405,8 @@ def small(monkeypatch, context):
     monkeypatch.setattr(gpu_end_to_end, "SIDE_SECONDS", 1e-6)
     monkeypatch.setattr(gpu_end_to_end, "ROUNDS", 2)
     monkeypatch.setattr(gpu_end_to_end, "BUILD_IMAGES", (16, 64))
+    monkeypatch.setattr(gpu_end_to_end, "BUILD_DISTINCT", 32)
+    monkeypatch.setattr(gpu_end_to_end, "BUILD_GOALS", {64: "<= 1.15"})
     monkeypatch.setattr(gpu_end_to_end, "BUILD_BATCH", 8)
     monkeypatch.setattr(gpu_end_to_end, "BUILD_CLASSES", 2)
     monkeypatch.setattr(
