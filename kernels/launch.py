@@ -198,6 +198,7 @@ KNN_MIN_SPLITS = 64  # or neighbours would share classes of too many rows
 KNN_SMALL_N = 4096  # rows that one program may have to measure by itself
 
 
+@functools.lru_cache(256)  # asked at each call, and takes as long as an operation
 def knn_config(B: int, N: int, D: int, K: int, processors: int) -> KnnConfig:
     """The launch of `knn` for these shapes on a GPU with so many multiprocessors.
 

@@ -6,8 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,10 @@ from gcfast.model.watch import Modules
 
 # What a RuntimeError says where a model cannot take channels-last input.
 LAYOUT_WORDS = ("view size is not compatible", "channels_last", "memory format", "stride")
+
+MULTIPLYING = (nn.Conv2d, nn.Linear)  # modules whose weights tell what the model computes in
+
+_T = TypeVar("_T")
 
 
 class Network:
@@ -137,10 +140,10 @@ class Network:
 
     def device(self, fallback: torch.device) -> torch.device:
         """The device of the first parameter or buffer."""
-        # Lazily: this is asked for every batch, and a large model has thousands.
-        for tensor in chain(self.model.parameters(), self.model.buffers()):
-            return tensor.device
-        return fallback
+        first = _first(self.model, _parameter)
+        if first is None:
+            first = next(self.model.buffers(), None)
+        return fallback if first is None else first.device
 
     def dtype_for(self, images: Tensor) -> torch.dtype:
         """The dtype in which the model takes images: their own where a layer of it works in that.
@@ -148,16 +151,20 @@ class Network:
         The first parameter would not do: half-precision models keep their norms, and often a loose
         parameter before them, in float32.
         """
-        first = None
-        for module in self.model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.is_floating_point():
-                if module.weight.dtype == images.dtype:
-                    return images.dtype
-                first = first or module.weight.dtype
-        if first is None:
-            floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
-            first = next(floating, images.dtype)
-        return first
+        others: list[torch.dtype] = []
+
+        def same(module: nn.Module) -> torch.dtype | None:
+            if isinstance(module, MULTIPLYING) and module.weight.is_floating_point():
+                dtype: torch.dtype = module.weight.dtype
+                if dtype == images.dtype:
+                    return dtype
+                others.append(dtype)
+            return None
+
+        if (found := _first(self.model, same)) is not None:
+            return found
+        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return others[0] if others else next(floating, images.dtype)
 
     def checked(self, name: str, images: object) -> Tensor:
         """Return the images, if they are as the model takes them.
@@ -537,6 +544,28 @@ class Network:
                 at = (self.layer, self.layer_run)
                 found = finer_layers(self.model, image.contiguous(), self.embedding, at, grid)
                 self.finer = self._networks([one.name for one in found])
+
+
+def _first(model: nn.Module, part: Callable[[nn.Module], _T | None]) -> _T | None:
+    """The part of the first module that has it, in the order of ``modules()``.
+
+    Whose generators take longer: this is asked for every batch.
+    """
+    pending: list[nn.Module | None] = [model]
+    seen: set[nn.Module] = set()
+    while pending:
+        module = pending.pop()
+        if module is None or module in seen:
+            continue
+        if (found := part(module)) is not None:
+            return found
+        seen.add(module)
+        pending += [*module._modules.values()][::-1]
+    return None
+
+
+def _parameter(module: nn.Module) -> Tensor | None:
+    return next((p for p in module._parameters.values() if p is not None), None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ from networks import (
 from torch import Tensor, nn
 
 import gcfast
+from gcfast.model import network as network_module
 from gcfast.model.capture import evaluating
 from gcfast.model.network import Network, unwrapped
 from gcfast.model.tokens import TokenGrid
@@ -642,19 +643,26 @@ def test_reshape_is_checked() -> None:
         network.embed(pictures(2)[0])
 
 
-def test_a_batch_asks_one_parameter_for_the_device():
-    class Counting(Net):
-        asked = 0
-
-        def parameters(self, recurse: bool = True):  # type: ignore[no-untyped-def]
-            for parameter in super().parameters(recurse):
-                self.asked += 1
-                yield parameter
-
-    model = Counting(other())
+def test_a_batch_asks_a_few_modules_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    part = network_module._parameter
+    monkeypatch.setattr(network_module, "_parameter", lambda m: asked.append(m) or part(m))
+    model = Net(other())
     network = Network(model)
     assert network.device(torch.device("meta")) == torch.device("cpu")
-    assert model.asked == 1  # all of a ResNet-50's take longer than a kernel's launch, many times
+    # Not all: those of a ResNet-50 take longer than a kernel's launch, many times.
+    assert asked == [*model.modules()][: len(asked)]
+    assert asked[-1] is next(m for m in model.modules() if m._parameters)
+    assert network.dtype_for(torch.zeros(1, dtype=torch.float64)) == torch.float32
+
+
+def test_the_device_and_the_dtype_of_a_model_in_a_loop_without_weights() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU()))
+    model[1]._modules["parent"] = model
+    model[1]._modules["none"] = None
+    network = Network(model)
+    assert network.device(torch.device("meta")) == torch.device("meta")
+    assert network.dtype_for(torch.zeros(1, dtype=torch.float64)) == torch.float64
 
 
 def test_training_flags_of_shared_modules_and_of_loops_come_back() -> None:
