@@ -8,6 +8,7 @@ import pytest
 import torch
 from networks import Lambda, Net, common, loader, pictures
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcfast import Explainer
 from gcfast.explain.cuda_graphs import GRAPHS_KEPT, TRIALS, TRIALS_UNTIMED, Graphs
@@ -114,6 +115,43 @@ def test_each_shape_is_captured_once_and_replayed():
         case.run(pictures(3)[0])
     assert case.counts == (5, 8)
     assert torch.is_autocast_cache_enabled()
+
+
+class Copies(TorchDispatchMode):
+    """Notes every operation that is not a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        del types
+        self.made.append(func.name().removeprefix("aten::").split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_copy_goes_in_and_one_comes_out(layout):
+    graphs = Graphs(common(), Recorder)
+    images = torch.randn(2, 3, 8, 8).contiguous(memory_format=layout)
+
+    def run():
+        return graphs.run(
+            images,
+            lambda images: Explained(images[:, 0], *[images[:, 0, 0]] * 3, None),
+            Explained.copied_maps,
+            owner=None,
+            key=None,
+            prepared=lambda images: images.contiguous(memory_format=torch.channels_last),
+        )
+
+    run()
+    (captured,) = graphs._captured.values()
+    assert captured.images.is_contiguous(memory_format=torch.channels_last)
+    type(captured.recording).replay = lambda _: None
+    with Copies() as seen:
+        run()
+    assert seen.made == ["copy_", "clone"]
 
 
 def test_under_inference_mode_and_outside():
