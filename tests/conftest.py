@@ -61,8 +61,12 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A real GPU, whose convolutions are as exact as the CPU's."""
+@pytest.fixture(autouse=True)
+def _exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they are in TF32 by default, and results are compared with the CPU's."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
     return torch.device("cuda", 0)

@@ -171,8 +171,8 @@ def test_what_a_factory_string_makes_is_on_the_gpu(
     ("factory", "k", "words"),
     [
         ("HNSW16", 3, "IndexHNSWFlat, reason=.*not implemented on GPU"),
-        ("IVF4,PQ4x4", 3, "IndexIVFPQ, reason=.*Bits per code must be 8"),
-        ("Flat", 2048, r"IndexFlatL2, reason=.*selection up to 2048 \(requested 2049\)"),
+        ("IVF4,PQ4x4", 3, "IndexIVFPQ, reason=.*only pq.nbits == 8 is supported"),
+        ("Flat", 2048, r"IndexFlat, reason=.*selection up to 2048 \(requested 2049\)"),
     ],
 )
 def test_what_stays_on_the_cpu_is_said_and_works(
