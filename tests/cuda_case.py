@@ -44,7 +44,9 @@ def agree_in_low_precision(ours, wanted, *, atol):
     same = (ours.neighbors.cpu() == wanted.neighbors).all(1)
     assert same.float().mean() >= 0.5
     for name in FIELDS:
-        agree(getattr(ours, name)[same.to(ours.maps.device)], getattr(wanted, name)[same], atol=atol)
+        agree(
+            getattr(ours, name)[same.to(ours.maps.device)], getattr(wanted, name)[same], atol=atol
+        )
 
 
 def agree(ours, wanted, *, atol=1e-5):

@@ -7,6 +7,7 @@ that a forward pass advances) and too lax (an adapter that is switched off leave
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import warnings
@@ -25,13 +26,14 @@ WRAPPERS = ("module.", "_orig_mod.")
 VERSION = 2  # 1 counted every buffer, and did not look at the outputs
 IMAGES = 2  # fixed ones
 MOST_VALUES = 3 * 16_384**2  # of a fixed image
-COPIED_NUMBERS = 2**22  # of a model on a GPU, at once
+COPIED_BYTES = 2**23  # of a model on a GPU, at once
 NUMBERS = 64  # of each one's output that are kept
 # Largest norm-relative difference of the outputs for the same images. The same parameters on
 # another device, or with TF32, differ by up to 5e-3; a half-precision or int8 copy by more.
 SAME, CONVERTED = 0.01, 0.1
 
 
+@torch.no_grad()
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """The persistent tensors of a model: what its ``state_dict`` holds.
 
@@ -197,36 +199,52 @@ def _hash(tensors: Iterable[Tensor]) -> str:
 def _on_host(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The bytes of tensors one after the other, floating point as float32, on the CPU.
 
-    From a GPU many are copied at once, on a stream of their own: on the current one each copy would
-    wait for what the model has been given to do meanwhile.
+    Each part is good until the next one. From a GPU many tensors are copied at once, on a stream of
+    their own: on the current one each copy would wait for what the model has been given to do
+    meanwhile, and each call for the thread that gives it.
     """
-    for device, own in groupby((tensor.detach() for tensor in tensors), lambda t: t.device):
+    for device, own in groupby(tensors, lambda tensor: tensor.device):
         if device.type != "cuda":
             yield from (_bytes(tensor.cpu()) for tensor in own)
             continue
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        host = torch.empty(COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+        stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         for some in _groups(own):
             with torch.cuda.stream(stream):
-                yield torch.cat([_bytes(tensor) for tensor in some]).cpu()
+                whole = torch.cat([_bytes(tensor) for tensor in some])
+                for start in range(0, len(whole), COPIED_BYTES):
+                    part = whole[start : start + COPIED_BYTES]
+                    host[: len(part)].copy_(part, non_blocking=True)
+                    stream.synchronize()
+                    yield host[: len(part)]
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The same each time, since PyTorch keeps the memory of each stream for itself."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _groups(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors in lists of COPIED_NUMBERS or a little more."""
+    """Tensors in lists of COPIED_BYTES or a little more."""
     some: list[Tensor] = []
+    size = 0
     for tensor in tensors:
         some.append(tensor)
-        if sum(one.numel() for one in some) >= COPIED_NUMBERS:
+        size += 4 * tensor.numel()
+        if size >= COPIED_BYTES:
             yield some
-            some = []
+            some, size = [], 0
     if some:
         yield some
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     """A tensor's bytes in a row, of float32 where it is floating point."""
-    values = tensor.float() if tensor.is_floating_point() else tensor
-    return values.contiguous().reshape(-1).view(torch.uint8)
+    if tensor.is_floating_point() and tensor.dtype != torch.float32:
+        tensor = tensor.float()
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> str:
@@ -234,6 +252,7 @@ def _dtypes(tensors: Iterable[Tensor]) -> str:
     return ", ".join(sorted(names))
 
 
+@torch.no_grad()
 def _version_1(model: nn.Module) -> dict[str, Any]:
     """The fingerprint that databases of formats 1 to 3 have: every buffer, and module classes."""
     model = unwrapped(model)

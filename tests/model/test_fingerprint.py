@@ -24,15 +24,15 @@ def test_a_copy_has_the_same_fingerprint() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("numbers", [1, 100, 2**22])
+@pytest.mark.parametrize("size", [1, 100, 2**23])
 def test_a_gpu_gives_the_same(
-    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, numbers: int
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     model = common(norm=True).half()
     model.register_buffer("mask", torch.tensor([True, False]))
     model.register_buffer("none", torch.zeros(0))
     before = fingerprint(model)
-    monkeypatch.setattr(fingerprint_module, "COPIED_NUMBERS", numbers)
+    monkeypatch.setattr(fingerprint_module, "COPIED_BYTES", size)
     assert fingerprint(model.to(gpu)) == before
 
 
