@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,25 @@ from gcfast.ops.precision import full_precision
 from gcfast.search.faiss_gpu import on_gpu
 from gcfast.search.transfer import ExactTransfer, Transfer, make_transfer
 from gcfast.search.transferred import Transferred
+
+
+class Passed(NamedTuple):
+    """What the forward pass of a batch gave."""
+
+    captured: Captured
+    embeddings: Tensor  # [B, D] float32
+
+    def copied(self) -> Passed:
+        """The same in memory of its own, for passes that are not differentiated."""
+        captured = self.captured
+        return Passed(
+            captured._replace(
+                output=captured.output.clone(),
+                activations=captured.activations.clone(),
+                finer=tuple(finer.clone() for finer in captured.finer),
+            ),
+            self.embeddings.clone(),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +129,7 @@ class Attached:
         waits: bool | None = None,
         finer: bool = True,
         rates: bool = False,
+        passed: Passed | None = None,
     ) -> Explained:
         """Run the forward pass, the search and the maps.
 
@@ -120,16 +140,21 @@ class Attached:
                 would wait for the device.
             finer: refine the maps, where the network says by what.
             rates: give the log-ratios that a confidence rests on; needs ``second``.
+            passed: the forward pass, where it has been made.
         """
         waits = not images.is_cuda if waits is None else waits
-        captured = self._captured(images, finer)
+        captured, embeddings = passed or self.passed(images, waits=waits, finer=finer)
         with torch.no_grad(), full_precision(images.device):
-            embeddings = self._embeddings(captured, images, waits)
             found = self.transfer(embeddings)
             return self._finished(captured, images, embeddings, found, finish, rates, waits)
 
     def begin(
-        self, images: Tensor, finish: Finish, *, rates: bool = False
+        self,
+        images: Tensor,
+        finish: Finish,
+        *,
+        rates: bool = False,
+        passed: Passed | None = None,
     ) -> Callable[[], Explained]:
         """Run the forward pass and start the transfer; what is returned waits for it.
 
@@ -137,11 +162,11 @@ class Attached:
             images: [B, 3, h, w], checked.
             finish: how the maps are finished.
             rates: as for :meth:`explain`.
+            passed: as for :meth:`explain`.
         """
         waits = not images.is_cuda
-        captured = self._captured(images)
+        captured, embeddings = passed or self.passed(images)
         with torch.no_grad(), full_precision(images.device):
-            embeddings = self._embeddings(captured, images, waits)
             found = self.transfer.start(embeddings)
 
         def finished() -> Explained:
@@ -149,6 +174,15 @@ class Attached:
                 return self._finished(captured, images, embeddings, found(), finish, rates, waits)
 
         return finished
+
+    def passed(self, images: Tensor, *, waits: bool | None = None, finer: bool = True) -> Passed:
+        """Run the forward pass; arguments as for :meth:`explain`."""
+        captured = self._captured(images, finer)
+        with torch.no_grad():
+            embeddings = normalized(captured.output, self.l2_normalize)
+            if not images.is_cuda if waits is None else waits:
+                check_embeddings(embeddings, images)
+        return Passed(captured, embeddings)
 
     def empty(self, size: tuple[int, int]) -> Explained:
         """Return what :meth:`explain` would give for no images."""
@@ -176,12 +210,6 @@ class Attached:
             return self.network.embed(images, finer=finer)
         with self.network.differentiable(images, finer=finer) as captured:
             return captured
-
-    def _embeddings(self, captured: Captured, images: Tensor, waits: bool) -> Tensor:
-        embeddings = normalized(captured.output, self.l2_normalize)
-        if waits:
-            check_embeddings(embeddings, images)
-        return embeddings
 
     def _finished(
         self,
@@ -235,11 +263,10 @@ class Attached:
     def objects(self, images: Tensor, finish: Finish, count: int, tail: Tail) -> ObjectMaps:
         """See :meth:`gcfast.Explainer.explain_objects`; images checked and not none."""
         waits = not images.is_cuda
-        captured = self._captured(images)
+        captured, embeddings = self.passed(images)
         seen: list[Tensor] = []
         parts: list[Explained] = []
         with torch.no_grad(), full_precision(images.device):
-            embeddings = self._embeddings(captured, images, waits)
             for number in range(count):
                 if number:
                     embeddings = of_the_rest(tail, seen, captured.activations, images)

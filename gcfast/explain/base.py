@@ -13,7 +13,7 @@ from gcfast._checks import require_int
 from gcfast.builder.given.on_demand import OnDemandDatabase
 from gcfast.database.database import Database
 from gcfast.errors import NoDatabaseError
-from gcfast.explain.attached import Attached, check_database
+from gcfast.explain.attached import Attached, Passed, check_database
 from gcfast.explain.cuda_graphs import Graphs
 from gcfast.explain.result import Finish, MapOptions
 from gcfast.explain.second_look import SecondLook
@@ -72,8 +72,6 @@ class ExplainerBase:
             )
         if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
             raise TypeError(f"`cuda_graphs` must be True, False or 'auto', got {cuda_graphs!r}")
-        if cuda_graphs is True and not self._exact:
-            raise ValueError("`index` must be 'exact' with `cuda_graphs`, which FAISS cannot be in")
         elementwise = self.settings.is_elementwise
         if cuda_graphs is True and elementwise:
             raise ValueError(
@@ -87,7 +85,7 @@ class ExplainerBase:
             raise ValueError(f"`requery` must be False: {why}")
         self.network = Network(model, layer, output_key=output_key, reshape=reshape, refine=refine)
         self._graphs: Graphs | None = None
-        if cuda_graphs is not False and self._exact and not elementwise:
+        if cuda_graphs is not False and not elementwise:
             self._graphs = Graphs(self.network.model, auto=cuda_graphs == "auto")
         self._lock = threading.Lock()
         self._database: Database | None = None
@@ -192,19 +190,32 @@ class ExplainerBase:
     def _exact(self) -> bool:
         return isinstance(self.index, str) and self.index == "exact"
 
-    def _replays(self, images: Tensor) -> bool:
-        """Whether a CUDA graph may stand for the forward pass and the maps."""
-        if self._graphs is not None and isinstance(self._database, OnDemandDatabase):
-            if self._graphs.auto:
-                return False
-            raise ValueError(
-                "`cuda_graphs` must not be True for rows on demand, which the host makes, got True"
-            )
+    def _graphs_for(self, images: Tensor) -> Graphs | None:
+        """Return what captures and replays on the images' device."""
         if self._graphs is None or images.is_cuda:
-            return self._graphs is not None
+            return self._graphs
         if self._graphs.auto:
-            return False
+            return None
         raise ValueError(f"`cuda_graphs` must not be True for a model on {images.device}, got True")
+
+    @property
+    def _on_device(self) -> bool:
+        """Whether search and maps need nothing of the host, and can be in a graph."""
+        return self._exact and not isinstance(self._database, OnDemandDatabase)
+
+    def _passed(self, attached: Attached, images: Tensor) -> Passed | None:
+        """Run the forward pass by a graph of its own; None where it has none."""
+        graphs = self._graphs_for(images)
+        if graphs is None:
+            return None
+        return graphs.run(
+            images,
+            attached.passed,
+            Passed.copied,
+            owner=attached,
+            key=("forward", self.network.channels_last),
+            prepared=self.network.prepared,
+        )
 
     @property
     def unrated(self) -> str | None:

@@ -1,12 +1,13 @@
-"""Whole explanations as CUDA graphs: captured once for each shape, then replayed.
+"""Explanations as CUDA graphs: captured once for each shape, then replayed.
 
 A network of some hundred kernels takes the host longer to launch than the GPU to run, in small
 batches; a graph is launched at once. Where the GPU is the slower one a graph gains nothing, so
 ``"auto"`` runs the first calls of a shape without one, measures both by events that nothing waits
-for, and captures what is bound by the host.
+for, and captures what is bound by the host. Where the host takes part (a FAISS index, rows on
+demand) the forward pass alone is captured.
 
-Memory: each graph keeps its images and its maps; what lies between is shared by all graphs of a
-device, and is as large as the largest forward pass. GRAPHS_KEPT shapes are kept.
+Memory: each graph keeps its images and what it gives; what lies between is shared by all graphs of
+a device, and is as large as the largest forward pass. GRAPHS_KEPT shapes are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from gcfast.errors import UnsupportedModelError
-from gcfast.explain.maps import Explained
 from gcfast.model.watch import Watch
 
 GRAPHS_KEPT = 8  # shapes whose graphs are kept, the last used
@@ -35,6 +35,7 @@ TRIALS_UNTIMED, TRIALS = 2, 3  # calls of a shape before "auto" decides: the fir
 # little after the last launch.
 HOST_BOUND = 1.15
 
+_T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
@@ -48,13 +49,13 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """What captures. Only one recording of a recorder runs at a time."""
 
-    def record(self, function: Callable[[], Explained]) -> tuple[Recording, Explained]:
+    def record(self, function: Callable[[], _T]) -> tuple[Recording, _T]:
         """Capture a function of no arguments."""
 
     def in_order(self) -> Any:
         """A block that begins on the device when the block before has ended, on any stream."""
 
-    def timed(self, function: Callable[[], Explained]) -> tuple[Explained, Trial]:
+    def timed(self, function: Callable[[], _T]) -> tuple[_T, Trial]:
         """Run a function of no arguments, and measure it without waiting for it."""
 
 
@@ -74,7 +75,7 @@ class CudaRecorder:
         self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
 
-    def record(self, function: Callable[[], Explained]) -> tuple[Recording, Explained]:
+    def record(self, function: Callable[[], _T]) -> tuple[Recording, _T]:
         """See :class:`Recorder`."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
@@ -100,7 +101,7 @@ class CudaRecorder:
         finally:
             self.done.record(stream)
 
-    def timed(self, function: Callable[[], Explained]) -> tuple[Explained, Trial]:
+    def timed(self, function: Callable[[], _T]) -> tuple[_T, Trial]:
         """See :class:`Recorder`."""
         trial = _CudaTrial()
         stream = torch.cuda.current_stream(self.device)
@@ -148,7 +149,7 @@ class _Trials:
 class _Captured(NamedTuple):
     recording: Recording
     images: Tensor  # read by each replay
-    out: Explained
+    out: Any  # what the function gave
 
 
 class Graphs:
@@ -191,8 +192,8 @@ class Graphs:
     def run(
         self,
         images: Tensor,
-        function: Callable[[Tensor], Explained],
-        take: Callable[[Explained], _R],
+        function: Callable[[Tensor], _T],
+        take: Callable[[_T], _R],
         *,
         owner: object,
         key: Hashable,
@@ -246,7 +247,7 @@ class Graphs:
     def _capture(
         self,
         images: Tensor,
-        function: Callable[[Tensor], Explained],
+        function: Callable[[Tensor], Any],
         key: Hashable,
         recorder: Recorder,
     ) -> _Captured | None:

@@ -73,8 +73,8 @@ class Explainer(DatabaseCalls, DirectCalls, ExportCalls):
             replay it: "auto" where launching kernels takes longer than running them, as the first
             calls of a shape tell; True for every shape, False for none. Captured again when a
             weight, a flag of the model or the database has changed; a model that cannot be
-            captured runs without graphs, with one warning. Needs ``index="exact"``, without which
-            "auto" is False.
+            captured runs without graphs, with one warning. With a FAISS index, which cannot be in a
+            graph, and with rows on demand, the forward pass alone is captured.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or out of range, by its name.
@@ -128,10 +128,12 @@ class Explainer(DatabaseCalls, DirectCalls, ExportCalls):
         if len(images) == 0:
             return attached.result(attached.empty(finish.size), details)
         rates = details and attached.rated
-        if not self._replays(images):
-            return attached.result(attached.explain(images, finish, rates=rates), details)
-        assert self._graphs is not None
-        return self._graphs.run(
+        graphs = self._graphs_for(images)
+        if graphs is None or not self._on_device:
+            passed = self._passed(attached, images)
+            out = attached.explain(images, finish, rates=rates, passed=passed)
+            return attached.result(out, details)
+        return graphs.run(
             images,
             lambda images: attached.explain(images, finish, rates=rates),
             lambda out: attached.result(out.copied() if details else out.copied_maps(), details),
@@ -182,12 +184,16 @@ class Explainer(DatabaseCalls, DirectCalls, ExportCalls):
 
         def begin(images: Tensor) -> Callable[[], Tensor | Explanation]:
             images = self.network.checked("images", images)
-            if len(images) == 0 or self._replays(images):
+            whole = self._on_device and self._graphs_for(images) is not None
+            if len(images) == 0 or whole:
                 explained = self.explain_batch(images, details=details, **options)
                 return lambda: explained
             finish = self._finish(images, options)
             attached = self.attach(finish, images=images)
-            finished = attached.begin(images, finish, rates=details and attached.rated)
+            passed = self._passed(attached, images)
+            finished = attached.begin(
+                images, finish, rates=details and attached.rated, passed=passed
+            )
             return lambda: attached.result(finished(), details)
 
         return overlapped(batches, begin, STREAM_DEPTH)  # type: ignore[return-value]

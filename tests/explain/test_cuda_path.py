@@ -171,20 +171,23 @@ def test_cuda_graphs_under_autocast_and_inference_mode(gpu):
     assert len(ours._graphs) == 1
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("index", ["exact", "Flat"])
-def test_explain_stream(gpu, index, k):
+def test_explain_stream(gpu, index, k, cuda_graphs):
     if index != "exact":
         pytest.importorskip("faiss")
     plain, ours = twins(gpu, k=k)
     settings = {"database": plain.database, "channels": 4, "k": k, "index": index}
-    settings["cuda_graphs"] = False
-    plain, ours = (Explainer(e.network.model, **settings) for e in (plain, ours))
-    given = [pictures(count)[0] for count in (2, 3, 0, 1)]
+    plain = Explainer(plain.network.model, **settings)
+    ours = Explainer(ours.network.model, **settings, cuda_graphs=cuda_graphs)
+    given = [pictures(count)[0] for count in (2, 3, 0, 1, 2, 2, 2)]
     for details in (False, True):
         got = list(ours.explain_stream((part.to(gpu) for part in given), details=details))
         for one, images in zip(got, given, strict=True):
             agree(one, plain.explain_batch(images, details=details))
+    if cuda_graphs:
+        assert len(ours._graphs) == 3  # one for each number of images
 
 
 def test_calibrated_confidence(gpu):

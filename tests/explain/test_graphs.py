@@ -9,6 +9,7 @@ import torch
 from networks import Lambda, Net, common, loader, pictures
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gcfast import Explainer
 from gcfast.explain.cuda_graphs import GRAPHS_KEPT, TRIALS, TRIALS_UNTIMED, Graphs
@@ -37,8 +38,9 @@ class Recorder:
             def replay(self):
                 assert recorder.inside == 1
                 recorder.replays += 1
-                for kept, new in zip(out[:4], function()[:4], strict=True):
-                    kept.copy_(new)
+                for kept, new in zip(tree_leaves(out), tree_leaves(function()), strict=True):
+                    if isinstance(kept, Tensor):
+                        kept.copy_(new)
 
         return Recording(), out
 
@@ -115,6 +117,29 @@ def test_each_shape_is_captured_once_and_replayed():
         case.run(pictures(3)[0])
     assert case.counts == (5, 8)
     assert torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"index": "Flat"}, {"index": "Flat", "k": 3}, {"refine": "auto"}]
+)
+def test_the_forward_pass_alone_is_captured_where_the_search_is_not(settings, monkeypatch):
+    if "index" in settings:
+        pytest.importorskip("faiss")
+    case = Case(**settings)
+    explainer = case.explainer
+    if "index" not in settings:
+        monkeypatch.setattr(Explainer, "_on_device", False)  # as with rows on demand
+    given = [pictures(3)[0] + i for i in range(4)]
+    wanted = [explainer.explain_batch(images, details=True) for images in given]
+    monkeypatch.setattr(explainer, "_graphs_for", lambda _: case.graphs)
+    streamed = list(explainer.explain_stream(given, details=True))
+    one_by_one = [explainer.explain_batch(images, details=True) for images in given]
+    assert case.counts == (1, 8)
+    for got in (streamed, one_by_one):
+        for ours, theirs in zip(got, wanted, strict=True):
+            assert torch.equal(ours.maps, theirs.maps)
+            assert torch.equal(ours.embeddings, theirs.embeddings)
+            assert torch.equal(ours.neighbors, theirs.neighbors)
 
 
 class Copies(TorchDispatchMode):
@@ -347,14 +372,16 @@ def test_auto_captures_what_the_host_is_too_slow_for(ratio, captures):
     assert case.counts[0] == captures
 
 
-def test_auto_leaves_the_cpu_and_other_searches_alone():
-    explainer = Explainer(common().eval(), channels=4, triplets=5)
+@pytest.mark.parametrize("index", ["exact", "Flat"])
+def test_auto_leaves_the_cpu_alone(index):
+    if index != "exact":
+        pytest.importorskip("faiss")
+    explainer = Explainer(common().eval(), channels=4, triplets=5, index=index)
     explainer.build(loader(*pictures(12)))
     assert len(explainer._graphs) == 0
     for _ in range(8):
         explainer.explain_batch(pictures(2)[0])
     assert len(explainer._graphs) == 0
-    assert Explainer(common(), index="Flat")._graphs is None
     assert Explainer(common(), cuda_graphs=False)._graphs is None
 
 

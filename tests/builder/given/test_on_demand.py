@@ -154,13 +154,8 @@ def test_what_cannot_be_on_demand_is_refused(name: str) -> None:
         )
 
 
-def test_export_and_graphs_are_refused() -> None:
+def test_export_is_refused() -> None:
     _, lazy, database = both()
     with pytest.raises(ValueError, match="`rows` of the database must be 'all' to be exported"):
         lazy.export()
     assert database.made == 0
-    graphs = gcfast.Explainer(
-        lazy.network.model, "backbone", database, channels=5, triplets="all", cuda_graphs=True
-    )
-    with pytest.raises(ValueError, match="`cuda_graphs` must not be True for rows on demand"):
-        graphs.explain_batch(pictures(1)[0])
