@@ -4,8 +4,8 @@ Distances come from |a|^2 + |e|^2 - 2 <a, e> with the product in bfloat16 on ten
 is bounded, and every row that may be within the limit is kept: none is lost, some too many are.
 What is kept is then measured in float64 in the order of the specification, which decides.
 
-Bytes: the table once a block of anchors, 4 a row that is kept. Operations: 2 N D on tensor cores an
-anchor, and 3 D in float64 a row that is kept.
+Bytes: the table in bfloat16, of which a copy is made, once a block of anchors; 4 a row that is
+kept. Operations: 2 N D on tensor cores an anchor, and 3 D in float64 a row that is kept.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ def _near_kernel(
     embeddings_ptr,
     squares_ptr,
     labels_ptr,
-    stride_embeddings_n,
-    stride_embeddings_d,
     B,
     N,
     D,
@@ -60,7 +58,7 @@ def _near_kernel(
     for start in range(begin, tl.minimum(begin + rows_per_split, N), BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        rows = embeddings_ptr + offs_n.to(tl.int64) * stride_embeddings_n
+        rows = embeddings_ptr + offs_n.to(tl.int64) * D
         product = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
         for start_d in range(0, D, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
@@ -71,10 +69,10 @@ def _near_kernel(
                 other=0.0,
             )
             row = tl.load(
-                rows[:, None] + offs_d[None, :].to(tl.int64) * stride_embeddings_d,
+                rows[:, None] + offs_d[None, :],
                 mask=mask_n[:, None] & mask_d[None, :],
                 other=0.0,
-            ).to(tl.bfloat16)
+            )
             if INTERPRETED:
                 anchor, row = anchor.to(tl.float32), row.to(tl.float32)
             product = tl.dot(anchor, tl.trans(row), product, input_precision="ieee")
@@ -85,11 +83,12 @@ def _near_kernel(
         is_near = is_near & mask_n[None, :] & (label[None, :] != anchor_label[:, None])
         is_near = is_near & mask_b[:, None]
         number = tl.sum(is_near.to(tl.int32), axis=1)
-        base = tl.atomic_add(counts_ptr + offs_b, number, mask=number > 0, sem="relaxed")
-        slot = base[:, None] + tl.cumsum(is_near.to(tl.int32), axis=1) - 1
-        out = ids_ptr + offs_b[:, None].to(tl.int64) * capacity + slot
-        ids = offs_n[None, :] + tl.zeros((BLOCK_B, BLOCK_N), tl.int32)
-        tl.store(out, ids, mask=is_near & (slot < capacity))
+        if tl.max(number, axis=0) > 0:  # in most tiles no row is near any anchor
+            base = tl.atomic_add(counts_ptr + offs_b, number, mask=number > 0, sem="relaxed")
+            slot = base[:, None] + tl.cumsum(is_near.to(tl.int32), axis=1) - 1
+            out = ids_ptr + offs_b[:, None].to(tl.int64) * capacity + slot
+            ids = offs_n[None, :] + tl.zeros((BLOCK_B, BLOCK_N), tl.int32)
+            tl.store(out, ids, mask=is_near & (slot < capacity))
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -140,6 +139,7 @@ class NearRows:
         self.embeddings = embeddings
         self.labels = labels
         self.squares = row_squares(embeddings)
+        self._halves = embeddings.bfloat16().contiguous()
         # Squares too large for float32 say nothing: minus infinity in their place lets all pass.
         self._floors = torch.where(self.squares < LARGEST, self.squares, -torch.inf)
         self.config = config
@@ -180,10 +180,9 @@ class NearRows:
             floors,
             anchors.bfloat16().contiguous(),
             anchor_labels,
-            self.embeddings,
+            self._halves,
             self._floors,
             self.labels,
-            *self.embeddings.stride(),
             B,
             N,
             D,

@@ -13,6 +13,7 @@ the specification. The host waits to learn how many rows there are.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -76,8 +77,12 @@ class Scan:
         self.by_label = by_label
         self.ranges = ranges
         self.margin = margin
-        config = config or near_config(multiprocessors(anchors.device))
-        self.near = NearRows(embeddings, labels, config)
+        self.config = config or near_config(multiprocessors(anchors.device))
+
+    @cached_property
+    def near(self) -> NearRows:
+        """The table made ready to be searched, where an anchor is scanned at all."""
+        return NearRows(self.embeddings, self.labels, self.config)
 
     def groups(self, which: Tensor) -> Iterator[Group]:
         """The anchors ``which``, as they fit into ``SCRATCH_BYTES``."""
