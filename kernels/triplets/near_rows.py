@@ -45,6 +45,7 @@ def _near_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SKIPS: tl.constexpr,
 ):
     """ids[b, :counts[b]]: the negatives with 2 <a, e> >= floors[b] + share |e|^2, in any order.
 
@@ -83,7 +84,8 @@ def _near_kernel(
         is_near = is_near & mask_n[None, :] & (label[None, :] != anchor_label[:, None])
         is_near = is_near & mask_b[:, None]
         number = tl.sum(is_near.to(tl.int32), axis=1)
-        if tl.max(number, axis=0) > 0:  # in most tiles no row is near any anchor
+        is_some = tl.max(number, axis=0) > 0 if SKIPS else True
+        if is_some:
             base = tl.atomic_add(counts_ptr + offs_b, number, mask=number > 0, sem="relaxed")
             slot = base[:, None] + tl.cumsum(is_near.to(tl.int32), axis=1) - 1
             out = ids_ptr + offs_b[:, None].to(tl.int64) * capacity + slot
@@ -192,6 +194,7 @@ class NearRows:
             BLOCK_B=config.block_b,
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,
+            SKIPS=config.skips,
             num_warps=config.num_warps,
         )
         return ids, counts
