@@ -274,7 +274,6 @@ class NearConfig(NamedTuple):
     block_d: int
     num_warps: int
     programs: int
-    skips: bool = False  # tiles without a near row
 
 
 def near_config(processors: int) -> NearConfig:

@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = [str(ROOT / folder) for folder in ("tests", "bench", "bench/paper")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*SHARED, os.environ.get("PYTHONPATH")]))
 
+# On a GPU convolutions are in TF32 by default, and here they are compared with the CPU's. For the
+# whole run, since fixtures of sessions build databases.
+torch.backends.cudnn.allow_tf32 = False
+
 # On tensors this small a second thread costs more than it brings, above all on a busy machine.
 torch.set_num_threads(1)
 
@@ -59,12 +63,6 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(True, warn_only=True)
         yield
         torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(autouse=True)
-def _exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU they are in TF32 by default, and results are compared with the CPU's."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture

@@ -45,7 +45,6 @@ def _near_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SKIPS: tl.constexpr,
 ):
     """ids[b, :counts[b]]: the negatives with 2 <a, e> >= floors[b] + share |e|^2, in any order.
 
@@ -84,13 +83,11 @@ def _near_kernel(
         is_near = is_near & mask_n[None, :] & (label[None, :] != anchor_label[:, None])
         is_near = is_near & mask_b[:, None]
         number = tl.sum(is_near.to(tl.int32), axis=1)
-        is_some = tl.max(number, axis=0) > 0 if SKIPS else True
-        if is_some:
-            base = tl.atomic_add(counts_ptr + offs_b, number, mask=number > 0, sem="relaxed")
-            slot = base[:, None] + tl.cumsum(is_near.to(tl.int32), axis=1) - 1
-            out = ids_ptr + offs_b[:, None].to(tl.int64) * capacity + slot
-            ids = offs_n[None, :] + tl.zeros((BLOCK_B, BLOCK_N), tl.int32)
-            tl.store(out, ids, mask=is_near & (slot < capacity))
+        base = tl.atomic_add(counts_ptr + offs_b, number, mask=number > 0, sem="relaxed")
+        slot = base[:, None] + tl.cumsum(is_near.to(tl.int32), axis=1) - 1
+        out = ids_ptr + offs_b[:, None].to(tl.int64) * capacity + slot
+        ids = offs_n[None, :] + tl.zeros((BLOCK_B, BLOCK_N), tl.int32)
+        tl.store(out, ids, mask=is_near & (slot < capacity))
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -194,7 +191,6 @@ class NearRows:
             BLOCK_B=config.block_b,
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,
-            SKIPS=config.skips,
             num_warps=config.num_warps,
         )
         return ids, counts
