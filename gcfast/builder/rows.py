@@ -23,6 +23,7 @@ from gcfast.model.network import Network
 from gcfast.ops import Triplets
 
 ROWS_AT_ONCE = 64  # rows whose triplets are held at once in stage 2
+GPU_BYTES = 2**25  # of the cotangents of rows made at once on a GPU, where launches are what costs
 ENUMERATION_LIMIT = 10**14  # multiply-adds: about an hour at 30 GFLOP/s
 
 
@@ -277,11 +278,20 @@ class Rows:
         first, _, drawn = self._drawn
         return Triplets(*(column[start - first : stop - first] for column in drawn))
 
+    @property
+    def at_once(self) -> int:
+        """How many rows the closed form makes together: a multiple of ROWS_AT_ONCE."""
+        triplets = self.settings.triplets
+        if self.device.type != "cuda" or triplets == "all":
+            return ROWS_AT_ONCE
+        fitting = GPU_BYTES // (4 * triplets * self.embedded.embeddings.shape[1])
+        return max(1, fitting // ROWS_AT_ONCE) * ROWS_AT_ONCE
+
     def _closed_form(self) -> Iterator[tuple[int, int, Tensor, Cotangents]]:
         """Yield (first image, image after the last, weights [B, C], first part of cotangents)."""
-        N = len(self.embedded.ids)
-        for start in range(self.start - self.start % ROWS_AT_ONCE, N, ROWS_AT_ONCE):
-            stop = min(N, start + ROWS_AT_ONCE)
+        N, step = len(self.embedded.ids), self.at_once
+        for start in range(self.start - self.start % step, N, step):
+            stop = min(N, start + step)
             seen: list[Cotangents] = []
             parts = self.parts(start, stop, self.device, seen)
             weights = self._weights(parts, slice(start, stop))

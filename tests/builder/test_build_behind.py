@@ -1,5 +1,7 @@
 """A build whose results come a batch late, as on a GPU, is the build that it is on the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from networks import common, loader, other, pictures
@@ -67,3 +69,31 @@ def test_an_embedding_that_is_not_finite_is_named_though_the_next_batch_is_under
     late()
     with pytest.raises(ValueError, match=r"`images` must be finite, .* in row 9$"):
         gcfast.Explainer(common().eval(), LAYER, channels=3).build(batches)
+
+
+@pytest.mark.parametrize(
+    ("device", "triplets", "dims", "wanted"),
+    [
+        ("cpu", 50, 128, 64),
+        ("cuda", "all", 128, 64),
+        ("cuda", 50, 128, 1280),  # 32 MiB of float32
+        ("cuda", 1000, 2048, 64),  # which takes more than that
+    ],
+)
+def test_on_a_gpu_more_rows_are_made_at_once(device, triplets, dims, wanted):
+    rows = SimpleNamespace(
+        device=torch.device(device),
+        settings=SimpleNamespace(triplets=triplets),
+        embedded=SimpleNamespace(embeddings=torch.empty(1, dims)),
+    )
+    assert gcfast.builder.rows.Rows.at_once.fget(rows) == wanted
+
+
+def test_rows_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
+    model, batches = common().eval(), loader(*pictures(30), batch=4)
+    wanted = gcfast.Explainer(model, LAYER, channels=3).build(batches)
+    monkeypatch.setattr(gcfast.builder.rows.Rows, "at_once", 7)
+    got = gcfast.Explainer(model, LAYER, channels=3).build(batches)
+    assert torch.equal(got.triplet_counts, wanted.triplet_counts)
+    assert torch.equal(got.channels, wanted.channels)
+    torch.testing.assert_close(got.weights, wanted.weights)
