@@ -1,6 +1,6 @@
 """The cost of drawing a row's triplets as the table grows, on one CPU thread or a GPU.
 
-    python bench/triplet_cost.py [--rows 10000 100000 1000000] [--out bench/results]
+    python bench/triplet_cost.py [--rows 10000 100000 1000000] [--kinds 0 3] [--out bench/results]
     python bench/triplet_cost.py --envelope
 
 Embeddings are made: centres of classes uniform on the sphere, D = 128, and each row its class's
@@ -17,7 +17,8 @@ and for an anchor a cell is left out when the triangle inequality shows that it 
 the largest threshold. Reported is the share of the rows that is left to draw from, by the number
 of dimensions that the centres and the noise span.
 
-Writes triplet_cost.json and triplet_cost.png (matplotlib), or triplet_envelope.json.
+Writes triplet_cost.json and triplet_cost.png (matplotlib), or triplet_envelope.json. What the file
+has of other rows and kinds stays.
 """
 
 from __future__ import annotations
@@ -215,6 +216,7 @@ def left_to_draw_from(kind: Kind, rows: int, dims: int, anchors: int = 200) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7])
+    parser.add_argument("--kinds", type=int, nargs="+", default=range(len(KINDS)))
     parser.add_argument("--anchors", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--envelope", action="store_true")
@@ -243,10 +245,12 @@ def main() -> None:
                 print(f"{name}, {dims} dimensions: {left}")
         (arguments.out / "triplet_envelope.json").write_text(json.dumps(record, indent=1) + "\n")
         return
-    record["kinds"] = {kind.name: {} for kind in KINDS}
     name = "triplet_cost" if device.type == "cpu" else "triplet_cost-gpu"
+    record["kinds"] = {kind.name: {} for kind in KINDS}
+    if (arguments.out / f"{name}.json").exists():
+        record["kinds"] = json.loads((arguments.out / f"{name}.json").read_text())["kinds"]
     for rows in arguments.rows:
-        for kind in KINDS:
+        for kind in (KINDS[number] for number in arguments.kinds):
             found = measure(kind, rows, arguments.anchors, device)
             record["kinds"][kind.name][str(rows)] = found
             print(
