@@ -42,8 +42,9 @@ class Declarations(griffe.Extension):
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the picture of bench/RESULTS.md, which is a page."""
-    picture = str(ROOT / "bench" / "results" / "scale.png")
-    files.append(File.generated(config, "results/scale.png", abs_src_path=picture))
+    for picture in sorted((ROOT / "bench" / "results").glob("*.png")):
+        name = f"results/{picture.name}"
+        files.append(File.generated(config, name, abs_src_path=str(picture)))
     return files
 
 
