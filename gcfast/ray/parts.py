@@ -261,6 +261,7 @@ def unwrapped(run: Callable[[], T]) -> T:
     Nothing of the failed run is kept: frames in a traceback would keep its actors and their CPUs
     for as long as somebody holds the error, and the next run would wait for them.
     """
+    before = set(_workers())
     try:
         return run()
     except BaseException as error:
@@ -269,7 +270,21 @@ def unwrapped(run: Callable[[], T]) -> T:
     raised.__cause__ = raised.__context__ = None
     raised = raised.with_traceback(None)
     gc.collect()  # Ray's errors and their frames are in cycles
+    # What a worker still waits for may never come, and Ray keeps it until then.
+    ray = import_ray("unwrapped")
+    for number, worker in _workers().items():
+        if number not in before:
+            ray.kill(worker)
     raise raised
+
+
+def _workers() -> dict[str, Any]:
+    """The actors of data sets that this process knows, by their ids."""
+    from ray.actor import ActorHandle
+
+    # By its type: `isinstance` asks every object, and some answer by a warning.
+    known = [one for one in gc.get_objects() if type(one) is ActorHandle]
+    return {one._actor_id.hex(): one for one in known if str(one).startswith("Actor(MapWorker(")}
 
 
 def _own(error: BaseException | None) -> BaseException | None:
