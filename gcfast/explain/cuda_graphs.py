@@ -37,7 +37,6 @@ TRIALS_UNTIMED, TRIALS = 2, 3  # calls of a shape before "auto" decides: the fir
 HOST_BOUND = 2.0
 
 _T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 class Recording(Protocol):
@@ -194,18 +193,18 @@ class Graphs:
         self,
         images: Tensor,
         function: Callable[[Tensor], _T],
-        take: Callable[[_T], _R],
+        copied: Callable[[_T], _T],
         *,
         owner: object,
         key: Hashable,
         prepared: Callable[[Tensor], Tensor],
-    ) -> _R:
-        """``take(function(images))``, by a replay where there is a graph.
+    ) -> _T:
+        """``function(images)``, by a replay where there is a graph.
 
         Args:
             images: [B, 3, h, w] in any memory format.
             function: a forward pass that waits for nothing on the device.
-            take: makes what the caller keeps; must copy, since the next replay writes over it.
+            copied: copies what the caller keeps of a replay, since the next one writes over it.
             owner: what the function rests on besides the model, by identity.
             key: what else the function depends on.
             prepared: gives images the memory format that the model takes best. A graph has them in
@@ -234,13 +233,13 @@ class Graphs:
                         self._captured.move_to_end(key)
                         captured.images.copy_(images)
                         captured.recording.replay()
-                        return take(captured.out)
+                        return copied(captured.out)
             timed = trials is not None and trials.wants_one()
         if trials is None or not timed:
-            return take(function(images))
+            return function(images)
         out, trial = recorder.timed(lambda: function(images))
         trials.pending.append(trial)
-        return take(out)
+        return out
 
     def __len__(self) -> int:
         return len(self._captured)

@@ -15,6 +15,7 @@ from gcfast.explain.builds import DatabaseCalls
 from gcfast.explain.calibration import Fidelity, calibrated, transfer_fidelity
 from gcfast.explain.direct.calls import DirectCalls
 from gcfast.explain.exported.calls import ExportCalls
+from gcfast.explain.maps import Explained
 from gcfast.explain.result import Explanation, MapOptions, ObjectMaps
 from gcfast.explain.stream import overlapped
 
@@ -133,14 +134,15 @@ class Explainer(DatabaseCalls, DirectCalls, ExportCalls):
             passed = self._passed(attached, images)
             out = attached.explain(images, finish, rates=rates, passed=passed)
             return attached.result(out, details)
-        return graphs.run(
+        out = graphs.run(
             images,
             lambda images: attached.explain(images, finish, rates=rates),
-            lambda out: attached.result(out.copied() if details else out.copied_maps(), details),
+            Explained.copied if details else Explained.copied_maps,
             owner=attached,
             key=(finish, rates, self.network.channels_last),
             prepared=self.network.prepared,
         )
+        return attached.result(out, details)
 
     @overload
     def explain_stream(
